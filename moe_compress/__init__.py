@@ -1,0 +1,26 @@
+"""Compress Mixture-of-Experts checkpoints: the command line's verbs as functions.
+
+`from moe_compress import inspect, validate, score, plan, run, evaluate, verify`. Nothing heavy is imported before
+a verb is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_compress.api import evaluate, inspect, plan, run, score, validate, verify
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "evaluate", "inspect", "plan", "run", "score", "validate", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module("moe_compress.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

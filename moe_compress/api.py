@@ -1,0 +1,121 @@
+"""The verbs as functions: what `from moe_compress import run` gives. They raise `MoECompressError`, they print nothing.
+
+A recipe is a YAML file, a packaged name, a dict or a `Recipe`. `overrides` are the command line's dotted `key=value`
+texts; keyword arguments that are no option of the function replace top-level settings of the recipe
+(`run("demo", "out", dtype="float32", overrides=["steps.0.keep=0.5"])`). Overrides win over keywords, keywords over the
+recipe, the recipe over defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_compress.eval.config import EvalConfig
+from moe_compress.progress import Progress
+from moe_compress.recipe import Recipe, load_eval_config, load_recipe
+
+if TYPE_CHECKING:
+    from moe_compress.calibrate.scores import Scores
+
+RecipeSource = str | Path | Mapping[str, Any] | Recipe
+
+
+def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+    """A checkpoint's architecture, experts, parameters, bytes and FLOPs per token; reads no weights."""
+    from moe_compress import pipeline
+
+    return pipeline.inspect(str(model), revision=revision, trust_remote_code=trust_remote_code)
+
+
+def validate(recipe: RecipeSource, overrides: Sequence[str] = (), **settings: Any) -> Recipe:
+    """The recipe, resolved; `RecipeError` holds every mistake, what its export tier cannot hold included."""
+    return load_recipe(recipe, overrides, settings, runnable=True)
+
+
+def score(
+    recipe: RecipeSource,
+    work: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Scores:
+    """Measure every expert on the calibration tokens and keep the scores in the folder `work`."""
+    from moe_compress import pipeline
+
+    loaded = load_recipe(recipe, overrides, settings)
+    return pipeline.score(loaded, Path(work), device=device, progress=progress)
+
+
+def plan(
+    recipe: RecipeSource, *, scores: str | Path | None = None, overrides: Sequence[str] = (), **settings: Any
+) -> dict[str, Any]:
+    """What would happen to every expert, and the predicted sizes; without `scores` the sizes alone."""
+    from moe_compress import pipeline
+
+    loaded = load_recipe(recipe, overrides, settings)
+    return pipeline.plan(loaded, scores=None if scores is None else Path(scores))
+
+
+def run(
+    recipe: RecipeSource,
+    out: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    force: bool = False,
+    work: str | Path | None = None,
+    keep_steps: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Compress, verify, evaluate and report; returns the report that is written to `out/report.json`.
+
+    Raises `RecipeError` before anything is read, `ResumeError` when `resume` finds another run's state, and
+    `VerificationError` when a check fails (`out` does not appear then).
+    """
+    from moe_compress import pipeline
+
+    return pipeline.run(
+        load_recipe(recipe, overrides, settings, runnable=True),
+        Path(out),
+        resume=resume,
+        force=force,
+        work=None if work is None else Path(work),
+        keep_steps=keep_steps,
+        device=device,
+        progress=progress,
+    )
+
+
+def evaluate(
+    ckpt: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    config: EvalConfig | Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    device: str = "auto",
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measure a checkpoint, and its original beside it; `config` and keywords are settings of a recipe's `eval`."""
+    from moe_compress import pipeline
+
+    given = config.model_dump(exclude_unset=True) if isinstance(config, EvalConfig) else dict(config or {})
+    return pipeline.evaluate_checkpoint(
+        str(ckpt),
+        baseline=None if baseline is None else str(baseline),
+        config=load_eval_config(given | settings),
+        output=None if output is None else Path(output),
+        device=device,
+    )
+
+
+def verify(out: str | Path) -> dict[str, dict[str, Any]]:
+    """Check a folder that `run` wrote; `VerificationError` when a check fails."""
+    from moe_compress import pipeline
+
+    return pipeline.verify(Path(out))

@@ -1,0 +1,106 @@
+"""Calibration tokens: documents packed into sequences of one length, the same for the same seed.
+
+Documents are joined with the end-of-sequence token between them and cut every `sequence_length` tokens, without
+padding; what is left of a document goes on in the next sequence. A mix gives every part its share of the sequences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from moe_compress.calibrate.config import CalibrationConfig, DatasetPart
+from moe_compress.calibrate.documents import documents
+from moe_compress.errors import DataError
+
+# A document longer than the missing tokens can use is cut before it is tokenized; no token is this long on average.
+MAX_CHARACTERS_PER_TOKEN = 32
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`tokens` [num_samples, sequence_length]; `sources` says what each part gave."""
+
+    tokens: torch.LongTensor
+    fingerprint: str
+    sources: list[dict[str, Any]]
+
+
+def load_calibration(
+    config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
+) -> Calibration:
+    """Exactly `num_samples` sequences of `sequence_length` tokens.
+
+    `max_length` is the longest sequence the model takes. Raises `DataError` when a sequence would be longer, when a
+    dataset, split or column does not exist, or when there is too little text. `fingerprint` is the sha256 of the
+    token ids and of the settings that decide them.
+    """
+    if max_length is not None and config.sequence_length > max_length:
+        raise DataError(
+            f"`calibration.sequence_length` is {config.sequence_length}, but the model takes {max_length} tokens at "
+            f"most; set it to {max_length} or less."
+        )
+    parts = config.parts
+    sequences: list[list[int]] = []
+    sources = []
+    for position, (part, count) in enumerate(zip(parts, share(parts, config.num_samples), strict=True)):
+        tokens, num_documents = _pack(part, tokenizer, count, config, config.seed + position)
+        sequences += [tokens[i : i + config.sequence_length] for i in range(0, len(tokens), config.sequence_length)]
+        sources.append(part.model_dump() | {"sequences": count, "documents": num_documents, "tokens": len(tokens)})
+    random.Random(config.seed).shuffle(sequences)
+    tensor = torch.LongTensor(sequences)
+    return Calibration(tensor, fingerprint(tensor, config), sources)
+
+
+def share(parts: list[DatasetPart], num_samples: int) -> list[int]:
+    """Sequences of each part in proportion to the weights, largest remainders first; they sum to `num_samples`."""
+    total = sum(part.weight for part in parts)
+    exact = [part.weight / total * num_samples for part in parts]
+    counts = [int(value) for value in exact]
+    by_remainder = sorted(range(len(parts)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: num_samples - sum(counts)]:
+        counts[i] += 1
+    if 0 in counts:
+        raise DataError(
+            f"Dataset {parts[counts.index(0)].dataset} gets none of the {num_samples} calibration sequences; raise "
+            "`calibration.num_samples` or its weight."
+        )
+    return counts
+
+
+def _pack(
+    part: DatasetPart, tokenizer: PreTrainedTokenizerBase, num_sequences: int, config: CalibrationConfig, seed: int
+) -> tuple[list[int], int]:
+    """`num_sequences * sequence_length` tokens, and the number of documents they came from."""
+    needed = num_sequences * config.sequence_length
+    tokens: list[int] = []
+    num_documents = 0
+    for text, is_chat in documents(part, tokenizer, seed):
+        if tokens and tokenizer.eos_token_id is not None and tokens[-1] != tokenizer.eos_token_id:
+            tokens.append(tokenizer.eos_token_id)
+        text = text[: MAX_CHARACTERS_PER_TOKEN * (needed - len(tokens))]
+        # a chat template writes its own special tokens
+        tokens += tokenizer(text, add_special_tokens=not is_chat, verbose=False)["input_ids"]
+        num_documents += 1
+        if len(tokens) >= needed:
+            return tokens[:needed], num_documents
+    enough = len(tokens) // config.sequence_length
+    advice = f"lower `calibration.num_samples` (there is enough for {enough}) or" if enough else "lower"
+    raise DataError(
+        f"Dataset {part.dataset} has only {len(tokens):,} tokens in {num_documents:,} documents, but {needed:,} are "
+        f"needed ({num_sequences} x {config.sequence_length}); {advice} `calibration.sequence_length`, or add data."
+    )
+
+
+def fingerprint(tokens: torch.Tensor, config: CalibrationConfig) -> str:
+    """sha256 over the settings that decide the tokens and over the token ids [N, L]."""
+    settings = config.model_dump(exclude={"batch_size", "min_tokens_per_expert"})
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest.update(tokens.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,114 @@
+"""What calibration measured, per layer and per expert: the input of every plan. Numbers only, no torch.
+
+`scores.safetensors` holds the arrays (`layer.<index>.<statistic>`, float64), `scores.json` the rest. Sums run over
+the tokens routed to an expert; g is the value that truly multiplies the expert's raw output f.
+
+| statistic | shape | meaning |
+|---|---|---|
+| `tokens` | [E] | n, tokens routed to the expert |
+| `gate_sum` | [E] | sum of g |
+| `norm_sum`, `norm_sq_sum` | [E] | sum of the L2 norm of f, and of its square |
+| `gate_norm_sum`, `gate_sq_norm_sq_sum` | [E] | sum of g times the norm, and of its square |
+| `output_sum`, `output_sq_sum` | [E, H] | sum of f and of f squared, per channel (mean and variance) |
+| `max_abs` | [E] | largest absolute entry of f |
+| `easy_ep` | [E] | sum of g times the norm times max(0, 1 - cos(h, h + routed output)) |
+| `coselection` | [E, E] | tokens routed to both experts (the diagonal is `tokens`) |
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from moe_compress.errors import UsageError
+
+FORMAT = 1
+Array = NDArray[np.float64]
+
+
+@dataclass
+class LayerScores:
+    """Statistics of one MoE layer; `layer` is its index among all decoder layers."""
+
+    layer: int
+    num_experts: int
+    top_k: int
+    num_tokens: int
+    cosine: float  # mean cosine between the decoder layer's input and output
+    statistics: dict[str, Array]
+
+
+@dataclass
+class Scores:
+    """All MoE layers' statistics and what they were measured on."""
+
+    layers: list[LayerScores]
+    fingerprint: dict[str, Any]
+    min_tokens_per_expert: int = 1
+
+    @property
+    def starved(self) -> list[tuple[int, int]]:
+        """(layer, expert) of every expert that saw fewer tokens than `min_tokens_per_expert`."""
+        return [
+            (scores.layer, int(expert))
+            for scores in self.layers
+            for expert in np.flatnonzero(scores.statistics["tokens"] < self.min_tokens_per_expert)
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """Coverage in a few figures."""
+        tokens = [scores.statistics["tokens"] for scores in self.layers]
+        return {
+            "moe_layers": len(self.layers),
+            "experts": int(sum(len(counts) for counts in tokens)),
+            "calibration_tokens": self.layers[0].num_tokens if self.layers else 0,
+            "fewest_tokens_per_expert": int(min(counts.min() for counts in tokens)) if tokens else 0,
+            "starved": [list(pair) for pair in self.starved],
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write `scores.safetensors` and `scores.json` into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {
+            f"layer.{scores.layer}.{name}": np.ascontiguousarray(values)
+            for scores in self.layers
+            for name, values in scores.statistics.items()
+        }
+        save_file(arrays, folder / "scores.safetensors")
+        layers = [
+            {key: value for key, value in asdict(scores).items() if key != "statistics"}
+            | {"tokens_per_expert": scores.statistics["tokens"].astype(int).tolist()}
+            for scores in self.layers
+        ]
+        content = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "min_tokens_per_expert": self.min_tokens_per_expert,
+            "starved": self.starved,
+            "layers": layers,
+        }
+        (folder / "scores.json").write_text(json.dumps(content, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> Scores:
+        """Read what `save` wrote; a `UsageError` when the folder holds no scores of this format."""
+        try:
+            content = json.loads((folder / "scores.json").read_text())
+            arrays = load_file(folder / "scores.safetensors")
+        except FileNotFoundError:
+            raise UsageError(f"{folder} holds no scores; make them with `moe-compress score`.") from None
+        if content["format"] != FORMAT:
+            raise UsageError(f"{folder} holds scores of format {content['format']}, this version reads {FORMAT}.")
+        layers = []
+        for entry in content["layers"]:
+            prefix = f"layer.{entry['layer']}."
+            statistics = {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
+            entry.pop("tokens_per_expert")
+            layers.append(LayerScores(**entry, statistics=statistics))
+        return cls(layers, content["fingerprint"], content["min_tokens_per_expert"])

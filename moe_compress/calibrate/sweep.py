@@ -1,0 +1,167 @@
+"""One sweep over the layers of a checkpoint: calibration tokens in, statistics per layer and expert out.
+
+Only routed tokens are computed. Sums are kept in float64. After every layer its statistics and the hidden states that left
+it are saved, so a killed sweep goes on at the layer where it stopped and ends with the same numbers.
+
+The EASY-EP product needs the residual stream before the MoE block; it is taken as the decoder layer's output less the
+block's (times the configuration's `residual_multiplier` if it has one), which is exact where the block's output is added as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_compress.calibrate.scores import LayerScores, Scores
+from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, save_hidden
+from moe_compress.checkpoint.stream import LayerStream
+from moe_compress.models.layers import MoELayer
+from moe_compress.models.lockstep import Lockstep
+from moe_compress.progress import Stage
+
+
+class LayerStatistics:
+    """Accumulates the statistics of one MoE layer; an `Observer` of its experts and a `LayerObserver` of its layer."""
+
+    def __init__(self, moe: MoELayer, hidden_size: int, residual_multiplier: float = 1.0) -> None:
+        self.moe, self.residual_multiplier = moe, residual_multiplier
+        experts, device = moe.num_experts, next(moe.experts.parameters()).device
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        names = ("gate_sum", "norm_sum", "norm_sq_sum", "gate_norm_sum", "gate_sq_norm_sq_sum", "max_abs", "easy_ep")
+        self.sums = {name: zeros(experts) for name in names}
+        self.sums |= {name: zeros(experts, hidden_size) for name in ("output_sum", "output_sq_sum")}
+        self.sums["coselection"] = zeros(experts, experts)
+        self.num_tokens = 0
+        self.cosine_sum = zeros(1)
+        self._block_TH: Tensor | None = None
+        self._routed_TH: Tensor | None = None
+        self._saliency: list[tuple[int, Tensor, Tensor]] = []
+        moe.experts.observer = self  # type: ignore[assignment]
+        self._hook = moe.block.register_forward_hook(self._block_output)
+
+    def expert(self, expert: int, token_N: Tensor, gate_N: Tensor, output_NH: Tensor) -> None:
+        gate, norm = gate_N.double(), output_NH.norm(dim=-1).double()
+        product = gate * norm
+        for name, values in (
+            ("gate_sum", gate),
+            ("norm_sum", norm),
+            ("norm_sq_sum", norm.square()),
+            ("gate_norm_sum", product),
+            ("gate_sq_norm_sq_sum", product.square()),
+        ):
+            self.sums[name][expert] += values.sum()
+        self.sums["output_sum"][expert] += output_NH.sum(0, dtype=torch.float64)
+        self.sums["output_sq_sum"][expert] += output_NH.square().sum(0, dtype=torch.float64)
+        self.sums["max_abs"][expert] = torch.maximum(self.sums["max_abs"][expert], output_NH.abs().max().double())
+        self._saliency.append((expert, token_N, product))
+
+    def block(self, index_TK: Tensor, routed_output_TH: Tensor) -> None:
+        chosen_TE = torch.zeros(len(index_TK), self.moe.num_experts + 1, dtype=torch.float64, device=index_TK.device)
+        chosen_TE.scatter_(1, index_TK.clamp(max=self.moe.num_experts), 1.0)
+        chosen_TE = chosen_TE[:, :-1]
+        self.sums["coselection"] += chosen_TE.T @ chosen_TE
+        self.num_tokens += len(index_TK)
+        self._routed_TH = routed_output_TH
+
+    def layer(self, input_BSH: Tensor, output_BSH: Tensor) -> None:
+        assert self._block_TH is not None and self._routed_TH is not None
+        entering, leaving = input_BSH.flatten(0, -2), output_BSH.flatten(0, -2)
+        self.cosine_sum += F.cosine_similarity(entering, leaving, dim=-1).sum(dtype=torch.float64)
+        before_TH = leaving - self.residual_multiplier * self._block_TH
+        after_TH = before_TH + self.residual_multiplier * self._routed_TH
+        change_T = (1 - F.cosine_similarity(before_TH, after_TH, dim=-1)).clamp(min=0).double()
+        for expert, token_N, product_N in self._saliency:
+            self.sums["easy_ep"][expert] += (product_N * change_T[token_N]).sum()
+        self._saliency.clear()
+        self._block_TH = self._routed_TH = None
+
+    def close(self, layer: int) -> LayerScores:
+        """Stop observing and return the sums."""
+        self._hook.remove()
+        del self.moe.experts.observer
+        statistics = {name: values.cpu().numpy() for name, values in self.sums.items()}
+        statistics["tokens"] = np.diagonal(statistics["coselection"]).copy()
+        cosine = float(self.cosine_sum) / max(1, self.num_tokens)
+        return LayerScores(layer, self.moe.num_experts, self.moe.top_k, self.num_tokens, cosine, statistics)
+
+    def _block_output(self, module: Any, inputs: Any, output: Any) -> None:
+        tensor = output if isinstance(output, Tensor) else output[0]
+        self._block_TH = tensor.flatten(0, -2)
+
+
+def collect(
+    stream: LayerStream,
+    tokens: Tensor,
+    *,
+    batch_size: int,
+    folder: Path,
+    fingerprint: dict[str, Any],
+    min_tokens_per_expert: int,
+    stage: Stage,
+) -> Scores:
+    """Sweep `tokens` [N, S] through all layers and return the scores, saved in `folder`.
+
+    `folder` also holds the state of an interrupted sweep; it is continued if there is one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    done, hidden = load_hidden(folder)
+    layers = [_load_layer(folder, index) for index in sorted(stream.moe_layers) if index < done]
+    stream.load_rest()
+    batches: Sequence[Tensor] = tokens.to(stream.device).split(batch_size)
+    for _ in range(done):
+        stage.advance("done before")
+    run = Lockstep(stream.model, stream.layers, batches, start=done, hidden=[h.to(stream.device) for h in hidden])
+    config: Any = stream.model.config.get_text_config()
+    try:
+        for index in range(done, len(stream.layers)):
+            stream.load(index)
+            detail = "dense layer"
+            if index in stream.moe_layers:
+                moe = stream.moe_layers[index]
+                statistics = LayerStatistics(moe, config.hidden_size, getattr(config, "residual_multiplier", 1.0))
+                run.observer = statistics
+                run.through(index)
+                run.observer = None
+                layers.append(statistics.close(index))
+                _save_layer(folder, layers[-1])
+                seen = int((layers[-1].statistics["tokens"] > 0).sum())
+                detail = f"{seen}/{moe.num_experts} experts seen"
+            else:
+                run.through(index)
+            stream.release(index)
+            save_hidden(folder, index + 1, run.hidden)
+            stage.advance(detail)
+    finally:
+        run.close()
+    scores = Scores(layers, fingerprint, min_tokens_per_expert)
+    scores.save(folder)
+    forget_hidden(folder)
+    for file in folder.glob("layer-*.safetensors"):
+        file.unlink()
+    return scores
+
+
+def _save_layer(folder: Path, scores: LayerScores) -> None:
+    meta = {"num_experts": scores.num_experts, "top_k": scores.top_k, "num_tokens": scores.num_tokens}
+    described = json.dumps(meta | {"cosine": scores.cosine})
+    temporary = folder / "scores.part"
+    save_file({k: torch.from_numpy(v) for k, v in scores.statistics.items()}, temporary, {"layer": described})
+    temporary.rename(folder / f"layer-{scores.layer:05d}.safetensors")
+
+
+def _load_layer(folder: Path, layer: int) -> LayerScores:
+    with safe_open(folder / f"layer-{layer:05d}.safetensors", "np") as file:
+        meta = json.loads(file.metadata()["layer"])
+        return LayerScores(layer=layer, statistics={name: file.get_tensor(name) for name in file.keys()}, **meta)

@@ -1,0 +1,36 @@
+"""Hidden states between two layers, kept on disk so that a sweep over the layers can go on after a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def save_hidden(folder: Path, layer: int, hidden: Sequence[Tensor]) -> None:
+    """Keep the hidden states of all batches that enter `layer`; those that entered the layer before are forgotten."""
+    temporary = folder / "hidden.part"
+    save_file({str(batch): values.cpu().contiguous() for batch, values in enumerate(hidden)}, temporary)
+    temporary.rename(_file(folder, layer))
+    _file(folder, layer - 1).unlink(missing_ok=True)
+
+
+def load_hidden(folder: Path) -> tuple[int, list[Tensor]]:
+    """The layer an interrupted sweep has to go on with, and what enters it; `(0, [])` when nothing was kept."""
+    kept = sorted(folder.glob("hidden-*.safetensors"))
+    if not kept:
+        return 0, []
+    stored = load_file(kept[-1])
+    return int(kept[-1].stem.split("-")[1]), [stored[str(batch)] for batch in range(len(stored))]
+
+
+def forget_hidden(folder: Path) -> None:
+    """Remove what `save_hidden` kept."""
+    for file in folder.glob("hidden-*.safetensors"):
+        file.unlink()
+
+
+def _file(folder: Path, layer: int) -> Path:
+    return folder / f"hidden-{layer:05d}.safetensors"

@@ -1,0 +1,129 @@
+"""The tensors of a safetensors folder: names, types, shapes and where their bytes lie. Nothing is read but headers."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_compress.errors import CheckpointError
+
+# Bits per element of every dtype the format knows.
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor; its bytes are `file[start:end]`."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+class TensorIndex(Mapping[str, TensorInfo]):
+    """All tensors of a checkpoint folder by name."""
+
+    def __init__(self, tensors: dict[str, TensorInfo]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, headers not counted."""
+        return sum(info.nbytes for info in self._tensors.values())
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({info.file for info in self._tensors.values()})
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> TensorIndex:
+        """Read the headers of the shards that `model.safetensors.index.json` names, or of `model.safetensors`.
+
+        Raises `CheckpointError` for a missing, truncated or damaged shard, and for a tensor the index promises but
+        no shard holds.
+        """
+        index_file = folder / "model.safetensors.index.json"
+        promised: dict[str, str] = {}
+        if index_file.exists():
+            try:
+                promised = json.loads(index_file.read_text())["weight_map"]
+            except (ValueError, KeyError, TypeError):
+                raise CheckpointError(f"{index_file} is damaged; download it again.") from None
+            files = [folder / name for name in sorted(set(promised.values()))]
+        else:
+            files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{folder} holds no safetensors weights.")
+        tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            for info in read_header(file):
+                if info.name in tensors:
+                    raise CheckpointError(f"{file.name} and {tensors[info.name].file.name} both hold `{info.name}`.")
+                tensors[info.name] = info
+        missing = sorted(set(promised) - set(tensors))
+        if missing:
+            raise CheckpointError(f"No shard in {folder} holds `{missing[0]}` ({len(missing)} tensors are missing).")
+        return cls(tensors)
+
+
+def read_header(file: Path) -> list[TensorInfo]:
+    """The tensors of one safetensors file, checked against the file's size."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(size - 8, MAX_HEADER_BYTES):
+                raise ValueError
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        infos = [
+            TensorInfo(
+                name,
+                file,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+                8 + length + entry["data_offsets"][1],
+            )
+            for name, entry in header.items()
+        ]
+        for info in infos:
+            if info.nbytes * 8 != info.numel * DTYPE_BITS[info.dtype] or not 8 + length <= info.start <= info.end:
+                raise ValueError
+    except FileNotFoundError:
+        raise CheckpointError(f"The shard {file} is missing; download it again.") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, struct.error):
+        raise CheckpointError(f"The shard {file} is damaged; download it again.") from None
+    expected = max((info.end for info in infos), default=8 + length)
+    if size < expected:
+        raise CheckpointError(f"The shard {file} is cut short ({size:,} of {expected:,} bytes); download it again.")
+    return infos

@@ -1,0 +1,183 @@
+"""The apply sweep: a checkpoint and a change in, a new checkpoint folder out, one layer in memory at a time.
+
+Every layer is loaded, changed, put into the new model, run on a few probe tokens, and written in the Hub's layout. The
+probe's logits are what the reloaded checkpoint has to reproduce. Tensors outside the layers are copied byte for byte.
+What is expected to be on disk in the end is worked out from the new configuration before any weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, save_hidden
+from moe_compress.checkpoint.index import TensorIndex
+from moe_compress.checkpoint.source import Checkpoint
+from moe_compress.checkpoint.stream import LayerStream
+from moe_compress.checkpoint.writer import SAFETENSORS_DTYPES, Shard, ShardWriter, tensor_sha256, write_json
+from moe_compress.models.layers import MoELayer
+from moe_compress.models.lockstep import Lockstep
+from moe_compress.progress import Stage
+
+PROBE_TOKENS = 32
+PROBE_POSITIONS = 8  # logits are kept for this many of them
+PROBE_FILE = "probe.npz"
+LEDGER_FILE = "ledger.json"
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+
+
+class Change(Protocol):
+    """What a transformation does to a checkpoint: its configuration and its layers' tensors."""
+
+    def config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The new content of `config.json`."""
+
+    def layer(self, moe: MoELayer, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The new tensors of an MoE layer, both sides by name inside the decoder layer, in the model's layout."""
+
+
+class Identity:
+    """Changes nothing."""
+
+    def config(self, config: dict[str, Any]) -> dict[str, Any]:
+        return config
+
+    def layer(self, moe: MoELayer, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return state
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Where every source tensor went, and what has to be in the new checkpoint."""
+
+    source_bytes: int
+    copied: dict[str, str]  # tensor name -> sha256 of its bytes
+    transformed: list[str]  # source tensors that passed through a layer
+    expected: dict[str, tuple[str, tuple[int, ...]]]  # output tensor name -> dtype and shape
+    shards: list[Shard]
+
+    @classmethod
+    def load(cls, folder: Path) -> Ledger:
+        content = json.loads((folder / LEDGER_FILE).read_text())
+        content["shards"] = [Shard(**shard) for shard in content["shards"]]
+        content["expected"] = {name: (dtype, tuple(shape)) for name, (dtype, shape) in content["expected"].items()}
+        return cls(**content)
+
+    def to_json(self) -> dict[str, Any]:
+        return self.__dict__ | {"shards": [shard.__dict__ for shard in self.shards]}
+
+
+def rewrite(
+    source: Checkpoint, folder: Path, change: Change, *, max_shard_bytes: int, device: torch.device | str, stage: Stage
+) -> Ledger:
+    """Write the changed checkpoint to `folder` (`ledger.json` and `probe.npz` beside the weights), or go on with it."""
+    writer = ShardWriter(folder, max_shard_bytes)
+    writer.drop_damaged()
+    copy_companions(source.folder, folder)
+    old_config = json.loads((source.folder / "config.json").read_text())
+    write_config(source.folder, folder, change.config(json.loads(json.dumps(old_config))), old_config)
+
+    stream = LayerStream(source, device)
+    config = type(source.config).from_pretrained(folder)
+    target = LayerStream(replace(source, config=config), device)
+    expected = expected_tensors(stream, target)
+
+    if not writer.has("rest"):
+        writer.write("rest", [source.index[name] for name in stream.untouched])
+    done, hidden = load_hidden(folder)
+    while done and not all(writer.has(_part(index)) for index in range(done)):
+        done, hidden = 0, []
+    target.load_rest()
+    probe = probe_tokens(config)
+    run = Lockstep(target.model, target.layers, [probe.to(device)], start=done, hidden=[h.to(device) for h in hidden])
+    try:
+        for index in range(len(stream.layers)):
+            if index < done:
+                stage.advance("done before")
+                continue
+            state = take_layer(stream, index)
+            if index in stream.moe_layers:
+                state = change.layer(stream.moe_layers[index], state)
+            target.layers[index].load_state_dict(state, assign=True)
+            del state
+            run.through(index)
+            writer.write(_part(index), target.stored_layer(index))
+            target.release(index)
+            save_hidden(folder, index + 1, run.hidden)
+            stage.advance()
+        logits = run.finish()[0]
+    finally:
+        run.close()
+    positions = np.linspace(0, probe.shape[1] - 1, PROBE_POSITIONS).round().astype(int)
+    np.savez(folder / PROBE_FILE, tokens=probe.numpy(), positions=positions, logits=logits[0, positions].cpu().numpy())
+    shards = writer.finish(["rest", *(_part(index) for index in range(len(stream.layers)))])
+    forget_hidden(folder)
+    copied = {name: tensor_sha256(source.index[name]) for name in stream.untouched}
+    transformed = sorted(set(source.index) - set(copied))
+    ledger = Ledger(source.index.nbytes, copied, transformed, expected, shards)
+    write_json(folder / LEDGER_FILE, ledger.to_json())
+    return ledger
+
+
+def take_layer(stream: LayerStream, index: int) -> dict[str, Tensor]:
+    """A layer's tensors; the stream keeps none of them."""
+    state = dict(stream.load(index).state_dict())
+    stream.release(index)
+    return state
+
+
+def expected_tensors(stream: LayerStream, target: LayerStream) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name, dtype and shape of every tensor the new checkpoint must hold, from its empty model and the source's headers.
+
+    Also hands the source's name conversions over to the target, which has seen no weights of its own.
+    """
+    index = stream.checkpoint.index
+    target.model._weight_conversions = stream.model._weight_conversions
+    expected = {name: (index[name].dtype, index[name].shape) for name in stream.untouched}
+    for number in range(len(target.layers)):
+        for name, tensor in target.stored_layer(number).items():
+            expected[name] = (SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape))
+    return expected
+
+
+def probe_tokens(config: Any) -> Tensor:
+    """Fixed pseudo-random token ids [1, PROBE_TOKENS] inside the vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.get_text_config().vocab_size, (1, PROBE_TOKENS), generator=generator)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy tokenizer, templates, code and generation settings: every file of the source that is no weight."""
+    own = {"config.json", "README.md", "recipe.yaml", "plan.json", "manifest.json", "report.json", "report.md"}
+    own |= {LEDGER_FILE, PROBE_FILE}
+    for file in source.iterdir():
+        weight = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+        if file.is_file() and not weight and file.name not in own and not file.name.startswith("."):
+            shutil.copyfile(file, folder / file.name)
+
+
+def write_config(source: Path, folder: Path, new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
+    """Write `config.json`; an unchanged one keeps its very bytes."""
+    if new == old:
+        shutil.copyfile(source / "config.json", folder / "config.json")
+    else:
+        (folder / "config.json").write_text(json.dumps(new, indent=2) + "\n")
+
+
+def open_rewritten(folder: Path, source: Checkpoint) -> Checkpoint:
+    """The new checkpoint, as the source of the next step."""
+    return replace(
+        source, folder=folder, config=type(source.config).from_pretrained(folder), index=TensorIndex.from_folder(folder)
+    )
+
+
+def _part(index: int) -> str:
+    return f"layer-{index:05d}"

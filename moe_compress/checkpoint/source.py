@@ -1,0 +1,226 @@
+"""Opens a checkpoint: a Hub id, a folder, or the word `reference`. Nothing of the weights is read but their headers.
+
+A Hub id is looked at before it is downloaded: its configuration comes first, so a model that cannot be compressed is
+refused before its weights travel. `huggingface_hub` reads HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN when it is
+imported, so set them before the program starts. Files that arrived whole are never fetched again.
+
+Not covered: whether the model has experts at all; that is seen in its structure.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import get_cached_repo_tree, is_offline_mode, snapshot_download
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moe_compress.checkpoint.index import TensorIndex
+from moe_compress.errors import CheckpointError, UnsupportedModelError, UsageError
+
+REFERENCE = Path(__file__).parents[1] / "reference" / "checkpoint"
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+WEIGHTS = ["*.safetensors"]
+# Second copies of the same weights in other layouts.
+IGNORED = ["*/*.safetensors", "consolidated*.safetensors"]
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found readable; `revision` is the commit of a Hub id, None for a folder."""
+
+    folder: Path
+    config: PretrainedConfig
+    model_id: str
+    revision: str | None
+    index: TensorIndex
+
+
+def open_checkpoint(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+    """Find `model`, download it if need be, and check that it can be read.
+
+    Raises `UnsupportedModelError` for what is whole but no source of ours (GGUF, quantized, unknown architecture),
+    `UsageError` for a setting that does not fit, `CheckpointError` for everything missing, damaged or out of reach.
+    """
+    path = REFERENCE if model == "reference" else Path(model).expanduser()
+    commit = None
+    if path.is_dir():
+        if revision is not None:
+            raise UsageError(f"`revision` has no effect for the folder {path}; leave it out, or name a Hub id.")
+        folder = path
+        names = [file.name for file in folder.iterdir()]
+        config = _checked_config(folder, model, names, trust_remote_code)
+        _check_weights(model, names)
+    else:
+        _refuse_path(path, model)
+        patterns = SMALL_FILES + (["*.py"] if trust_remote_code else [])
+        folder = _download(model, revision, patterns)
+        commit = folder.name
+        names = _repository_files(model, folder)
+        config = _checked_config(folder, model, names, trust_remote_code)
+        _check_weights(model, names)
+        _download(model, commit, patterns + WEIGHTS)
+    return Checkpoint(folder, config, model, commit, TensorIndex.from_folder(folder))
+
+
+def open_config(
+    model: str, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PretrainedConfig, TensorIndex | None]:
+    """The configuration of `model`, and its tensors' headers if its weights are at hand; a Hub id's are not downloaded."""
+    path = REFERENCE if model == "reference" else Path(model).expanduser()
+    if path.is_dir():
+        config = _checked_config(path, model, [file.name for file in path.iterdir()], trust_remote_code)
+        return config, TensorIndex.from_folder(path) if any(path.glob("*.safetensors")) else None
+    _refuse_path(path, model)
+    folder = _download(model, revision, SMALL_FILES + (["*.py"] if trust_remote_code else []))
+    return _checked_config(folder, model, _repository_files(model, folder), trust_remote_code), None
+
+
+def _refuse_path(path: Path, model: str) -> None:
+    """Say what is wrong with a path that is no folder; a Hub id passes."""
+    if model == "reference":
+        raise CheckpointError("This installation lacks the reference model; install moe-compress again.")
+    if path.suffix == ".gguf":
+        raise UnsupportedModelError(_gguf(model))
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; name the folder of the checkpoint.")
+    if model.startswith((".", "/", "~")):
+        raise CheckpointError(f"The checkpoint folder {path} does not exist.")
+
+
+def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    """The repository's matching files in the cache; one sentence for every way this can fail."""
+    at = f" at revision `{revision}`" if revision else ""
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED))
+    except HFValidationError:
+        raise CheckpointError(f"`{repository}` is neither a folder that exists nor a Hub id (owner/name).") from None
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"The model {repository} is gated; accept its terms on its Hub page and log in with `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"There is no folder `{repository}`, and no such model on the Hub that you may read; check the name, or "
+            "log in with `hf auth login` if it is private."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"The model {repository} has no revision `{revision}`; name a branch, a tag or a commit."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        if is_offline_mode():
+            message = (
+                f"The model {repository}{at} is not (completely) in the local cache and HF_HUB_OFFLINE forbids to "
+                "download it; unset it, or name a folder."
+            )
+        else:
+            message = (
+                f"The Hub cannot be reached for {repository}{at}, and the local cache does not hold all of it; try "
+                "again when you are online."
+            )
+        raise CheckpointError(message) from error
+    except Exception as error:  # the HTTP library's own exceptions are no part of the Hub client's interface
+        raise CheckpointError(
+            f"The download of {repository}{at} failed ({_first_line(error)}); start again, "
+            "files that are complete are kept."
+        ) from error
+
+
+def _repository_files(repository: str, folder: Path) -> list[str]:
+    """The names of all files in the repository, as the download noted them, or those at hand without such a note."""
+    try:
+        return [file.path for file in get_cached_repo_tree(repository, revision=folder.name)]
+    except CachedRepoTreeNotFoundError:
+        return [file.name for file in folder.iterdir()]
+
+
+def _checked_config(folder: Path, model: str, names: list[str], trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration, read without running any code that was not asked for."""
+    if "config.json" not in names:
+        if any(name.endswith(".gguf") for name in names):
+            raise UnsupportedModelError(_gguf(model))
+        raise CheckpointError(f"{model} holds no config.json, so it is no transformers checkpoint; name another.")
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = content.get("model_type")
+    except (ValueError, AttributeError):
+        raise CheckpointError(f"The config.json of {model} is damaged; download it again.") from None
+    method = _quantization(content)
+    if method is not None:
+        raise UnsupportedModelError(
+            f"{model} is quantized ({method}), but only unquantized sources are supported; name the original model, "
+            "or dequantize it to bfloat16 first."
+        )
+    if model_type not in CONFIG_MAPPING:
+        if "AutoConfig" not in content.get("auto_map", {}):
+            raise UnsupportedModelError(_unknown_architecture(model, model_type))
+        if not trust_remote_code:
+            raise UsageError(
+                f"{model} (`{model_type}`) is defined by Python code in its repository; if you trust that code, set "
+                "`trust_remote_code: true`."
+            )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # every architecture checks its own settings, remote code as it likes
+        raise CheckpointError(f"The config.json of {model} is not accepted: {_first_line(error)}.") from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def _check_weights(model: str, names: list[str]) -> None:
+    """Refuse what is not safetensors, by the names of all files."""
+    if any("/" not in name and name.endswith(".safetensors") for name in names):
+        return
+    pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
+    if pickles:
+        raise CheckpointError(
+            f"{model} has its weights only as pickle files ({pickles[0]}), which can run any code when they are "
+            "opened; only safetensors is read, so on a machine you can spare, load it with transformers and save it "
+            "again with `save_pretrained`, which writes safetensors."
+        )
+    if any(name.endswith(".gguf") for name in names):
+        raise UnsupportedModelError(_gguf(model))
+    raise CheckpointError(f"{model} holds no safetensors weights; download it again, or name another.")
+
+
+def _quantization(content: dict[str, Any]) -> str | None:
+    """The method a config says its weights are quantized with."""
+    for section in (content, content.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            if section.get(key):
+                return str(section[key].get("quant_method", "method not named"))
+    return None
+
+
+def _unknown_architecture(model: str, model_type: str | None) -> str:
+    if model_type is None:
+        return f"The config.json of {model} names no `model_type`, so its architecture is unknown; add it."
+    close = difflib.get_close_matches(model_type, CONFIG_MAPPING.keys(), n=1)
+    hint = f" (did you mean `{close[0]}`?)" if close else ""
+    return (
+        f"{model} is a `{model_type}`, which transformers {transformers.__version__} does not know{hint}; "
+        "update transformers, or correct its config.json."
+    )
+
+
+def _gguf(model: str) -> str:
+    return f"{model} is a GGUF, a format for running models; name the safetensors checkpoint it was made from."
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")

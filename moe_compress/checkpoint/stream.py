@@ -1,0 +1,167 @@
+"""One decoder layer of a checkpoint in memory at a time, in the model's own layout, and back in the Hub's.
+
+Names and layouts are converted by `transformers` itself (`core_model_loading`), so nothing here knows a tensor's name.
+A checkpoint's tensors fall in three kinds: those of a decoder layer, those the forward pass needs besides (embeddings,
+final norm, head), and those it does not know (prediction heads, vision towers); only the first are ever rewritten.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from moe_compress.checkpoint.index import TensorInfo
+from moe_compress.checkpoint.source import Checkpoint
+from moe_compress.errors import CheckpointError
+from moe_compress.models.experts import IMPLEMENTATION
+from moe_compress.models.layers import MoELayer, decoder_layers, find_moe_layers
+from moe_compress.models.skeleton import build_skeleton, release
+
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class StoredTensor:
+    """A tensor on disk that is read when it is sliced, as the loader of `transformers` expects."""
+
+    def __init__(self, info: TensorInfo) -> None:
+        self.info = info
+
+    def __getitem__(self, item: Any) -> Tensor:
+        return read_tensor(self.info)[item]
+
+    def get_shape(self) -> list[int]:
+        return list(self.info.shape)
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """The stored tensor on the CPU; raises `CheckpointError` for a dtype that torch does not compute with."""
+    if info.dtype not in TORCH_DTYPES:
+        raise CheckpointError(f"`{info.name}` is stored as {info.dtype}, which is not supported; dequantize it first.")
+    raw = np.fromfile(info.file, dtype=np.uint8, count=info.nbytes, offset=info.start)
+    if raw.nbytes != info.nbytes:
+        raise CheckpointError(f"The shard {info.file} is cut short; download it again.")
+    return torch.from_numpy(raw).view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+
+
+class LayerStream:
+    """The layers of one checkpoint.
+
+    Weights outside the experts are resident in float32, which holds every 16-bit value exactly and is the fast type of
+    most CPUs; experts stay in the type they are stored in and are upcast one by one as they run.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
+        self.checkpoint, self.device = checkpoint, torch.device(device)
+        self.model: Any = build_skeleton(checkpoint.config, device=device, experts_implementation=IMPLEMENTATION)
+        self.layers_name, self.layers = decoder_layers(self.model)
+        self.moe_layers: dict[int, MoELayer] = {found.layer: found for found in find_moe_layers(self.model)}
+        self._mapping: list[Any] = get_model_conversion_mapping(self.model)
+        self._sort_names()
+
+    def _sort_names(self) -> None:
+        """Which stored tensor belongs to which layer, to the rest of the forward pass, or to neither."""
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        known = self.model.state_dict()
+        prefix = f"{self.layers_name}."
+        trunk = f"{self.layers_name.rpartition('.')[0]}."
+        visible = tuple(f"{name}." for name, module in self.model.named_modules() if module in self._ends())
+        layer_names: dict[int, list[str]] = defaultdict(list)
+        self.rest_names: list[str] = []
+        self.untouched: list[str] = []
+        sources: dict[str, set[str]] = defaultdict(set)
+        for name in self.checkpoint.index:
+            target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, known)
+            if target not in known:
+                target = name if name in known else ""
+            if target.startswith(prefix):
+                layer_names[int(target[len(prefix) :].split(".")[0])].append(name)
+                sources[target].add(self.checkpoint.index[name].dtype)
+                continue
+            self.untouched.append(name)
+            if target.startswith((trunk, *visible)):
+                self.rest_names.append(name)
+        self.stored_dtypes = {target: min(dtypes) for target, dtypes in sources.items()}
+        self.layer_names = [layer_names[index] for index in range(len(self.layers))]
+        self.model._weight_conversions = [entry for entry in self._mapping if entry.was_used()]
+        for found in self.moe_layers.values():
+            for name, _ in found.experts.named_parameters():
+                dtypes = sources[f"{found.experts_name}.{name}"]
+                dtype = TORCH_DTYPES.get(min(dtypes), torch.float32) if len(dtypes) == 1 else torch.float32
+                _retype(found.experts, name, dtype)
+
+    def _ends(self) -> list[nn.Module]:
+        return [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+
+    def load_rest(self) -> None:
+        """Make everything resident that the forward pass needs besides the layers."""
+        self._load(self.rest_names)
+        self.model.tie_weights()
+        for module in self._ends():
+            if any(parameter.is_meta for parameter in module.parameters()):
+                raise CheckpointError(
+                    f"{self.checkpoint.folder} holds no weights for the {type(module).__name__} layer."
+                )
+
+    def load(self, index: int) -> nn.Module:
+        """Make layer `index` resident; raises `CheckpointError` when the checkpoint lacks one of its tensors."""
+        self._load(self.layer_names[index])
+        layer = self.layers[index]
+        missing = [name for name, tensor in layer.state_dict().items() if tensor.is_meta]
+        if missing:
+            raise CheckpointError(
+                f"{self.checkpoint.folder} holds no weights for `{self.layers_name}.{index}.{missing[0]}`."
+            )
+        return layer
+
+    def release(self, index: int) -> None:
+        """Give the layer's memory back."""
+        release(self.layers[index])
+
+    def stored_layer(self, index: int) -> dict[str, Tensor]:
+        """The layer's tensors under the Hub's names, in the source's types; on the meta device if not resident."""
+        prefix = f"{self.layers_name}.{index}."
+        state = {prefix + name: tensor for name, tensor in self.layers[index].state_dict().items()}
+        hub = revert_weight_conversion(self.model, state)
+        return {name: self._as_stored(name, tensor) for name, tensor in hub.items()}
+
+    def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        info = self.checkpoint.index.get(name)
+        dtype = tensor.dtype if info is None else TORCH_DTYPES[info.dtype]
+        return tensor.to(dtype) if tensor.is_meta else tensor.to("cpu", dtype)
+
+    def _load(self, names: list[str]) -> None:
+        state: Mapping[str, Any] = {name: StoredTensor(self.checkpoint.index[name]) for name in names}
+        settings = LoadStateDictConfig(weight_mapping=self._mapping, dtype=torch.float32, device_map={"": self.device})
+        conversions = self.model._weight_conversions
+        info, _ = convert_and_load_state_dict_in_model(self.model, dict(state), settings)
+        self.model._weight_conversions = conversions
+        if info.mismatched_keys:
+            name, stored, expected = sorted(info.mismatched_keys)[0]
+            raise CheckpointError(f"`{name}` has the shape {tuple(stored)}, the configuration says {tuple(expected)}.")
+        if info.conversion_errors:
+            raise CheckpointError(f"The weights could not be converted: {next(iter(info.conversion_errors.values()))}")
+
+
+def _retype(module: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Give a meta parameter another dtype."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    owner._parameters[leaf] = nn.Parameter(owner._parameters[leaf].to(dtype), requires_grad=False)  # type: ignore[union-attr]

@@ -1,0 +1,383 @@
+"""The command line: one command per verb. It parses, calls and prints; what a verb does is `pipeline.py`.
+
+Nothing heavy is imported before a verb runs, so that `--help` answers at once. Errors are one sentence on stderr, and
+the exit code is that of their class: 0 done, 1 failed, 2 wrong arguments or recipe, 3 a check failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import typer
+
+from moe_compress import __version__
+from moe_compress.errors import MoECompressError, RecipeError, UsageError
+
+Verb = TypeVar("Verb", bound=Callable[..., None])
+
+LOOK, COMPRESS, MEASURE = "Look", "Compress", "Measure"  # help panels
+
+app = typer.Typer(
+    name="moe-compress",
+    help="Make Mixture-of-Experts checkpoints smaller, and show what it cost.",
+    epilog="Start with [bold]moe-compress demo[/bold]: a built-in model, offline, in minutes.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="List, read and copy the packaged recipes.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes", rich_help_panel=LOOK)
+
+
+def examples(*lines: str) -> str:
+    """An epilog with one example per line; `[` is escaped, since help is rich markup."""
+    return "[bold]Examples[/bold]\n" + "\n".join(f"  {line}" for line in lines).replace("[", r"\[")
+
+
+def guarded(verb: Verb) -> Verb:
+    """Turn what a verb raises into a sentence on stderr and an exit code; `--debug` adds the traceback."""
+
+    @functools.wraps(verb)
+    def call(*args: Any, **options: Any) -> None:
+        try:
+            verb(*args, **options)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            complain("interrupted.")
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if options.get("debug"):
+                traceback.print_exc()
+            if isinstance(error, RecipeError):
+                complain(list_mistakes(error, str(options.get("recipe", "the settings"))))
+            elif isinstance(error, MoECompressError):
+                complain(str(error))
+            else:
+                complain(
+                    f"unexpected error: {str(error).strip() or type(error).__name__} "
+                    "(run again with --debug for the traceback)"
+                )
+            raise typer.Exit(getattr(error, "exit_code", 1)) from None
+
+    return call  # type: ignore[return-value]
+
+
+def list_mistakes(error: RecipeError, source: str) -> str:
+    """All mistakes of `source`, one on a line."""
+    if len(error.problems) == 1:
+        return f"{source}: {error}"
+    return "".join([f"{len(error.problems)} mistakes in {source}:", *(f"\n  {problem}" for problem in error.problems)])
+
+
+def complain(message: str) -> None:
+    """One message on stderr."""
+    typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
+    typer.echo(message, err=True)
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moe-compress {__version__}")
+        raise typer.Exit
+
+
+Model = Annotated[str, typer.Argument(help="Hub id, folder, or `reference`.", metavar="MODEL")]
+RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged recipe.", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings that win over the recipe's, such as `steps.0.keep=0.5`.", metavar="KEY=VALUE"),
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where tensors are computed.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue where an interrupted run stopped.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT; the old one stays until the new one is complete.")]
+Work = Annotated[Path | None, typer.Option(help="Folder for intermediate results.", show_default="OUT.work")]
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Make Mixture-of-Experts checkpoints smaller, and show what it cost."""
+
+
+@app.command(
+    rich_help_panel=LOOK,
+    epilog=examples(
+        "moe-compress inspect reference",
+        "moe-compress inspect allenai/OLMoE-1B-7B-0924 --revision main",
+        "moe-compress inspect ./checkpoint --json",
+    ),
+)
+@guarded
+def inspect(
+    model: Model,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the checkpoint.")
+    ] = False,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show a checkpoint's architecture, experts, parameters, bytes and FLOPs per token."""
+    from moe_compress import console, pipeline
+
+    facts = pipeline.inspect(model, revision=revision, trust_remote_code=trust_remote_code)
+    console.print_json(facts) if json else console.print_inspection(facts)
+
+
+@recipes_app.command("ls", epilog=examples("moe-compress recipes ls"))
+@guarded
+def recipes_ls() -> None:
+    """List the packaged recipes."""
+    from moe_compress import console
+    from moe_compress.recipe import packaged_recipes
+
+    console.print_table([["recipe", "what it does"], *map(list, packaged_recipes())])
+
+
+@recipes_app.command("show", epilog=examples("moe-compress recipes show prune-reap-25"))
+@guarded
+def recipes_show(name: Annotated[str, typer.Argument(help="A packaged recipe.")]) -> None:
+    """Print a packaged recipe."""
+    from moe_compress.recipe import recipe_file
+
+    typer.echo(recipe_file(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("cp", epilog=examples("moe-compress recipes cp prune-reap-25 mine.yaml"))
+@guarded
+def recipes_cp(
+    name: Annotated[str, typer.Argument(help="A packaged recipe.")],
+    dest: Annotated[Path, typer.Argument(help="The new file, or the folder to put it in.")],
+) -> None:
+    """Copy a packaged recipe, to change it and keep it."""
+    from moe_compress.recipe import recipe_file
+
+    source = recipe_file(name)
+    target = dest / source.name if dest.is_dir() else dest
+    if target.exists():
+        raise UsageError(f"{target} exists already; remove it or choose another name.")
+    if not target.parent.is_dir():
+        raise UsageError(f"the folder {target.parent} does not exist; create it first.")
+    target.write_bytes(source.read_bytes())
+    typer.echo(f"{target}\nfor completion in an editor: moe-compress recipes schema > recipe.schema.json")
+
+
+@recipes_app.command("schema", epilog=examples("moe-compress recipes schema > recipe.schema.json"))
+@guarded
+def recipes_schema() -> None:
+    """Print the JSON schema of recipes, for completion in an editor."""
+    from moe_compress import console
+    from moe_compress.recipe import recipe_schema
+
+    console.print_json(recipe_schema())
+
+
+@app.command(
+    rich_help_panel=LOOK,
+    epilog=examples(
+        "moe-compress validate prune-reap-25",
+        "moe-compress validate mine.yaml model=./checkpoint steps.0.keep=0.5",
+    ),
+)
+@guarded
+def validate(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Show every mistake in a recipe at once; reads no weights."""
+    from moe_compress.recipe import load_recipe
+
+    steps = [step.op for step in load_recipe(recipe, overrides or (), runnable=True).steps]
+    typer.echo(f"{recipe} is valid: {' -> '.join(steps) or 'no steps, the checkpoint is copied unchanged'}.")
+
+
+@app.command(
+    rich_help_panel=COMPRESS,
+    epilog=examples(
+        "moe-compress score prune-reap-25 scores",
+        "moe-compress score mine.yaml scores calibration.num_samples=512",
+        "moe-compress plan mine.yaml --scores scores steps.0.keep=0.5",
+    ),
+)
+@guarded
+def score(
+    recipe: RecipeArgument,
+    work: Annotated[Path, typer.Argument(help="Folder for the scores.", metavar="WORK")],
+    overrides: Overrides = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Measure every expert on the calibration tokens, once for all later plans."""
+    from moe_compress import console, pipeline
+    from moe_compress.progress import progress_for_terminal
+    from moe_compress.recipe import load_recipe
+
+    scores = pipeline.score(load_recipe(recipe, overrides or ()), work, device=device, progress=progress_for_terminal())
+    console.print_score_summary(scores.summary())
+    command = shlex.join(["moe-compress", "plan", recipe, "--scores", str(work), *(overrides or ())])
+    typer.echo(f"scores are in {work}; next: {command}")
+
+
+@app.command(
+    rich_help_panel=COMPRESS,
+    epilog=examples(
+        "moe-compress plan prune-reap-25",
+        "moe-compress plan prune-reap-25 --scores scores steps.0.keep=0.5",
+        "moe-compress plan mine.yaml --scores scores steps.0.scope=global --json",
+    ),
+)
+@guarded
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Folder that `score` wrote; without it only sizes are predicted.")
+    ] = None,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what would happen to every expert, with the predicted sizes; touches no weights."""
+    from moe_compress import console, pipeline
+    from moe_compress.recipe import load_recipe
+
+    planned = pipeline.plan(load_recipe(recipe, overrides or ()), scores=scores)
+    console.print_json(planned) if json else console.print_plan(planned)
+
+
+@app.command(
+    rich_help_panel=COMPRESS,
+    epilog=examples(
+        "moe-compress run prune-reap-25 out",
+        "moe-compress run prune-reap-25 out model=./checkpoint steps.0.keep=0.5",
+        "moe-compress run prune-reap-25 out 'eval.tasks=[gsm8k, arc_easy]'",
+        "moe-compress run mine.yaml out --dry-run",
+        "moe-compress run mine.yaml out --resume",
+    ),
+)
+@guarded
+def run(
+    recipe: RecipeArgument,
+    out: Annotated[Path, typer.Argument(help="Folder for the new checkpoint and its report.", metavar="OUT")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan, write nothing.")] = False,
+    resume: Resume = False,
+    force: Force = False,
+    work: Work = None,
+    keep_steps: Annotated[
+        bool, typer.Option("--keep-steps", help="Keep the checkpoint after each step in the work folder.")
+    ] = False,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Compress, verify, evaluate and report, start to finish."""
+    from moe_compress.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or (), runnable=True)
+    if dry_run:
+        from moe_compress import console, pipeline
+
+        console.print_plan(pipeline.plan(loaded))
+        typer.echo(f"a dry run: nothing was written to {out}.")
+        return
+    again = ["moe-compress", "run", recipe, str(out), *(overrides or ()), "--resume", *["--force"] * force]
+    again += ["--work", str(work)] * (work is not None) + ["--keep-steps"] * keep_steps
+    again += ["--device", device] * (device != "auto")
+    run_recipe(loaded, out, again, resume=resume, force=force, work=work, keep_steps=keep_steps, device=device)
+
+
+def run_recipe(loaded: Any, out: Path, again: list[str], *, work: Path | None = None, **options: Any) -> None:
+    """Run a loaded recipe and print its report; an interrupt says how to continue (`again`)."""
+    from moe_compress import console, pipeline
+    from moe_compress.progress import progress_for_terminal
+
+    try:
+        report = pipeline.run(loaded, out, work=work, progress=progress_for_terminal(), **options)
+    except KeyboardInterrupt:
+        state = work or out.with_name(f"{out.name}.work")
+        kept = f"what is done is kept in {state}; continue with: {shlex.join(again)}"
+        complain(f"interrupted; {kept if state.exists() else 'nothing was written yet.'}")
+        raise typer.Exit(130) from None
+    console.print_report(report)
+    typer.echo(f"checkpoint: {out}\nreport: {out / 'report.md'}")
+
+
+@app.command(
+    rich_help_panel=COMPRESS,
+    epilog=examples("moe-compress demo", "moe-compress demo demo-out --force"),
+)
+@guarded
+def demo(
+    out: Annotated[Path, typer.Argument(help="Folder for the result.", metavar="[OUT]")] = Path("demo-out"),
+    resume: Resume = False,
+    force: Force = False,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Prune the built-in model to 75 % of its experts and show what that cost; offline, in minutes."""
+    from moe_compress.recipe import load_recipe
+
+    again = ["moe-compress", "demo", str(out), "--resume", *["--force"] * force]
+    again += ["--device", device] * (device != "auto")
+    run_recipe(load_recipe("demo", runnable=True), out, again, resume=resume, force=force, device=device)
+
+
+@app.command(
+    "eval",
+    rich_help_panel=MEASURE,
+    epilog=examples(
+        "moe-compress eval reference --tasks reference",
+        "moe-compress eval out --baseline ./original --tasks gsm8k --limit 100",
+        "moe-compress eval out --tasks gsm8k num_fewshot=5 --output results",
+    ),
+)
+@guarded
+def evaluate(
+    ckpt: Annotated[str, typer.Argument(help="Hub id, folder, or `reference`.", metavar="CKPT")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Other settings of a recipe's `eval`, such as `num_fewshot=5`.", metavar="KEY=VALUE"),
+    ] = None,
+    baseline: Annotated[str | None, typer.Option(help="The original to compare with.", metavar="MODEL")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval tasks, comma-separated; without any, only size and speed.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples per task.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Measure a checkpoint: accuracy, size and speed, beside its original's."""
+    from moe_compress import console, pipeline
+    from moe_compress.recipe import load_eval_config
+
+    named = {"tasks": tasks and [task.strip() for task in tasks.split(",") if task.strip()], "limit": limit}
+    config = load_eval_config({key: value for key, value in named.items() if value is not None}, overrides or ())
+    console.print_report(
+        pipeline.evaluate_checkpoint(ckpt, baseline=baseline, config=config, output=output, device=device)
+    )
+
+
+@app.command(rich_help_panel=MEASURE, epilog=examples("moe-compress verify out"))
+@guarded
+def verify(
+    out: Annotated[Path, typer.Argument(help="A folder that `run` wrote.", metavar="OUT")], debug: Debug = False
+) -> None:
+    """Check a result again: hashes, keys, logits in a fresh process, coverage, target."""
+    from moe_compress import console, pipeline
+    from moe_compress.errors import VerificationError
+
+    try:
+        checks = pipeline.verify(out)
+    except VerificationError as error:
+        console.print_checks(getattr(error, "checks", {}))
+        raise
+    console.print_checks(checks)

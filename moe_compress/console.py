@@ -1,0 +1,135 @@
+"""What the command line prints: the dicts of `pipeline` as tables on stdout. It measures nothing.
+
+Tables keep their full width when stdout is no terminal, so that nothing is cut in a file or a pipe.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+PIPE_WIDTH = 200  # columns where no terminal says its own
+MAX_LISTED = 8  # starved experts named one by one
+
+
+def print_json(data: object) -> None:
+    """`data` as indented JSON."""
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def print_table(rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """Rows of text; the first is the header, the first column names the row, figures stand to the right."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(rows[0]):
+        cells = [row[index] for row in rows[1:]]
+        figures = index > 0 and any(cell[:1].isdigit() for cell in cells)
+        table.add_column(Text(name), justify="right" if figures else "left")
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    _console().print(table)
+
+
+def print_inspection(facts: Mapping[str, Any]) -> None:
+    """What `pipeline.inspect` found."""
+    from moe_compress.report.tables import format_bytes, format_count, format_flops
+
+    shared = ", and shared experts" if facts["shared_experts"] else ""
+    print(f"{facts['model']}: {facts['architecture']} ({facts['model_type']}, {facts['dtype']})")
+    print(
+        f"{facts['num_layers']} layers, {len(facts['moe_layers'])} of them with {facts['num_experts']} experts, "
+        f"{facts['top_k']} per token{shared}"
+    )
+    columns = (facts["params"], format_count), (facts["bytes"], format_bytes), (facts["flops_per_token"], format_flops)
+    rows = [["part", "parameters", "stored", "FLOPs per token"]]
+    for part in dict.fromkeys(part for values, _ in columns for part in values):
+        rows.append([part, *(show(values[part]) if part in values else "-" for values, show in columns)])
+    flops = format_flops(sum(facts["flops_per_token"].values()))
+    rows.append(["all", format_count(facts["total_params"]), format_bytes(facts["stored_bytes"]), flops])
+    print_table(rows)
+    print(f"active parameters per token: {format_count(facts['active_params'])}")
+    print(f"KV cache per token: {format_bytes(facts['kv_bytes_per_token'])}")
+    for sentence in facts["tiers"]:
+        print(sentence)
+
+
+def print_score_summary(summary: Mapping[str, Any]) -> None:
+    """What `score` measured, and the experts that saw too few tokens."""
+    print(
+        f"{summary['experts']} experts in {summary['moe_layers']} layers, {summary['calibration_tokens']:,} "
+        f"calibration tokens; the least used expert was routed {summary['fewest_tokens_per_expert']:,}"
+    )
+    starved = [f"{layer}/{expert}" for layer, expert in summary["starved"]]
+    if starved:
+        more = f" and {len(starved) - MAX_LISTED} more" if len(starved) > MAX_LISTED else ""
+        print(f"starved (layer/expert): {', '.join(starved[:MAX_LISTED])}{more}; calibrate on more tokens")
+
+
+def print_plan(planned: Mapping[str, Any]) -> None:
+    """What `pipeline.plan` decided for each layer, and the sizes it predicts."""
+    from moe_compress.report.tables import FIGURES, format_bytes, format_percent
+
+    for index, step in enumerate(planned["steps"]):
+        print(f"steps.{index}: {step['op']}, criterion {_word(step['criterion'])}, keep {step['keep']}")
+        layers = [layer for layer in step.get("layers", ()) if layer.get("keep")]
+        if layers:
+            rows = [["layer", "experts", "kept", "which"]]
+            for layer in layers:
+                kept = layer["keep"]
+                rows.append([str(layer["layer"]), str(layer["num_experts"]), str(len(kept)), " ".join(map(str, kept))])
+            print_table(rows)
+        else:
+            print(f"{step['experts_per_layer']} experts stay in each layer; `moe-compress score` tells which")
+    rows = [["predicted", "baseline", "compressed", "ratio"]]
+    for path, label, show in FIGURES:
+        before, after = (planned[side].get(path[0]) for side in ("baseline", "predicted"))
+        if len(path) == 1 and before and after is not None:
+            rows.append([label, show(before), show(after), format_percent(after / before)])
+    print_table(rows)
+    print(f"disk needed while it runs: {format_bytes(planned['disk_needed'])}")
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """A report's comparison, the random prunings beside it, and its checks, as far as it has them."""
+    from moe_compress.report.tables import summary_rows
+
+    rows = [[row.label, row.baseline, row.compressed, row.ratio, row.recovery] for row in summary_rows(report)]
+    print_table([["", "baseline", "compressed", "ratio", "recovery"], *rows])
+    if report.get("random_summary"):
+        print_table(_random_rows(report))
+    if report.get("checks"):
+        print_checks(report["checks"])
+
+
+def print_checks(checks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Each check with what it found."""
+    rows = [[name, "passed" if check["passed"] else "FAILED", check["detail"]] for name, check in checks.items()]
+    if rows:
+        print_table([["check", "result", "detail"], *rows])
+
+
+def _random_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """The chosen criterion beside the random prunings: their mean and the best of them."""
+    from moe_compress.report.tables import NOTHING, format_metric, format_number, metric_label
+
+    rows = [["", "compressed", "random: mean", "random: best", "seeds"]]
+    for task, metrics in report["random_summary"].items():
+        for name, draws in metrics.items():
+            chosen = report["compressed"]["tasks"][task][name]
+            best = NOTHING if draws["best"] is None else format_number(draws["best"])
+            label = metric_label(task, name, chosen.get("higher_is_better"))
+            rows.append([label, format_metric(chosen), format_number(draws["mean"]), best, str(draws["count"])])
+    return rows
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
+
+
+def _word(criterion: object) -> str:
+    return criterion if isinstance(criterion, str) else json.dumps(criterion)

@@ -1,0 +1,52 @@
+"""What a run was made from and with: source, versions, hardware. It decides whether a run can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from moe_compress.checkpoint.source import Checkpoint
+
+LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "datasets", "lm_eval", "accelerate")
+
+
+def describe_source(source: Checkpoint) -> dict[str, Any]:
+    """Where the source came from, and a fingerprint that changes when one of its files does."""
+    digest = hashlib.sha256((source.folder / "config.json").read_bytes())
+    for file in source.index.files:
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {'' if source.revision else status.st_mtime_ns}".encode())
+    for name, info in sorted(source.index.items()):
+        digest.update(f"{name} {info.dtype} {info.shape} {info.start}".encode())
+    return {
+        "model": source.model_id,
+        "revision": source.revision,
+        "fingerprint": digest.hexdigest(),
+        "tensors": len(source.index),
+        "bytes": source.index.nbytes,
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and the libraries that compute or read."""
+    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Processor, cores, memory and accelerator."""
+    import psutil
+    import torch
+
+    found: dict[str, Any] = {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "device": device,
+    }
+    if device.startswith("cuda"):
+        found["gpu"] = torch.cuda.get_device_name()
+    return found

@@ -1,0 +1,11 @@
+"""The few facts that structure does not tell."""
+
+from __future__ import annotations
+
+# Names that configurations use for the number of routed experts, and for routed experts per token.
+EXPERT_COUNT_KEYS = (
+    "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"
+)  # fmt: skip
+TOP_K_KEYS = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k"
+)  # fmt: skip

@@ -1,0 +1,241 @@
+"""What a recipe is, and how one is read: YAML file, packaged name or dict, overrides on top, every mistake at once.
+
+A mistake is an unknown key, a wrong value, or a setting that would have no effect; each is reported with its dotted
+path and its line in the file. Whether a model or a data set exists is not checked here: no weights, no
+network, no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+
+from moe_compress.calibrate.config import CalibrationConfig
+from moe_compress.compress.prune.config import PruneConfig
+from moe_compress.errors import UsageError
+from moe_compress.eval.config import EvalConfig
+from moe_compress.settings import Document, Location, did_you_mean, plain, read_yaml
+
+RECIPES = Path(__file__).parent / "recipes"
+REFERENCE = "reference"
+TASK_SETTINGS = ("include_path", "limit", "batch_size", "num_fewshot", "apply_chat_template", "max_gen_toks", "seed")
+
+_UNITS = {"B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
+
+
+def parse_size(value: object) -> int:
+    """Bytes of `4GB`, `500MB`, `1.5GiB` or a plain number (GB is 10^9, GiB 2^30 bytes); otherwise ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?", str(value).strip(), re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
+    if size < 1:
+        raise ValueError(f"should be a size such as `4GB` or `500MB`, got `{value}`")
+    return size
+
+
+def format_size(size: int) -> str:
+    """The shortest exact form that `parse_size` reads back: `4GB`, `1500MB`, `12345B`."""
+    unit = next(unit for unit in ("TB", "GB", "MB", "KB", "B") if size % _UNITS[unit] == 0)
+    return f"{size // _UNITS[unit]}{unit}"
+
+
+Size = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    PlainSerializer(format_size, when_used="json"),
+    WithJsonSchema({"anyOf": [{"type": "string", "pattern": r"^\d+(\.\d+)?\s*([KMGT]i?)?B$"}, {"type": "integer"}]}),
+]
+
+
+class ExportConfig(BaseModel):
+    """How the result is written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tier: Literal["stock", "plugin"] = Field(
+        default="stock",
+        description="`stock`: plain transformers loads it. `plugin`: needs this package (not available yet).",
+    )
+    max_shard_size: Size = Field(default=4 * 10**9, description="Largest safetensors file, such as `4GB` or `500MB`.")
+
+
+class Recipe(BaseModel):
+    """What to do to which checkpoint, and how to measure it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(min_length=1, description="Hub id, folder, or `reference` (the model inside this package).")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a Hub id.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Precision to compute in; weights are stored in the checkpoint's own."
+    )
+    trust_remote_code: bool = Field(default=False, description="Run modelling code that comes with the checkpoint.")
+    calibration: CalibrationConfig = Field(
+        default=CalibrationConfig(dataset=REFERENCE),
+        description="The tokens that experts are measured on; required when there are steps.",
+    )
+    steps: list[PruneConfig] = Field(
+        default=[], description="Transformations in order; none copies the checkpoint unchanged."
+    )
+    export: ExportConfig = Field(default=ExportConfig(), description="How the result is written.")
+    eval: EvalConfig = Field(default=EvalConfig(), description="How the result is measured.")
+
+
+def load_recipe(
+    source: str | Path | Mapping[str, Any] | Recipe,
+    overrides: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    *,
+    runnable: bool = False,
+) -> Recipe:
+    """Read a recipe from a YAML file, a packaged recipe's name, a dict or a `Recipe`.
+
+    `settings` replace top-level keys; `overrides` are dotted `key=value` texts (`steps.0.keep=0.5`), their values read
+    as YAML, the last one winning over all else. With `runnable`, what `check_tier` refuses is among the mistakes.
+    Raises `RecipeError` with every mistake, `UsageError` when there is no such file or packaged recipe.
+    """
+    document = _read(source)
+    for key, value in (settings or {}).items():
+        document.set((key,), value)
+    document.override(overrides)
+    for path, why in _incomplete(document.values):
+        document.problem(path, why)
+    for path, why in _idle(document.values):
+        document.problem(path, f"has no effect: {why}")
+    for path, why in _beyond_tier(document.values) if runnable else ():
+        document.problem(path, why)
+    recipe = document.validate(Recipe)
+    document.check()
+    assert recipe is not None
+    return recipe
+
+
+def load_eval_config(settings: Mapping[str, Any], overrides: Sequence[str] = ()) -> EvalConfig:
+    """An `EvalConfig` of `settings` with `key=value` overrides on top; `RecipeError` with every mistake."""
+    document = Document(plain(settings))
+    document.override(overrides)
+    config = document.validate(EvalConfig)
+    document.check()
+    assert config is not None
+    return config
+
+
+def check_tier(recipe: Recipe) -> None:
+    """Raise `RecipeError` when a step makes what the recipe's export tier may not hold (nothing is read for it)."""
+    document = Document(recipe.model_dump())
+    for path, why in _beyond_tier(document.values):
+        document.problem(path, why)
+    document.check()
+
+
+def packaged_recipes() -> list[tuple[str, str]]:
+    """Name and description (its first comment line) of each recipe in the package."""
+    files = sorted(RECIPES.glob("*.yaml"))
+    return [(file.stem, file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")) for file in files]
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a packaged recipe; `UsageError` with the nearest name when there is none."""
+    names = [known for known, _ in packaged_recipes()]
+    if name not in names:
+        hint = did_you_mean(name, names) or f"; packaged are {', '.join(names)}."
+        raise UsageError(f"`{name}` is neither a recipe file nor a packaged recipe{hint}")
+    return RECIPES / f"{name}.yaml"
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every default that has an effect written out; `load_recipe` reads it back equal."""
+    values = recipe.model_dump(mode="json")
+    for path, _ in dict.fromkeys(_idle(values)):
+        parent: Any = values
+        for key in path[:-1]:
+            parent = parent[key]
+        parent.pop(path[-1], None)
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _read(source: str | Path | Mapping[str, Any] | Recipe) -> Document:
+    if isinstance(source, Recipe):
+        return Document(source.model_dump(exclude_unset=True))
+    if isinstance(source, Mapping):
+        return Document(plain(source))
+    path = Path(source)
+    return read_yaml(path if path.is_file() else recipe_file(str(source)))
+
+
+# Rules between settings. They judge the document as given, so that they are reported beside other mistakes.
+
+
+def _incomplete(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
+    """Every setting that another one needs."""
+    if values.get("steps") and isinstance(values["steps"], list) and "calibration" not in values:
+        yield ("calibration",), "missing: the steps measure experts on it; give it a `dataset`"
+
+
+def _idle(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
+    """Every setting that is given and would change nothing, with the reason."""
+    model, calibration, evaluation = values.get("model"), values.get("calibration"), values.get("eval")
+    if values.get("revision") is not None and isinstance(model, str) and (model == REFERENCE or Path(model).is_dir()):
+        yield ("revision",), f"`{model}` is no Hub id"
+    if isinstance(calibration, dict):
+        yield from _idle_calibration(calibration)
+    steps = values.get("steps")
+    steps = steps if isinstance(steps, list) else []
+    for index, step in enumerate(steps):
+        if isinstance(step, dict) and "seed" in step and step.get("criterion", "random") != "random":
+            yield ("steps", index, "seed"), "only the criterion `random` draws numbers"
+    if isinstance(evaluation, dict):
+        prunes = any(isinstance(step, dict) and step.get("op") == "prune" for step in steps)
+        yield from _idle_evaluation(evaluation, prunes)
+
+
+def _idle_calibration(calibration: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
+    parts = calibration.get("dataset")
+    if not isinstance(parts, list):
+        return
+    for key in ("split", "text_field", "config_name"):
+        if key in calibration:
+            yield ("calibration", key), "each item of the `dataset` list has its own"
+    if len(parts) == 1 and isinstance(parts[0], dict) and "weight" in parts[0]:
+        yield ("calibration", "dataset", 0, "weight"), "there is one data set only"
+
+
+def _idle_evaluation(evaluation: Mapping[str, Any], prunes: bool) -> Iterator[tuple[Location, str]]:
+    draws = evaluation.get("random_baselines")
+    draws_some = isinstance(draws, int) and draws > 0
+    misspelt = set(evaluation) - set(EvalConfig.model_fields)  # perhaps `tasks` itself
+    if not evaluation.get("tasks") and not misspelt:
+        for key in TASK_SETTINGS:
+            if key in evaluation:
+                yield ("eval", key), "`eval.tasks` is empty"
+        if draws_some:
+            yield ("eval", "random_baselines"), "`eval.tasks` is empty"
+    if draws_some and not prunes:
+        yield ("eval", "random_baselines"), "there is no prune step to compare with random ones"
+
+
+def _beyond_tier(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
+    """Every step, or the tier itself, that cannot be exported as asked, with the reason."""
+    export, steps = values.get("export"), values.get("steps")
+    if isinstance(export, dict) and export.get("tier") == "plugin":
+        yield ("export", "tier"), "the tier `plugin` is not available yet; only `stock` can be written"
+        return
+    for index, step in enumerate(steps if isinstance(steps, list) else []):
+        if isinstance(step, dict) and step.get("scope") == "global":
+            yield (
+                ("steps", index, "scope"),
+                f"step {index} ({step.get('op')}) would leave a different number of experts in each layer, which the "
+                "tier `stock` cannot hold; use `scope: layer`, or only `plan` it",
+            )

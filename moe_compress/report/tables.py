@@ -1,0 +1,147 @@
+"""The figures of a report as text: how numbers are written, and the rows that every table shows.
+
+Bytes are decimal (1 GB = 10^9 bytes), as on the Hub. A figure that is missing reads `not measured`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MISSING = "not measured"
+UNDEFINED = "undefined"
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One line of the comparison; every field is ready to print."""
+
+    label: str
+    baseline: str
+    compressed: str
+    ratio: str
+    recovery: str
+    provenance: str
+
+
+def format_bytes(size: float) -> str:
+    """`13.8 GB`: three digits in decimal units."""
+    return _scaled(size, (" B", " kB", " MB", " GB", " TB", " PB"))
+
+
+def format_count(count: float) -> str:
+    """`6.92 B`: parameters in thousands (K), millions (M), billions (B)."""
+    return _scaled(count, ("", " K", " M", " B", " T"))
+
+
+def format_flops(flops: float) -> str:
+    """`2.43 GFLOP`."""
+    return _scaled(flops, (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP"))
+
+
+def format_rate(rate: float) -> str:
+    """`1,234 tokens/s`."""
+    return f"{format_number(rate)} tokens/s"
+
+
+def format_number(value: float) -> str:
+    """Four digits, with separators where there are more before the point: `0.853`, `12.35`, `1,234`."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def format_score(value: float) -> str:
+    """A task's metric, decimals by size so that a column lines up: `0.8530`, `12.35`, `1,234`."""
+    size = abs(value)
+    return f"{value:.4f}" if size < 10 else f"{value:.2f}" if size < 1000 else format_number(value)
+
+
+def format_percent(share: float | None, stderr: float | None = None) -> str:
+    """`75.0 %`, `98.2 ± 0.5 %`; `undefined` for None."""
+    if share is None:
+        return UNDEFINED
+    return f"{share * 100:.1f} %" if stderr is None else f"{share * 100:.1f} ± {stderr * 100:.1f} %"
+
+
+def format_metric(metric: Mapping[str, Any] | None) -> str:
+    """`0.8530 ± 0.0110` of {"value", "stderr"}; `not measured` for None."""
+    if metric is None or metric.get("value") is None:
+        return MISSING
+    value, stderr = float(metric["value"]), metric.get("stderr")
+    return format_score(value) if stderr is None else f"{format_score(value)} ± {format_score(stderr)}"
+
+
+def metric_label(task: str, metric: str, higher_is_better: bool | None) -> str:
+    """`arc_easy · acc ↑`: the arrow points to better."""
+    arrow = "" if higher_is_better is None else " ↑" if higher_is_better else " ↓"
+    return f"{task} · {metric.removesuffix(',none')}{arrow}"
+
+
+Formatter = Callable[[float], str]
+FIGURES: tuple[tuple[tuple[str, ...], str, Formatter], ...] = (
+    (("total_params",), "total parameters", format_count),
+    (("active_params",), "active parameters per token", format_count),
+    (("stored_bytes",), "stored size", format_bytes),
+    (("active_bytes_per_token",), "weight bytes read per token", format_bytes),
+    (("flops_per_token",), "FLOPs per token", format_flops),
+    (("expert_flops_per_token",), "routed expert FLOPs per token", format_flops),
+    (("experts_per_token_mean",), "routed experts per token, mean", format_number),
+    (("kv_bytes_per_token",), "KV cache per token", format_bytes),
+    (("speed", "prefill_tokens_per_s"), "prefill speed", format_rate),
+    (("speed", "decode_tokens_per_s"), "decode speed", format_rate),
+    (("peak_rss_bytes",), "peak memory (RSS)", format_bytes),
+    (("peak_gpu_bytes",), "peak GPU memory", format_bytes),
+)
+# Rows shown even when nothing has them: their absence is news.
+ALWAYS = {"stored_bytes", "speed", "peak_rss_bytes"}
+
+
+def summary_rows(report: Mapping[str, Any]) -> list[SummaryRow]:
+    """The rows of the table baseline / compressed / ratio / recovery: costs first, then every metric of every task."""
+    return _figure_rows(report) + _task_rows(report)
+
+
+def _figure_rows(report: Mapping[str, Any]) -> list[SummaryRow]:
+    rows = []
+    for path, label, formatter in FIGURES:
+        values = [_get(report[side], path) for side in ("baseline", "compressed")]
+        if values == [None, None] and path[0] not in ALWAYS:
+            continue
+        ratio = NOTHING if None in values else format_percent(_get(report["ratio"], path))
+        texts = [MISSING if value is None else formatter(value) for value in values]
+        provenance = report["provenance"].get(path[0], NOTHING)
+        rows.append(SummaryRow(label, texts[0], texts[1], ratio, NOTHING, provenance))
+    return rows
+
+
+def _task_rows(report: Mapping[str, Any]) -> list[SummaryRow]:
+    rows = []
+    sides = [report[side].get("tasks", {}) for side in ("baseline", "compressed")]
+    for task in dict.fromkeys([*sides[1], *sides[0]]):
+        metrics = [side.get(task, {}) for side in sides]
+        for name in dict.fromkeys([*metrics[1], *metrics[0]]):
+            values = [metric.get(name) for metric in metrics]
+            better = next(value for value in values if value is not None).get("higher_is_better")
+            left = report["recovery_by_metric"].get(task, {}).get(name)
+            recovery = NOTHING if left is None else format_percent(left["value"], left["stderr"])
+            label = metric_label(task, name, better)
+            texts = [format_metric(value) for value in values]
+            rows.append(SummaryRow(label, texts[0], texts[1], NOTHING, recovery, report["provenance"]["tasks"]))
+    return rows
+
+
+def _get(figures: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    value: Any = figures
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    """Three digits and the unit, 1000 apart."""
+    power = 0
+    while abs(value) >= 999.5 and power < len(units) - 1:
+        value /= 1000
+        power += 1
+    return f"{value:.3g}{units[power]}"

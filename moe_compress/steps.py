@@ -1,0 +1,157 @@
+"""One step of a recipe: score, plan, apply, from a checkpoint to a checkpoint folder; each part is kept and reused.
+
+FOLDER/scores/       what calibration measured
+FOLDER/plan.json     what happens to every expert
+FOLDER/checkpoint/   the new checkpoint
+FOLDER/step.json     what was done; there only when the step is complete
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from moe_compress.calibrate.config import CalibrationConfig
+from moe_compress.calibrate.data import load_calibration
+from moe_compress.calibrate.scores import Scores
+from moe_compress.calibrate.sweep import collect
+from moe_compress.checkpoint.index import DTYPE_BITS
+from moe_compress.checkpoint.rewrite import Identity, open_rewritten, rewrite
+from moe_compress.checkpoint.source import Checkpoint
+from moe_compress.checkpoint.stream import LayerStream
+from moe_compress.checkpoint.writer import write_json
+from moe_compress.compress.prune.apply import PruneChange
+from moe_compress.compress.prune.config import PruneConfig
+from moe_compress.compress.prune.plan import PrunePlan, plan_prune
+from moe_compress.manifest import describe_source
+from moe_compress.models.layers import routing_groups
+from moe_compress.progress import Progress
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What every step needs besides its own settings."""
+
+    calibration: CalibrationConfig
+    max_shard_bytes: int
+    device: str
+    progress: Progress
+
+
+def score_step(source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Scores:
+    """Measure the experts of `source` on the calibration tokens, or read what was measured before."""
+    if (folder / "scores.json").exists():
+        return Scores.load(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    data = load_calibration(around.calibration, tokenizer, max_length=longest)
+    fingerprint = {"source": describe_source(source), "tokens": data.fingerprint, "data": data.sources}
+    stream = LayerStream(source, around.device)
+    with around.progress.stage(f"{title}: score", len(stream.layers)) as stage:
+        return collect(
+            stream,
+            data.tokens,
+            batch_size=around.calibration.batch_size,
+            folder=folder,
+            fingerprint=fingerprint,
+            min_tokens_per_expert=around.calibration.min_tokens_per_expert,
+            stage=stage,
+        )
+
+
+def plan_step(step: PruneConfig, scores: Scores, source: Checkpoint) -> PrunePlan:
+    """Choose the experts to keep."""
+    text: Any = source.config.get_text_config()
+    return plan_prune(
+        step,
+        scores,
+        num_decoder_layers=text.num_hidden_layers,
+        num_groups=routing_groups(source.config),
+        groups_per_token=getattr(text, "topk_group", None),
+    )
+
+
+def run_step(step: PruneConfig, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Checkpoint:
+    """Score, plan and apply one step, going on where an earlier run of it stopped; returns the new checkpoint."""
+    checkpoint = folder / "checkpoint"
+    if not (folder / "step.json").exists():
+        scores = score_step(source, folder / "scores", around, title)
+        plan = plan_step(step, scores, source)
+        write_json(folder / "plan.json", plan.to_json())
+        stream = LayerStream(source, around.device)
+        dropped = dropped_bytes(plan, stream)
+        apply(plan, source, checkpoint, around, title)
+        write_json(folder / "step.json", record(plan, scores, dropped))
+    return open_rewritten(checkpoint, source)
+
+
+def apply(plan: PrunePlan, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> None:
+    """Write the checkpoint that a plan makes of `source`."""
+    with around.progress.stage(f"{title}: apply", source.config.get_text_config().num_hidden_layers) as stage:
+        rewrite(
+            source,
+            folder,
+            PruneChange(plan),
+            max_shard_bytes=around.max_shard_bytes,
+            device=around.device,
+            stage=stage,
+        )
+
+
+def run_identity(source: Checkpoint, folder: Path, around: Surroundings) -> Checkpoint:
+    """Stream the checkpoint through its layers unchanged."""
+    checkpoint = folder / "checkpoint"
+    if not (folder / "done").exists():
+        with around.progress.stage("identity", source.config.get_text_config().num_hidden_layers) as stage:
+            rewrite(
+                source,
+                checkpoint,
+                Identity(),
+                max_shard_bytes=around.max_shard_bytes,
+                device=around.device,
+                stage=stage,
+            )
+        (folder / "done").touch()
+    return open_rewritten(checkpoint, source)
+
+
+def record(plan: PrunePlan, scores: Scores, dropped: int) -> dict[str, Any]:
+    """What a finished prune step did, for the manifest and the checks."""
+    largest = max(layer.num_experts for layer in plan.layers)
+    return {
+        "op": "prune",
+        "config": plan.config.model_dump(mode="json"),
+        "keep": {str(layer.layer): list(layer.keep) for layer in plan.layers},
+        "protected": {str(layer.layer): list(layer.protected) for layer in plan.layers if layer.protected},
+        "starved": scores.starved,
+        "coverage": scores.summary(),
+        "calibration": scores.fingerprint,
+        "dropped_bytes": dropped,
+        "target": {
+            "asked": plan.num_asked / plan.num_experts,
+            "achieved": plan.num_kept / plan.num_experts,
+            "rounding": 0.5 / largest,
+        },
+    }
+
+
+def dropped_bytes(plan: PrunePlan, stream: LayerStream) -> int:
+    """Stored bytes of the experts and router rows that a plan drops, worked out from the source's headers."""
+    total = 0
+    for layer in plan.layers:
+        moe = stream.moe_layers[layer.layer]
+        tensors = moe.expert_tensors() | {name: tensor for name, (tensor, _) in moe.router_tensors().items()}
+        for name, tensor in tensors.items():
+            bits = DTYPE_BITS[stream.stored_dtypes[f"{moe.block_name}.{name}"]]
+            total += tensor.numel() // moe.num_experts * bits // 8 * (moe.num_experts - len(layer.keep))
+    return total
+
+
+def load_record(folder: Path) -> dict[str, Any]:
+    """What `record` said about a finished step."""
+    content: dict[str, Any] = json.loads((folder / "step.json").read_text())
+    return content

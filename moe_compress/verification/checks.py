@@ -1,0 +1,161 @@
+"""The five checks that end every run. Each looks at what lies on disk, not at what the run believes it wrote.
+
+1. coverage: every kept expert saw calibration tokens; the ones that did not were dropped, and are listed.
+2. bytes: every source tensor was copied (same bytes) or passed through a layer, and the layers shrank by what the plan drops.
+3. keys: names, types and shapes on disk are those the new configuration calls for; every shard has its recorded hash.
+4. logits: a fresh process that cannot import this package loads the folder and gives the apply sweep's logits.
+5. target: the size asked for was reached.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_compress.checkpoint.index import TensorIndex
+from moe_compress.checkpoint.rewrite import PROBE_FILE, Ledger
+from moe_compress.checkpoint.writer import sha256_of, tensor_sha256
+from moe_compress.errors import MoECompressError, UsageError, VerificationError
+from moe_compress.progress import Progress
+
+MANIFEST_FILE = "manifest.json"
+# Largest allowed difference of logits, relative to their spread. Both sides compute in float32 with different kernels.
+LOGITS_TOLERANCE = 1e-3
+TARGET_TOLERANCE = 0.02  # of the fraction of experts kept
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check's outcome, in a sentence."""
+
+    passed: bool
+    detail: str
+
+
+def verify(folder: Path, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Run the five checks on a finished checkpoint folder and return their outcomes by name.
+
+    Raises `UsageError` when the folder was not made by this program; a failed check is returned, not raised.
+    """
+    manifest_file = folder / MANIFEST_FILE
+    if not manifest_file.exists():
+        raise UsageError(f"{folder} has no {MANIFEST_FILE}: `verify` checks folders that `moe-compress run` made.")
+    manifest = json.loads(manifest_file.read_text())
+    ledger = Ledger.load(folder)
+    checks: dict[str, Callable[[], Check]] = {
+        "coverage": lambda: check_coverage(manifest),
+        "bytes": lambda: check_bytes(folder, ledger, manifest),
+        "keys": lambda: check_keys(folder, ledger),
+        "logits": lambda: check_logits(folder),
+        "target": lambda: check_target(manifest, TensorIndex.from_folder(folder)),
+    }
+    outcome = {}
+    with progress.stage("verify", len(checks), "check") as stage:
+        for name, check in checks.items():
+            try:
+                result = check()
+            except MoECompressError as error:
+                result = Check(False, str(error))
+            outcome[name] = asdict(result)
+            stage.advance(name)
+    return outcome
+
+
+def raise_on_failure(checks: dict[str, dict[str, Any]]) -> None:
+    """Raise `VerificationError` naming every failed check."""
+    failed = [f"{name} ({check['detail']})" for name, check in checks.items() if not check["passed"]]
+    if failed:
+        raise VerificationError(f"Verification failed: {'; '.join(failed)}")
+
+
+def check_coverage(manifest: dict[str, Any]) -> Check:
+    """Every kept expert saw at least the asked number of calibration tokens."""
+    listed: list[str] = []
+    kept: list[str] = []
+    for step in manifest["steps"]:
+        for layer, expert in step.get("starved", []):
+            (kept if expert in step["keep"][str(layer)] else listed).append(f"layer {layer} expert {expert}")
+    if kept:
+        return Check(False, f"kept without calibration tokens: {', '.join(kept)}; raise calibration.num_samples.")
+    if listed:
+        return Check(True, f"dropped because no calibration token reached them: {', '.join(listed)}.")
+    return Check(True, "every expert saw calibration tokens." if manifest["steps"] else "no step needed calibration.")
+
+
+def check_bytes(folder: Path, ledger: Ledger, manifest: dict[str, Any]) -> Check:
+    """Nothing lost, nothing invented: bytes add up, and copied tensors are the same bytes."""
+    index = TensorIndex.from_folder(folder)
+    lost = [name for name in ledger.copied if name not in index]
+    if lost:
+        return Check(False, f"`{lost[0]}` was to be copied and is not there ({len(lost)} such tensors).")
+    changed = [name for name, digest in ledger.copied.items() if tensor_sha256(index[name]) != digest]
+    if changed:
+        return Check(False, f"`{changed[0]}` was to be copied and has other bytes ({len(changed)} such tensors).")
+    dropped = sum(step["dropped_bytes"] for step in manifest["steps"][-1:])
+    if ledger.source_bytes - dropped != index.nbytes:
+        return Check(
+            False, f"{ledger.source_bytes:,} bytes less {dropped:,} dropped by the plan are not {index.nbytes:,}."
+        )
+    parts = f"{len(ledger.copied)} tensors copied, {len(ledger.transformed)} through the layers"
+    return Check(True, f"{parts}; {ledger.source_bytes:,} - {dropped:,} dropped = {index.nbytes:,} bytes.")
+
+
+def check_keys(folder: Path, ledger: Ledger) -> Check:
+    """The tensors on disk are the expected ones, and the shards are as they were written."""
+    index = TensorIndex.from_folder(folder)
+    found = {name: (info.dtype, info.shape) for name, info in index.items()}
+    for name in sorted(set(ledger.expected) ^ set(found)):
+        return Check(False, f"`{name}` is {'missing' if name in ledger.expected else 'not expected'}.")
+    for name, entry in ledger.expected.items():
+        if found[name] != entry:
+            return Check(False, f"`{name}` is {found[name]}, expected {entry}.")
+    for shard in ledger.shards:
+        if sha256_of(folder / shard.file) != shard.sha256:
+            return Check(False, f"{shard.file} is not as it was written (its sha256 differs from the recorded one).")
+    return Check(
+        True, f"{len(found)} tensors in {len(ledger.shards)} shards, names, types, shapes and hashes as expected."
+    )
+
+
+def check_logits(folder: Path) -> Check:
+    """A fresh process with plain transformers gives the logits of the apply sweep."""
+    with np.load(folder / PROBE_FILE) as probe:
+        expected = probe["logits"].astype(np.float64)
+    reload = Path(__file__).with_name("reload.py").read_text()
+    with tempfile.TemporaryDirectory(prefix="moe-compress-") as scratch:
+        output = Path(scratch) / "logits.npy"
+        blocked = "import sys; sys.modules['moe_compress'] = None\n"
+        command = [sys.executable, "-c", blocked + reload, str(folder), str(output)]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        finished = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch)
+        if finished.returncode != 0:
+            reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+            return Check(False, f"plain transformers could not load the folder: {reason}")
+        found = np.load(output).astype(np.float64)
+    if not np.isfinite(found).all():
+        return Check(False, "the reloaded model gives logits that are not finite.")
+    difference = np.abs(found - expected).max() / expected.std()
+    detail = f"largest difference {difference:.1e} of the logits' spread (allowed {LOGITS_TOLERANCE:.0e})."
+    return Check(bool(difference <= LOGITS_TOLERANCE), detail)
+
+
+def check_target(manifest: dict[str, Any], index: TensorIndex) -> Check:
+    """Every step kept as many experts as it was asked to."""
+    sentences = []
+    for step in manifest["steps"]:
+        asked, achieved = step["target"]["asked"], step["target"]["achieved"]
+        sentences.append(f"{step['op']}: asked to keep {asked:.1%} of the experts, kept {achieved:.1%}")
+        if abs(asked - achieved) > max(TARGET_TOLERANCE, step["target"]["rounding"]):
+            return Check(False, f"{sentences[-1]}.")
+    if index.nbytes != manifest["stored_bytes"]:
+        return Check(False, f"{index.nbytes:,} bytes are stored, the plan says {manifest['stored_bytes']:,}.")
+    return Check(True, "; ".join(sentences) + "." if sentences else "no step set a target.")

@@ -1,0 +1,354 @@
+"""The command line: parsing, printing, sentences and exit codes. The work behind it is replaced by fakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import moe_compress
+from moe_compress.cli import app
+from moe_compress.errors import CheckpointError, ResumeError, UsageError, VerificationError
+
+HELP_SECONDS = 0.5
+FIGURES = {"total_params": 1000, "active_params": 500, "stored_bytes": 2000}
+CHECKS = {"keys": {"passed": True, "detail": "12 tensors"}, "target": {"passed": True, "detail": "12 of 16"}}
+REPORT = {
+    "baseline": FIGURES | {"tasks": {"code": {"bpb": {"value": 1.5, "higher_is_better": False}}}},
+    "compressed": FIGURES
+    | {"stored_bytes": 1500, "tasks": {"code": {"bpb": {"value": 1.6, "higher_is_better": False}}}},
+    "ratio": {"total_params": 1.0, "active_params": 1.0, "stored_bytes": 0.75},
+    "recovery": {"code": 0.9375},
+    "recovery_by_metric": {"code": {"bpb": {"value": 0.9375, "stderr": None}}},
+    "provenance": {"tasks": "measured"},
+    "random": [{"seed": 0}],
+    "random_summary": {"code": {"bpb": {"mean": 1.9, "best": 1.8, "spread": 0.1, "count": 3}}},
+    "checks": CHECKS,
+}
+PLAN = {
+    "steps": [
+        {"op": "prune", "criterion": {"b": 1.0, "alpha": 1, "beta": 1}, "keep": 0.75, "experts_per_layer": 3},
+        {
+            "op": "prune",
+            "criterion": "reap",
+            "keep": 2,
+            "experts_per_layer": 2,
+            "layers": [{"layer": 1, "num_experts": 3, "keep": [0, 2]}],
+        },
+    ],
+    "baseline": FIGURES,
+    "predicted": FIGURES | {"stored_bytes": 1500},
+    "disk_needed": 3_000_000,
+}
+FACTS = {
+    "model": "reference",
+    "architecture": "Qwen3MoeForCausalLM",
+    "model_type": "qwen3_moe",
+    "dtype": "bfloat16",
+    "num_layers": 8,
+    "moe_layers": list(range(8)),
+    "num_experts": 16,
+    "top_k": 4,
+    "shared_experts": False,
+    "params": {"routed_experts": 12_000_000, "router": 4096},
+    "total_params": 13_000_000,
+    "active_params": 4_000_000,
+    "bytes": {"routed_experts": 24_000_000},
+    "stored_bytes": 26_000_000,
+    "flops_per_token": {"routed_experts": 6_000_000},
+    "kv_bytes_per_token": 4096,
+    "tiers": ["stock: plain transformers loads it."],
+}
+SUMMARY = {
+    "moe_layers": 8,
+    "experts": 128,
+    "calibration_tokens": 32768,
+    "fewest_tokens_per_expert": 0,
+    "starved": [[0, expert] for expert in range(10)],
+}
+
+Calls = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+Fakes = Callable[..., Calls]
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    """Replace `moe_compress.pipeline` by fakes that return (or raise, or call) what the test says and record calls."""
+
+    def install(**results: Any) -> Calls:
+        calls: Calls = {}
+
+        def fake(name: str, result: Any) -> Callable[..., Any]:
+            def call(*args: Any, **options: Any) -> Any:
+                calls[name] = args, options
+                if isinstance(result, BaseException):
+                    raise result
+                return result(*args, **options) if callable(result) else result
+
+            return call
+
+        fakes = SimpleNamespace(**{name: fake(name, result) for name, result in results.items()})
+        monkeypatch.setattr(moe_compress, "pipeline", fakes, raising=False)
+        return calls
+
+    return install
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner(env={"NO_COLOR": "1"}).invoke(app, list(arguments), prog_name="moe-compress")
+
+
+def verbs() -> list[list[str]]:
+    found = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
+    return [[name] for name in found] + [["recipes", name] for name in ("ls", "show", "cp", "schema")]
+
+
+def test_the_verbs_are_the_promised_ones() -> None:
+    assert {words[0] for words in verbs()} == {
+        *("inspect", "validate", "score", "plan", "run", "demo", "eval", "verify", "recipes"),
+    }
+    overview = invoke("--help").stdout
+    for topic in ("Look", "Compress", "Measure"):
+        assert topic in overview
+
+
+@pytest.mark.parametrize("words", verbs(), ids=" ".join)
+def test_every_verb_has_examples_that_fit_a_line(words: list[str]) -> None:
+    help_text = invoke(*words, "--help").stdout
+    assert "Examples" in help_text
+    shown = help_text.partition("Examples")[2].strip().splitlines()
+    assert shown
+    assert all(line.strip().startswith("moe-compress ") for line in shown)
+    assert any(" ".join(words) in line for line in shown)
+
+
+def test_help_is_fast() -> None:
+    """Median of five runs, in CPU seconds: the suite's workers share the cores, so wall time would measure them."""
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "moe_compress", "--help"], check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert statistics.median(seconds() for _ in range(5)) < HELP_SECONDS
+
+
+def test_version() -> None:
+    assert invoke("--version").stdout == f"moe-compress {moe_compress.__version__}\n"
+
+
+def test_recipes_are_listed_shown_copied_and_described(tmp_path: Path) -> None:
+    listed = invoke("recipes", "ls").stdout
+    assert all(name in listed for name in ("demo", "prune-reap-25", "prune-man-50"))
+    shown = invoke("recipes", "show", "demo").stdout
+    assert invoke("recipes", "cp", "demo", str(tmp_path)).exit_code == 0
+    assert (tmp_path / "demo.yaml").read_text() == shown
+    assert invoke("recipes", "cp", "demo", str(tmp_path / "mine.yaml")).exit_code == 0
+    assert invoke("validate", str(tmp_path / "mine.yaml")).exit_code == 0
+    refused = invoke("recipes", "cp", "demo", str(tmp_path))
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "exists already" in refused.stderr
+    assert "does not exist" in invoke("recipes", "cp", "demo", str(tmp_path / "no" / "x.yaml")).stderr
+    assert "Recipe" in json.loads(invoke("recipes", "schema").stdout)["title"]
+
+
+def test_validate_prints_three_mistakes_and_exits_2(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("modle: a\nmodel: a\nsteps:\n- {op: prune, criterion: raep, keep: 2}\ncalibration: {dataset: 1}\n")
+    done = invoke("validate", str(file))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        f"error: 3 mistakes in {file}:",
+        "  line 1: modle: unknown key; did you mean `model`?",
+        "  line 4: steps.0.criterion: unknown value `raep`; did you mean `reap`? (one of: random, frequency, seer, "
+        "ean, reap, man, msan, easy_ep, mone)",
+        "  line 5: calibration.dataset: should be a text (quote it) or a list, got `1`",
+    ]
+
+
+def test_validate_says_what_is_valid_and_takes_overrides() -> None:
+    assert invoke("validate", "demo", "steps.0.keep=0.5").stdout == "demo is valid: prune.\n"
+    assert invoke("validate", "demo", "steps.0.keep=2.5").exit_code == 2
+    refused = invoke("validate", "demo", "steps.0.scope=global")
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("error: demo: steps.0.scope: step 0 (prune) would leave a different number")
+
+
+def test_inspect(pipeline: Fakes) -> None:
+    calls = pipeline(inspect=FACTS)
+    shown = invoke("inspect", "org/model", "--revision", "main", "--trust-remote-code").stdout
+    assert calls["inspect"] == (("org/model",), {"revision": "main", "trust_remote_code": True})
+    for text in ("Qwen3MoeForCausalLM", "16 experts, 4 per token", "routed_experts", "26 MB", "stock: plain"):
+        assert text in shown
+    assert json.loads(invoke("inspect", "reference", "--json").stdout) == FACTS
+
+
+def test_score(pipeline: Fakes, tmp_path: Path) -> None:
+    calls = pipeline(score=SimpleNamespace(summary=lambda: SUMMARY))
+    done = invoke("score", "demo", str(tmp_path), "steps.0.scope=global", "--device", "cpu")
+    (recipe, work), options = calls["score"]
+    assert (recipe.steps[0].scope, work, options["device"]) == ("global", tmp_path, "cpu")
+    assert "128 experts in 8 layers, 32,768 calibration tokens" in done.stdout
+    assert "0/7 and 2 more" in done.stdout
+    assert f"moe-compress plan demo --scores {tmp_path} steps.0.scope=global" in done.stdout
+
+
+def test_plan(pipeline: Fakes, tmp_path: Path) -> None:
+    calls = pipeline(plan=PLAN)
+    done = invoke("plan", "demo", "steps.0.scope=global", "--scores", str(tmp_path))
+    (recipe,), options = calls["plan"]
+    assert (recipe.steps[0].scope, options) == ("global", {"scores": tmp_path})
+    for text in ("steps.1: prune, criterion reap, keep 2", "0 2", "1.5 kB", "75.0 %", "3 experts stay", "3 MB"):
+        assert text in done.stdout
+    assert json.loads(invoke("plan", "demo", "--json").stdout) == PLAN
+    assert calls["plan"][1] == {"scores": None}
+
+
+def test_run_passes_everything_on_and_prints_the_table(pipeline: Fakes, tmp_path: Path) -> None:
+    calls = pipeline(run=REPORT)
+    out, work = tmp_path / "out", tmp_path / "work"
+    done = invoke(
+        *("run", "demo", str(out), "steps.0.keep=0.5", "--force", "--resume", "--keep-steps", "--work", str(work)),
+        *("--device", "cpu"),
+    )
+    assert done.exit_code == 0
+    (recipe, folder), options = calls["run"]
+    assert (recipe.steps[0].keep, folder, options.pop("progress") is not None) == (0.5, out, True)
+    assert options == {"force": True, "resume": True, "keep_steps": True, "work": work, "device": "cpu"}
+    for text in ("stored size", "1.5 kB", "code · bpb ↓", "93.8 %", "1.9", "12 tensors", "passed", "report.md"):
+        assert text in done.stdout
+
+
+def test_a_dry_run_plans_and_writes_nothing(pipeline: Fakes, tmp_path: Path) -> None:
+    calls = pipeline(plan=PLAN)
+    done = invoke("run", "demo", str(tmp_path / "out"), "--dry-run")
+    assert (done.exit_code, list(calls), list(tmp_path.iterdir())) == (0, ["plan"], [])
+    assert "nothing was written" in done.stdout
+    assert invoke("run", "demo", str(tmp_path / "out"), "--dry-run", "steps.0.scope=global").exit_code == 2
+
+
+def test_an_interrupt_says_how_to_continue(pipeline: Fakes, tmp_path: Path) -> None:
+    work = tmp_path / "my work"
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        work.mkdir()
+        signal.raise_signal(signal.SIGINT)
+
+    pipeline(run=interrupted)
+    done = invoke("run", "demo", str(tmp_path / "out"), "steps.0.keep=0.5", "--work", str(work), "--force")
+    assert done.exit_code == 130
+    again = f"moe-compress run demo {tmp_path / 'out'} steps.0.keep=0.5 --resume --force --work '{work}'"
+    assert done.stderr == f"error: interrupted; what is done is kept in {work}; continue with: {again}\n"
+
+
+def test_an_interrupt_before_anything_was_written(pipeline: Fakes, tmp_path: Path) -> None:
+    pipeline(run=KeyboardInterrupt(), inspect=KeyboardInterrupt())
+    done = invoke("demo", str(tmp_path / "out"))
+    assert (done.exit_code, done.stderr) == (130, "error: interrupted; nothing was written yet.\n")
+    assert (invoke("inspect", "x").exit_code, invoke("inspect", "x").stderr) == (130, "error: interrupted.\n")
+
+
+def test_demo_runs_the_packaged_recipe(pipeline: Fakes, tmp_path: Path) -> None:
+    calls = pipeline(run=REPORT)
+    assert invoke("demo", str(tmp_path / "out"), "--force").exit_code == 0
+    (recipe, out), options = calls["run"]
+    assert (recipe.model, recipe.eval.random_baselines, out) == ("reference", 3, tmp_path / "out")
+    assert (options["force"], options["resume"], options["device"]) == (True, False, "auto")
+    invoke("demo")
+    assert calls["run"][0][1] == Path("demo-out")
+
+
+def test_eval(pipeline: Fakes, tmp_path: Path) -> None:
+    calls = pipeline(evaluate_checkpoint={key: value for key, value in REPORT.items() if key != "checks"})
+    done = invoke(
+        *("eval", "out", "--baseline", "org/model", "--tasks", "gsm8k, arc_easy", "--limit", "10"),
+        *("--output", str(tmp_path), "num_fewshot=5"),
+    )
+    assert done.exit_code == 0
+    assert "recovery" in done.stdout
+    (ckpt,), options = calls["evaluate_checkpoint"]
+    config = options.pop("config")
+    assert (ckpt, options) == ("out", {"baseline": "org/model", "output": tmp_path, "device": "auto"})
+    assert (config.tasks, config.limit, config.num_fewshot) == (["gsm8k", "arc_easy"], 10, 5)
+    wrong = invoke("eval", "out", "num_fewshots=5")
+    assert wrong.exit_code == 2
+    assert "did you mean `num_fewshot`?" in wrong.stderr
+
+
+def test_verify_shows_the_checks_and_exits_3_when_one_fails(pipeline: Fakes, tmp_path: Path) -> None:
+    pipeline(verify=CHECKS)
+    done = invoke("verify", str(tmp_path))
+    assert done.exit_code == 0
+    assert "12 of 16" in done.stdout
+    failure = VerificationError("check `keys` failed: a tensor is missing.")
+    failure.checks = {"keys": {"passed": False, "detail": "a tensor is missing"}}  # type: ignore[attr-defined]
+    pipeline(verify=failure)
+    done = invoke("verify", str(tmp_path))
+    assert done.exit_code == 3
+    assert "FAILED" in done.stdout
+    assert done.stderr == "error: check `keys` failed: a tensor is missing.\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (CheckpointError("shard 2 is truncated; download it again."), 1),
+        (UsageError("OUT exists; use --force."), 2),
+        (ResumeError("the recipe changed; start again without --resume."), 2),
+        (VerificationError("target missed."), 3),
+    ],
+)
+def test_errors_are_one_sentence_with_their_exit_code(
+    pipeline: Fakes, tmp_path: Path, error: Exception, code: int
+) -> None:
+    pipeline(run=error)
+    done = invoke("run", "demo", str(tmp_path / "out"))
+    assert (done.exit_code, done.stdout, done.stderr) == (code, "", f"error: {error}\n")
+    traced = invoke("run", "demo", str(tmp_path / "out"), "--debug")
+    assert traced.exit_code == code
+    assert "Traceback" in traced.stderr
+    assert traced.stderr.endswith(f"error: {error}\n")
+
+
+def test_an_unexpected_error_is_a_sentence_too(pipeline: Fakes) -> None:
+    pipeline(inspect=ZeroDivisionError("division by zero"))
+    done = invoke("inspect", "x")
+    assert done.exit_code == 1
+    assert done.stderr == "error: unexpected error: division by zero (run again with --debug for the traceback)\n"
+    pipeline(inspect=AssertionError())
+    assert "unexpected error: AssertionError" in invoke("inspect", "x").stderr
+
+
+def test_wrong_words_are_usage_errors() -> None:
+    assert invoke("rum").exit_code == 2
+    assert invoke("run", "demo").exit_code == 2
+    assert invoke("run", "demo", "out", "--device", "tpu").exit_code == 2
+    unknown = invoke("run", "dmeo", "out")
+    assert unknown.exit_code == 2
+    assert "did you mean `demo`?" in unknown.stderr
+    assert "is not an override" in invoke("run", "demo", "out", "fast").stderr
+
+
+def test_no_colour_codes_outside_a_terminal() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_compress", "recipes", "ls"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    assert not re.search("\x1b", done.stdout + done.stderr)

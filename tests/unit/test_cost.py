@@ -1,0 +1,188 @@
+"""The cost formulas against counted parameters and torch's own FLOP counter, on tiny random models."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from moe_compress.errors import UnsupportedModelError
+from moe_compress.eval.cost import cost
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "dtype": torch.float32,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+}
+TINY: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 16},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True},
+    "deepseek_v3": LATENT
+    | {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 2}
+    | {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
+    "glm4_moe": {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    | {"n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8},
+    "qwen2_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    | {"shared_expert_intermediate_size": 40, "decoder_sparse_step": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
+    "lfm2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_dense_layers": 1}
+    | {"layer_types": ["conv", "full_attention"]},
+}
+STATE: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    | {"shared_expert_intermediate_size": 32, "layer_types": ["linear_attention", "full_attention"]}
+    | {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
+    "jamba": {"num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 8, "mamba_dt_rank": 4}
+    | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+}
+PREFILL = 32
+
+
+@cache
+def tiny(family: str) -> PreTrainedModel:
+    settings = COMMON | (TINY | STATE)[family]
+    config = AutoConfig.for_model(family, **settings)
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    )
+    return model.eval()
+
+
+def counted(model: PreTrainedModel, *calls: dict[str, Any]) -> float:
+    """FLOPs per token of the last call, as torch counts them; earlier calls fill the cache."""
+    cache: Any = None
+    for call in calls:
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            cache = model(**call, past_key_values=cache, use_cache=len(calls) > 1).past_key_values
+    return counter.get_total_flops() / calls[-1]["input_ids"].numel()
+
+
+@pytest.mark.parametrize("family", [*TINY, *STATE])
+def test_parameters_are_counted_once_each(family: str) -> None:
+    model = tiny(family)
+    derived = cost(model.config)
+    assert derived.total_params == sum(parameter.numel() for parameter in model.parameters())
+    assert sum(derived.params.values()) == derived.total_params
+    assert derived.stored_bytes >= 4 * derived.total_params  # float32, and the persistent buffers
+    assert derived.stored_bytes <= 4 * derived.total_params + 1024
+    assert not derived.notes
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_prefill_flops_match_the_flop_counter(family: str) -> None:
+    model = tiny(family)
+    ids = torch.randint(1, 128, (2, PREFILL))
+    assert cost(model.config, PREFILL).flops_per_token == pytest.approx(counted(model, {"input_ids": ids}), rel=0.01)
+
+
+# transformers expands the whole latent cache at every step, where the formula is of the absorbed form.
+@pytest.mark.parametrize("family", [family for family in TINY if family != "deepseek_v3"])
+def test_decode_flops_match_the_flop_counter(family: str) -> None:
+    model = tiny(family)
+    ids = torch.randint(1, 128, (2, PREFILL))
+    measured = counted(model, {"input_ids": ids[:, :-1]}, {"input_ids": ids[:, -1:]})
+    assert cost(model.config, PREFILL).decode_flops_per_token == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("family", STATE)
+def test_flops_of_state_models_match_outside_the_state(family: str) -> None:
+    """Their scans are element-wise or chunked, so only a one-token prompt compares: attention to itself, no chunk."""
+    model = tiny(family)
+    derived = cost(model.config, 1)
+    attention = 2 * 4 * (16 + 16)  # one attention layer: 4 heads, 16 dimensions
+    without_state = derived.flops_per_token - derived.prefill_flops["attention_scores"] + attention
+    warm = {"input_ids": torch.randint(1, 128, (2, 4))}
+    step = {"input_ids": torch.randint(1, 128, (2, 1))}
+    measured = counted(model, warm, step) - 4 * attention  # four keys more in the cache
+    assert without_state == pytest.approx(measured, rel=0.03)
+
+
+def test_parts_of_a_model_with_shared_experts_and_a_dense_layer() -> None:
+    derived = cost(tiny("deepseek_v3").config, PREFILL)
+    assert derived.params["routed_experts"] == 8 * 3 * 64 * 32
+    assert derived.params["shared_experts"] == 3 * 64 * 64
+    assert derived.params["router"] == 8 * 64
+    assert derived.params["dense_mlp"] == 3 * 64 * 48
+    assert derived.prefill_flops["routed_experts"] == 2 * 2 * 3 * 64 * 32
+    assert derived.active_params == derived.total_params - 6 * 3 * 64 * 32
+
+
+def test_cache_of_grouped_latent_windowed_and_state_layers() -> None:
+    assert cost(tiny("qwen3_moe").config).kv_bytes_per_token == 4 * 2 * 2 * 2 * 16
+    latent = cost(tiny("deepseek_v3").config, 100)
+    assert latent.kv_bytes_per_token == 4 * 2 * (16 + 8)
+    assert latent.decode_flops["attention_scores"] == 2 * 100 * 2 * 4 * (2 * 16 + 8)
+    windowed = cost(tiny("gpt_oss").config, 100)
+    assert windowed.cache_bytes == 4 * 2 * 2 * 16 * (8 + 100)
+    mixed = cost(tiny("qwen3_next").config, 100)
+    assert mixed.state_bytes == 4 * (4 * 8 * 12 + (2 * 2 * 8 + 4 * 12) * 4)
+    assert mixed.cache_bytes == mixed.state_bytes + 100 * mixed.kv_bytes_per_token
+    # What the library really caches.
+    with torch.no_grad():
+        output = tiny("deepseek_v3")(torch.ones(1, 7, dtype=torch.long), use_cache=True)
+    elements = sum(layer.keys.numel() + layer.values.numel() for layer in output.past_key_values.layers)
+    assert latent.kv_bytes_per_token * 7 == 4 * elements
+
+
+def test_tied_embeddings_are_stored_once_and_read_whole() -> None:
+    tied, untied = cost(tiny("mixtral").config), cost(tiny("olmoe").config)
+    assert tied.params["head"] == 0
+    assert tied.prefill_flops["head"] == untied.prefill_flops["head"] == 2 * 128 * 64
+    idle = 2 * 2 * 3 * 64 * 48  # two layers, two idle experts
+    assert tied.stored_bytes - tied.active_bytes_per_token == 4 * idle
+    idle = 2 * 6 * 3 * 64 * 48
+    assert untied.stored_bytes - untied.active_bytes_per_token == 4 * (idle + 127 * 64)
+
+
+def test_measured_inputs_replace_derived_ones() -> None:
+    config: PretrainedConfig = tiny("qwen3_moe").config
+    plain, measured = cost(config), cost(config, stored_bytes=123, experts_per_token=1.5)
+    assert measured.stored_bytes == 123
+    assert measured.experts_per_token == 1.5 and plain.experts_per_token == 3
+    assert measured.expert_flops_per_token == plain.expert_flops_per_token / 2
+    assert measured.active_params < plain.active_params
+
+
+def test_known_published_sizes() -> None:
+    """DeepSeek-V3: 671B in all, 37B active (its technical report, abstract), 70 KB of cache per token in bf16."""
+    config = AutoConfig.for_model("deepseek_v3", dtype=torch.bfloat16)
+    derived = cost(config)
+    assert derived.total_params == pytest.approx(671e9, rel=0.001)
+    assert derived.active_params == pytest.approx(37e9, rel=0.02)
+    assert derived.kv_bytes_per_token == 61 * (512 + 64) * 2
+
+
+def test_a_dense_model_is_refused() -> None:
+    config = AutoConfig.for_model("llama", **COMMON)
+    with pytest.raises(UnsupportedModelError):
+        cost(config)
+
+
+def test_to_dict_holds_the_sums() -> None:
+    derived = cost(tiny("olmoe").config)
+    content = derived.to_dict()
+    assert content["flops_per_token"] == sum(content["prefill_flops"].values())
+    assert content["expert_flops_per_token"] == content["prefill_flops"]["routed_experts"]
