@@ -296,10 +296,12 @@ def run(
 
 def run_recipe(loaded: Any, out: Path, again: list[str], *, work: Path | None = None, **options: Any) -> None:
     """Run a loaded recipe and print its report; an interrupt says how to continue (`again`)."""
-    from moe_compress import console, pipeline
+    from moe_compress import console
     from moe_compress.progress import progress_for_terminal
 
     try:
+        from moe_compress import pipeline
+
         report = pipeline.run(loaded, out, work=work, progress=progress_for_terminal(), **options)
     except KeyboardInterrupt:
         state = work or out.with_name(f"{out.name}.work")
@@ -350,7 +352,7 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option(help="lm-eval tasks, comma-separated; without any, only size and speed.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Examples per task.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents per task.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
     device: Device = "auto",
     debug: Debug = False,

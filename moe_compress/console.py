@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 PIPE_WIDTH = 200  # columns where no terminal says its own
+FIGURE_WIDTH = 24  # characters; a longer cell is no figure
 MAX_LISTED = 8  # starved experts named one by one
 
 
@@ -28,7 +29,8 @@ def print_table(rows: Sequence[Sequence[str]], title: str | None = None) -> None
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(rows[0]):
         cells = [row[index] for row in rows[1:]]
-        figures = index > 0 and any(cell[:1].isdigit() for cell in cells)
+        short = all(len(cell) <= FIGURE_WIDTH for cell in cells)
+        figures = index > 0 and short and any(cell[:1].isdigit() for cell in cells)
         table.add_column(Text(name), justify="right" if figures else "left")
     for row in rows[1:]:
         table.add_row(*map(Text, row))
@@ -47,8 +49,9 @@ def print_inspection(facts: Mapping[str, Any]) -> None:
     )
     columns = (facts["params"], format_count), (facts["bytes"], format_bytes), (facts["flops_per_token"], format_flops)
     rows = [["part", "parameters", "stored", "FLOPs per token"]]
-    for part in dict.fromkeys(part for values, _ in columns for part in values):
-        rows.append([part, *(show(values[part]) if part in values else "-" for values, show in columns)])
+    for part in dict.fromkeys(part for values, _ in columns for part, value in values.items() if value):
+        figures = (show(values[part]) if part in values else "-" for values, show in columns)
+        rows.append([part.replace("_", " "), *figures])
     flops = format_flops(sum(facts["flops_per_token"].values()))
     rows.append(["all", format_count(facts["total_params"]), format_bytes(facts["stored_bytes"]), flops])
     print_table(rows)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 class MoECompressError(Exception):
@@ -60,6 +61,10 @@ class DataError(MoECompressError):
 
 
 class VerificationError(MoECompressError):
-    """A check failed, or a target was missed."""
+    """A check failed, or a target was missed; `checks` holds the outcome of all of them."""
 
     exit_code = 3
+
+    def __init__(self, message: str, checks: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        self.checks = checks or {}
+        super().__init__(message)

@@ -13,16 +13,17 @@ from typing import Any
 
 from moe_compress import __version__
 from moe_compress.calibrate.scores import Scores
-from moe_compress.checkpoint.rewrite import PROBE_FILE
+from moe_compress.checkpoint.rewrite import PROBE_FILE, open_rewritten
 from moe_compress.checkpoint.source import Checkpoint, open_checkpoint, open_config
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.prune.config import PruneConfig
-from moe_compress.compress.prune.plan import PrunePlan, keep_count, plan_prune
+from moe_compress.compress.prune.plan import keep_count, plan_prune
 from moe_compress.errors import UsageError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.cost import cost
 from moe_compress.manifest import describe_source, hardware, library_versions
-from moe_compress.models.layers import find_moe_layers, routing_groups, set_num_experts
+from moe_compress.memory import reuse_freed_memory
+from moe_compress.models.layers import MoELayer, find_moe_layers, routing_groups, set_num_experts
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.progress import Progress, SilentProgress
 from moe_compress.recipe import Recipe, check_tier, dump_recipe
@@ -39,7 +40,17 @@ from moe_compress.steps import (
     score_step,
 )
 from moe_compress.verification import checks as verification
-from moe_compress.workspace import explained_disk_errors, open_workspace, place, refuse_existing, require_space
+from moe_compress.workspace import (
+    discarded_if_empty,
+    explained_disk_errors,
+    open_workspace,
+    place,
+    refuse_existing,
+    remove_leftovers,
+    remove_workspace,
+    require_space,
+    same_disk,
+)
 
 SPARE_DISK = 1.05  # of the weights, for what lies beside them
 
@@ -82,8 +93,7 @@ def score(recipe: Recipe, work: Path, *, device: str = "auto", progress: Progres
     source = open_checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
     around = _surroundings(recipe, device, progress)
     identity = {"source": describe_source(source), "calibration": recipe.calibration.model_dump(mode="json")}
-    if not (work / "scores.json").exists():
-        open_workspace(work, identity, resume=(work / "run.json").exists(), force=False)
+    open_workspace(work, identity, resume=True, force=False)
     with explained_disk_errors(work):
         return score_step(source, work, around, "score")
 
@@ -97,24 +107,20 @@ def plan(recipe: Recipe, *, scores: Path | None = None) -> dict[str, Any]:
     before = cost(config, stored_bytes=index.nbytes if index is not None else None)
     layers = find_moe_layers(build_skeleton(config))
     text: Any = config.get_text_config()
-    arguments: dict[str, Any] = {
-        "num_groups": routing_groups(config),
-        "groups_per_token": getattr(text, "topk_group", None),
-    }
-    num_experts, planned = layers[0].num_experts, []
-    for number, step in enumerate(recipe.steps):
+    num_experts, *counts_after = _expert_counts(recipe, config, layers[0])
+    planned = []
+    for number, (step, after) in enumerate(zip(recipe.steps, counts_after, strict=True)):
         entry: dict[str, Any] = {"op": step.op, "criterion": _json(step)["criterion"], "keep": step.keep}
         if scores is not None and number == 0:
             measured = Scores.load(scores)
             _require_same_layers(measured, {layer.layer: layer.num_experts for layer in layers}, scores)
-            found = plan_prune(step, measured, num_decoder_layers=text.num_hidden_layers, **arguments)
+            found = plan_prune(step, measured, num_decoder_layers=text.num_hidden_layers, **_routing(config))
             counts = [len(layer.keep) for layer in found.layers]
             entry["layers"] = [
                 {"layer": layer.layer, "num_experts": layer.num_experts, "keep": list(layer.keep)}
                 for layer in found.layers
             ]
             entry["predicted_stored_bytes"] = _bytes_after(before, sum(counts) / found.num_experts)
-        after = keep_count(step, num_experts=num_experts, top_k=layers[0].top_k, **arguments)
         entry["experts_per_layer"] = after
         planned.append(entry)
         num_experts = after
@@ -128,7 +134,7 @@ def plan(recipe: Recipe, *, scores: Path | None = None) -> dict[str, Any]:
         "steps": planned,
         "baseline": _figures(before.to_dict()),
         "predicted": _figures(after_cost.to_dict() | {"stored_bytes": round(after_cost.stored_bytes * scale)}),
-        "disk_needed": _disk_needed(recipe, before.stored_bytes),
+        "disk_needed": _disk_needed(recipe, config, before.stored_bytes),
     }
 
 
@@ -149,20 +155,29 @@ def run(
     """Compress, verify, evaluate and report; returns what is written to `out/report.json`.
 
     Raises `UsageError` before any work when `out` exists (without `force`), `ResumeError` when `resume` finds another
-    run, and `VerificationError` when a check fails: the checkpoint then stays in the work folder.
+    run, and `VerificationError` when a check fails: the checkpoint then stays in the work folder. Resuming a run that
+    was complete returns its report.
     """
     check_tier(recipe)
     out = out.absolute()
-    refuse_existing(out, force)
     work = (work or out.with_name(f"{out.name}.work")).absolute()
+    if not resume:
+        refuse_existing(out, force)
     source = open_checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
-    find_moe_layers(build_skeleton(source.config))
+    _expert_counts(recipe, source.config, find_moe_layers(build_skeleton(source.config))[0])
     around = _surroundings(recipe, device, progress)
-    if not work.exists():
-        require_space(work, _disk_needed(recipe, source.index.nbytes))
     identity = {"version": __version__, "source": describe_source(source), "recipe": _json(recipe)}
+    if resume and _is_result(out, identity):
+        _tidy(out, None if keep_steps else work)
+        report: dict[str, Any] = json.loads((out / "report.json").read_text())
+        return report
+    refuse_existing(out, force)
+    if not work.exists():
+        require_space(work, _disk_needed(recipe, source.config, source.index.nbytes))
+        if not same_disk(work, out):
+            require_space(out, source.index.nbytes)
     open_workspace(work, identity, resume=resume, force=force)
-    with explained_disk_errors(work):
+    with discarded_if_empty(work), explained_disk_errors(work):
         finished, records = _run_steps(recipe, source, work, around, keep_steps)
         plans = [json.loads((work / f"step-{number}" / "plan.json").read_text()) for number in range(len(records))]
         manifest = _manifest(recipe, source, records, around)
@@ -179,8 +194,7 @@ def run(
         _write_report(finished.folder, report, recipe, plans, source)
         verification.raise_on_failure(checks)
         place(finished.folder, out)
-    if not keep_steps:
-        shutil.rmtree(work)
+    _tidy(out, None if keep_steps else work)
     return report
 
 
@@ -210,6 +224,25 @@ def evaluate_checkpoint(
     if output is not None:
         write_json(output / "report.json", report)
     return report
+
+
+def _is_result(out: Path, identity: dict[str, Any]) -> bool:
+    """Whether OUT is what the run of this identity makes: it was killed after OUT appeared."""
+    file = out / verification.MANIFEST_FILE
+    if not file.exists():
+        return False
+    manifest = json.loads(file.read_text())
+    return bool(
+        manifest["tool"] == _tool(identity["version"])
+        and all(manifest[key] == identity[key] for key in ("source", "recipe"))
+    )
+
+
+def _tidy(out: Path, work: Path | None) -> None:
+    """Remove what a complete run no longer needs."""
+    remove_leftovers(out)
+    if work is not None and work.exists():
+        remove_workspace(work)
 
 
 def _run_steps(
@@ -245,21 +278,14 @@ def _random_baselines(
                 drawn = step.model_copy(update={"criterion": "random", "seed": seed})
                 plan = plan_step(drawn, Scores.load(work / f"step-{number}" / "scores"), current)
                 folder = work / f"random-{seed}-{number}"
-                current = _applied(plan, current, folder, around, title)
+                apply(plan, current, folder, around, title)
+                current = open_rewritten(folder, current)
             settings = recipe.eval.model_copy(update={"speed": False})
             found = _evaluate(current, settings, around, f"random seed {seed}")
             write_json(kept, {"seed": seed} | _model_figures(current, found))
             for folder in work.glob(f"random-{seed}-*"):
                 shutil.rmtree(folder)
         yield json.loads(kept.read_text())
-
-
-def _applied(plan: PrunePlan, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Checkpoint:
-    from moe_compress.checkpoint.rewrite import LEDGER_FILE, open_rewritten
-
-    if not (folder / LEDGER_FILE).exists():
-        apply(plan, source, folder, around, title)
-    return open_rewritten(folder, source)
 
 
 # ------------------------------------------------------------------------------------------------- measure and report
@@ -355,7 +381,7 @@ def _manifest(
 ) -> dict[str, Any]:
     return {
         "format": 1,
-        "tool": f"moe-compress {__version__}",
+        "tool": _tool(__version__),
         "source": describe_source(source),
         "recipe": _json(recipe),
         "steps": records,
@@ -374,6 +400,7 @@ def _surroundings(recipe: Recipe, device: str, progress: Progress | None) -> Sur
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours is the one that shows
+    reuse_freed_memory()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -381,10 +408,36 @@ def _surroundings(recipe: Recipe, device: str, progress: Progress | None) -> Sur
     return Surroundings(recipe.calibration, recipe.export.max_shard_size, device, progress or SilentProgress())
 
 
-def _disk_needed(recipe: Recipe, source_bytes: int) -> int:
-    """Bytes on disk at the worst moment: two checkpoints when there are several steps or random baselines."""
+def _tool(version: str) -> str:
+    return f"moe-compress {version}"
+
+
+def _expert_counts(recipe: Recipe, config: Any, layer: MoELayer) -> list[int]:
+    """Experts in a layer before the first step and after each one; `UsageError` when a step cannot be."""
+    counts = [layer.num_experts]
+    for step in recipe.steps:
+        counts.append(keep_count(step, num_experts=counts[-1], top_k=layer.top_k, **_routing(config)))
+    return counts
+
+
+def _routing(config: Any) -> dict[str, Any]:
+    """What a router's groups ask of a plan."""
+    return {
+        "num_groups": routing_groups(config),
+        "groups_per_token": getattr(config.get_text_config(), "topk_group", None),
+    }
+
+
+def _disk_needed(recipe: Recipe, config: Any, source_bytes: int) -> int:
+    """Bytes on disk at the worst moment.
+
+    Two checkpoints when there are several steps or random baselines, and the float32 hidden states of all calibration
+    tokens twice, entering and leaving a layer.
+    """
     copies = 2 if len(recipe.steps) > 1 or recipe.eval.random_baselines else 1
-    return round(source_bytes * copies * SPARE_DISK)
+    calibration = recipe.calibration
+    tokens = calibration.num_samples * calibration.sequence_length if recipe.steps else 0
+    return round(source_bytes * copies * SPARE_DISK) + 2 * 4 * tokens * config.get_text_config().hidden_size
 
 
 def _bytes_after(before: Any, kept: float) -> int:

@@ -20,7 +20,7 @@ from moe_compress.calibrate.data import load_calibration
 from moe_compress.calibrate.scores import Scores
 from moe_compress.calibrate.sweep import collect
 from moe_compress.checkpoint.index import DTYPE_BITS
-from moe_compress.checkpoint.rewrite import Identity, open_rewritten, rewrite
+from moe_compress.checkpoint.rewrite import LEDGER_FILE, Identity, open_rewritten, rewrite
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
@@ -90,7 +90,9 @@ def run_step(step: PruneConfig, source: Checkpoint, folder: Path, around: Surrou
 
 
 def apply(plan: PrunePlan, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> None:
-    """Write the checkpoint that a plan makes of `source`."""
+    """Write the checkpoint that a plan makes of `source`, unless it is complete already."""
+    if (folder / LEDGER_FILE).exists():
+        return
     with around.progress.stage(f"{title}: apply", source.config.get_text_config().num_hidden_layers) as stage:
         rewrite(
             source,
@@ -105,7 +107,7 @@ def apply(plan: PrunePlan, source: Checkpoint, folder: Path, around: Surrounding
 def run_identity(source: Checkpoint, folder: Path, around: Surroundings) -> Checkpoint:
     """Stream the checkpoint through its layers unchanged."""
     checkpoint = folder / "checkpoint"
-    if not (folder / "done").exists():
+    if not (checkpoint / LEDGER_FILE).exists():
         with around.progress.stage("identity", source.config.get_text_config().num_hidden_layers) as stage:
             rewrite(
                 source,
@@ -115,13 +117,13 @@ def run_identity(source: Checkpoint, folder: Path, around: Surroundings) -> Chec
                 device=around.device,
                 stage=stage,
             )
-        (folder / "done").touch()
     return open_rewritten(checkpoint, source)
 
 
 def record(plan: PrunePlan, scores: Scores, dropped: int) -> dict[str, Any]:
     """What a finished prune step did, for the manifest and the checks."""
     largest = max(layer.num_experts for layer in plan.layers)
+    multiple = plan.config.multiple_of
     return {
         "op": "prune",
         "config": plan.config.model_dump(mode="json"),
@@ -134,7 +136,8 @@ def record(plan: PrunePlan, scores: Scores, dropped: int) -> dict[str, Any]:
         "target": {
             "asked": plan.num_asked / plan.num_experts,
             "achieved": plan.num_kept / plan.num_experts,
-            "rounding": 0.5 / largest,
+            # to the nearest count, then to the nearest multiple; a little more for the division itself
+            "rounding": (0.5 + (0.5 * multiple if multiple > 1 else 0)) / largest + 1e-9,
         },
     }
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from moe_compress.checkpoint.writer import write_json
-from moe_compress.errors import CheckpointError, ResumeError, UsageError
+from moe_compress.errors import CheckpointError, MoECompressError, ResumeError, UsageError
 
 RUN_FILE = "run.json"
 
@@ -28,24 +29,48 @@ def open_workspace(folder: Path, identity: Mapping[str, Any], *, resume: bool, f
     neither `resume` nor `force` was given, `ResumeError` naming what differs when it is another run.
     """
     state = folder / RUN_FILE
-    if folder.exists() and any(folder.iterdir()) and not state.exists():
+    begun = folder / f"{RUN_FILE}.part"  # all that is there when a run is killed at its very beginning
+    if folder.exists() and not state.exists() and any(entry != begun for entry in folder.iterdir()):
         raise UsageError(f"{folder} exists and is no work folder of moe-compress; choose another with --work.")
     if state.exists() and not resume:
         if not force:
             raise UsageError(
                 f"{folder} holds an unfinished run; continue it with --resume, or start over with --force."
             )
-        shutil.rmtree(folder)
+        remove_workspace(folder)
     if state.exists():
         differing = list(differences(json.loads(state.read_text()), json.loads(json.dumps(identity))))
         if differing:
             raise ResumeError(
-                f"{folder} was begun by another run and cannot be continued; start over with --force. "
-                f"Different: {'; '.join(differing)}."
+                f"{folder} belongs to another run and cannot be continued; choose another folder, or start over with "
+                f"--force. Different: {'; '.join(differing)}."
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_json(state, identity)
+
+
+def remove_workspace(folder: Path) -> None:
+    """Remove a work folder; what marks it as one goes last, so that a removal cut short can be repeated."""
+    state = folder / RUN_FILE
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry != state:
+            entry.unlink()
+    state.unlink(missing_ok=True)
+    folder.rmdir()
+
+
+@contextmanager
+def discarded_if_empty(folder: Path) -> Iterator[None]:
+    """Remove the work folder after an error before anything was done, so that a corrected recipe can start at once."""
+    try:
+        yield
+    except MoECompressError:
+        if [entry.name for entry in folder.iterdir()] == [RUN_FILE]:
+            remove_workspace(folder)
+        raise
 
 
 def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
@@ -86,22 +111,50 @@ def explained_disk_errors(folder: Path) -> Iterator[None]:
     """Turn a full disk into a sentence."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        codes = (errno.ENOSPC, errno.EDQUOT)
+        code = error.errno if isinstance(error, OSError) else None
+        # safetensors has no other place for the code
+        if code not in codes and not any(f"(os error {number})" in str(error) for number in codes):
             raise
         raise CheckpointError(f"the disk of {folder} is full; free some space and continue with --resume.") from None
 
 
+def same_disk(one: Path, other: Path) -> bool:
+    """Whether a rename can move a file from one folder to the other."""
+    places = [next(path for path in (folder, *folder.parents) if path.exists()) for folder in (one, other)]
+    return places[0].stat().st_dev == places[1].stat().st_dev
+
+
 def place(finished: Path, out: Path) -> None:
     """Make the finished folder appear as OUT by a rename; an older OUT is removed after that."""
-    if finished.stat().st_dev != out.parent.stat().st_dev:
-        near = out.with_name(f".{out.name}.incoming")
-        shutil.rmtree(near, ignore_errors=True)
-        shutil.copytree(finished, near)
+    near, old = _incoming(out), _old(out)
+    remove_leftovers(out)
+    if not same_disk(finished, out.parent):
+        try:
+            with explained_disk_errors(out.parent):
+                near.mkdir()
+                for file in finished.iterdir():
+                    shutil.copyfile(file, near / file.name)
+        except BaseException:
+            shutil.rmtree(near, ignore_errors=True)
+            raise
         finished = near
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
-    os.rename(finished, out)
+    finished.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what a `place` that was cut short left beside OUT."""
+    for folder in (_incoming(out), _old(out)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _incoming(out: Path) -> Path:
+    return out.with_name(f".{out.name}.incoming")
+
+
+def _old(out: Path) -> Path:
+    return out.with_name(f".{out.name}.old")

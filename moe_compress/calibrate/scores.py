@@ -80,7 +80,9 @@ class Scores:
             for scores in self.layers
             for name, values in scores.statistics.items()
         }
-        save_file(arrays, folder / "scores.safetensors")
+        temporary = folder / "scores.part"  # `scores.json` is there only when both files are whole
+        save_file(arrays, temporary)
+        temporary.rename(folder / "scores.safetensors")
         layers = [
             {key: value for key, value in asdict(scores).items() if key != "statistics"}
             | {"tokens_per_expert": scores.statistics["tokens"].astype(int).tolist()}
@@ -93,7 +95,8 @@ class Scores:
             "starved": self.starved,
             "layers": layers,
         }
-        (folder / "scores.json").write_text(json.dumps(content, indent=1))
+        temporary.write_text(json.dumps(content, indent=1))
+        temporary.rename(folder / "scores.json")
 
     @classmethod
     def load(cls, folder: Path) -> Scores:

@@ -24,6 +24,8 @@ from torch import Tensor
 from moe_compress.calibrate.scores import LayerScores, Scores
 from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, save_hidden
 from moe_compress.checkpoint.stream import LayerStream
+from moe_compress.checkpoint.writer import write_json
+from moe_compress.errors import ResumeError
 from moe_compress.models.layers import MoELayer
 from moe_compress.models.lockstep import Lockstep
 from moe_compress.progress import Stage
@@ -117,12 +119,14 @@ def collect(
     """
     folder.mkdir(parents=True, exist_ok=True)
     done, hidden = load_hidden(folder)
+    _require_same_input(folder / "sweep.json", fingerprint, done)
     layers = [_load_layer(folder, index) for index in sorted(stream.moe_layers) if index < done]
-    stream.load_rest()
+    stream.load_trunk()
     batches: Sequence[Tensor] = tokens.to(stream.device).split(batch_size)
     for _ in range(done):
         stage.advance("done before")
     run = Lockstep(stream.model, stream.layers, batches, start=done, hidden=[h.to(stream.device) for h in hidden])
+    stream.release_embeddings()
     config: Any = stream.model.config.get_text_config()
     try:
         for index in range(done, len(stream.layers)):
@@ -148,9 +152,16 @@ def collect(
     scores = Scores(layers, fingerprint, min_tokens_per_expert)
     scores.save(folder)
     forget_hidden(folder)
-    for file in folder.glob("layer-*.safetensors"):
+    for file in (*folder.glob("layer-*.safetensors"), folder / "sweep.json"):
         file.unlink()
     return scores
+
+
+def _require_same_input(file: Path, fingerprint: dict[str, Any], done: int) -> None:
+    """Note what is swept, or refuse to go on with an interrupted sweep of something else."""
+    if done and json.loads(file.read_text()) != json.loads(json.dumps(fingerprint)):
+        raise ResumeError("the calibration data is not what this run began with; start over with --force.")
+    write_json(file, fingerprint)
 
 
 def _save_layer(folder: Path, scores: LayerScores) -> None:

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moe_compress.errors import CheckpointError
 
@@ -76,9 +77,9 @@ class TensorIndex(Mapping[str, TensorInfo]):
         if index_file.exists():
             try:
                 promised = json.loads(index_file.read_text())["weight_map"]
-            except (ValueError, KeyError, TypeError):
+                files = [folder / name for name in sorted(set(promised.values()))]
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise CheckpointError(f"{index_file} is damaged; download it again.") from None
-            files = [folder / name for name in sorted(set(promised.values()))]
         else:
             files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -105,25 +106,28 @@ def read_header(file: Path) -> list[TensorInfo]:
                 raise ValueError
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        infos = [
-            TensorInfo(
-                name,
-                file,
-                entry["dtype"],
-                tuple(entry["shape"]),
-                8 + length + entry["data_offsets"][0],
-                8 + length + entry["data_offsets"][1],
-            )
-            for name, entry in header.items()
-        ]
-        for info in infos:
-            if info.nbytes * 8 != info.numel * DTYPE_BITS[info.dtype] or not 8 + length <= info.start <= info.end:
+        infos = [_tensor(name, file, entry, 8 + length) for name, entry in header.items()]
+        end = 8 + length
+        # The format leaves no holes: tensors follow each other, which also rules out overlaps.
+        for info in sorted(infos, key=lambda info: (info.start, info.end)):
+            if info.start != end or info.nbytes * 8 != info.numel * DTYPE_BITS[info.dtype]:
                 raise ValueError
+            end = info.end
+        if size > end:
+            raise ValueError
     except FileNotFoundError:
         raise CheckpointError(f"The shard {file} is missing; download it again.") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, struct.error):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
         raise CheckpointError(f"The shard {file} is damaged; download it again.") from None
-    expected = max((info.end for info in infos), default=8 + length)
-    if size < expected:
-        raise CheckpointError(f"The shard {file} is cut short ({size:,} of {expected:,} bytes); download it again.")
+    if size < end:
+        raise CheckpointError(f"The shard {file} is cut short ({size:,} of {end:,} bytes); download it again.")
     return infos
+
+
+def _tensor(name: str, file: Path, entry: dict[str, Any], data: int) -> TensorInfo:
+    """A header's entry; `data` is where the tensors' bytes begin in the file."""
+    start, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):
+        raise ValueError
+    return TensorInfo(name, file, entry["dtype"], shape, data + start, data + end)

@@ -22,7 +22,14 @@ from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, save_hidd
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.stream import LayerStream
-from moe_compress.checkpoint.writer import SAFETENSORS_DTYPES, Shard, ShardWriter, tensor_sha256, write_json
+from moe_compress.checkpoint.writer import (
+    SAFETENSORS_DTYPES,
+    Shard,
+    ShardWriter,
+    sha256_of,
+    tensor_sha256,
+    write_json,
+)
 from moe_compress.models.layers import MoELayer
 from moe_compress.models.lockstep import Lockstep
 from moe_compress.progress import Stage
@@ -93,11 +100,12 @@ def rewrite(
     if not writer.has("rest"):
         writer.write("rest", [source.index[name] for name in stream.untouched])
     done, hidden = load_hidden(folder)
-    while done and not all(writer.has(_part(index)) for index in range(done)):
+    if not all(writer.has(_part(index)) for index in range(done)):
         done, hidden = 0, []
-    target.load_rest()
+    target.load_trunk()
     probe = probe_tokens(config)
     run = Lockstep(target.model, target.layers, [probe.to(device)], start=done, hidden=[h.to(device) for h in hidden])
+    target.release_embeddings()
     try:
         for index in range(len(stream.layers)):
             if index < done:
@@ -113,15 +121,16 @@ def rewrite(
             target.release(index)
             save_hidden(folder, index + 1, run.hidden)
             stage.advance()
+        target.load_head()
         logits = run.finish()[0]
     finally:
         run.close()
     positions = np.linspace(0, probe.shape[1] - 1, PROBE_POSITIONS).round().astype(int)
     np.savez(folder / PROBE_FILE, tokens=probe.numpy(), positions=positions, logits=logits[0, positions].cpu().numpy())
-    shards = writer.finish(["rest", *(_part(index) for index in range(len(stream.layers)))])
-    forget_hidden(folder)
     copied = {name: tensor_sha256(source.index[name]) for name in stream.untouched}
     transformed = sorted(set(source.index) - set(copied))
+    shards = writer.finish(["rest", *(_part(index) for index in range(len(stream.layers)))])
+    forget_hidden(folder)
     ledger = Ledger(source.index.nbytes, copied, transformed, expected, shards)
     write_json(folder / LEDGER_FILE, ledger.to_json())
     return ledger
@@ -173,9 +182,13 @@ def write_config(source: Path, folder: Path, new: Mapping[str, Any], old: Mappin
 
 
 def open_rewritten(folder: Path, source: Checkpoint) -> Checkpoint:
-    """The new checkpoint, as the source of the next step."""
+    """The new checkpoint, as the source of the next step; its revision is what was written, not when."""
     return replace(
-        source, folder=folder, config=type(source.config).from_pretrained(folder), index=TensorIndex.from_folder(folder)
+        source,
+        folder=folder,
+        config=type(source.config).from_pretrained(folder),
+        revision=sha256_of(folder / LEDGER_FILE),
+        index=TensorIndex.from_folder(folder),
     )
 
 

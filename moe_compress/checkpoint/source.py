@@ -80,7 +80,7 @@ def open_checkpoint(model: str, revision: str | None = None, trust_remote_code: 
 def open_config(
     model: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PretrainedConfig, TensorIndex | None]:
-    """The configuration of `model`, and its tensors' headers if its weights are at hand; a Hub id's are not downloaded."""
+    """The configuration of `model`, and its tensors' headers if its weights lie in a folder; none are downloaded."""
     path = REFERENCE if model == "reference" else Path(model).expanduser()
     if path.is_dir():
         config = _checked_config(path, model, [file.name for file in path.iterdir()], trust_remote_code)

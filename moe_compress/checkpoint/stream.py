@@ -8,7 +8,7 @@ final norm, head), and those it does not know (prediction heads, vision towers);
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+BUNDLE_BYTES = 64 << 20  # read together what is smaller than this
 
 
 class StoredTensor:
@@ -82,9 +83,10 @@ class LayerStream:
         known = self.model.state_dict()
         prefix = f"{self.layers_name}."
         trunk = f"{self.layers_name.rpartition('.')[0]}."
-        visible = tuple(f"{name}." for name, module in self.model.named_modules() if module in self._ends())
-        layer_names: dict[int, list[str]] = defaultdict(list)
-        self.rest_names: list[str] = []
+        ends = {name: module for name, module in self.model.named_modules() if module in self._ends()}
+        layer_names: dict[int, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        self.trunk_names: list[str] = []
+        self.end_names: dict[nn.Module, list[str]] = {module: [] for module in ends.values()}
         self.untouched: list[str] = []
         sources: dict[str, set[str]] = defaultdict(set)
         for name in self.checkpoint.index:
@@ -92,12 +94,15 @@ class LayerStream:
             if target not in known:
                 target = name if name in known else ""
             if target.startswith(prefix):
-                layer_names[int(target[len(prefix) :].split(".")[0])].append(name)
+                layer_names[int(target[len(prefix) :].split(".")[0])][target].append(name)
                 sources[target].add(self.checkpoint.index[name].dtype)
                 continue
             self.untouched.append(name)
-            if target.startswith((trunk, *visible)):
-                self.rest_names.append(name)
+            end = next((module for path, module in ends.items() if target.startswith(f"{path}.")), None)
+            if end is not None:
+                self.end_names[end].append(name)
+            elif target.startswith(trunk):
+                self.trunk_names.append(name)
         self.stored_dtypes = {target: min(dtypes) for target, dtypes in sources.items()}
         self.layer_names = [layer_names[index] for index in range(len(self.layers))]
         self.model._weight_conversions = [entry for entry in self._mapping if entry.was_used()]
@@ -110,19 +115,32 @@ class LayerStream:
     def _ends(self) -> list[nn.Module]:
         return [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
 
-    def load_rest(self) -> None:
-        """Make everything resident that the forward pass needs besides the layers."""
-        self._load(self.rest_names)
-        self.model.tie_weights()
-        for module in self._ends():
-            if any(parameter.is_meta for parameter in module.parameters()):
-                raise CheckpointError(
-                    f"{self.checkpoint.folder} holds no weights for the {type(module).__name__} layer."
-                )
+    def load_trunk(self) -> None:
+        """Make resident what the forward pass needs besides the layers; the head comes later, with `load_head`."""
+        self._load(self.trunk_names)
+        self._load_end(self.model.get_input_embeddings())
+
+    def release_embeddings(self) -> None:
+        """Give back the memory of the input embeddings, unless they are the head too."""
+        embeddings, head = self._ends()
+        if self.end_names[head]:
+            release(embeddings)
+
+    def load_head(self) -> None:
+        """Make the output head resident."""
+        self._load_end(self.model.get_output_embeddings())
+
+    def _load_end(self, module: nn.Module) -> None:
+        self._load(self.end_names[module])
+        if not self.end_names[self._ends()[1]]:
+            self.model.tie_weights()
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise CheckpointError(f"{self.checkpoint.folder} holds no weights for the {type(module).__name__} module.")
 
     def load(self, index: int) -> nn.Module:
         """Make layer `index` resident; raises `CheckpointError` when the checkpoint lacks one of its tensors."""
-        self._load(self.layer_names[index])
+        for names in self._bundles(self.layer_names[index]):
+            self._load(names)
         layer = self.layers[index]
         missing = [name for name, tensor in layer.state_dict().items() if tensor.is_meta]
         if missing:
@@ -146,6 +164,16 @@ class LayerStream:
         info = self.checkpoint.index.get(name)
         dtype = tensor.dtype if info is None else TORCH_DTYPES[info.dtype]
         return tensor.to(dtype) if tensor.is_meta else tensor.to("cpu", dtype)
+
+    def _bundles(self, groups: Mapping[str, list[str]]) -> Iterator[list[str]]:
+        """The names of a layer in a few portions, those of one parameter together: one large parameter at a time."""
+        bundle: list[str] = []
+        for names in groups.values():
+            bundle += names
+            if sum(self.checkpoint.index[name].nbytes for name in bundle) > BUNDLE_BYTES:
+                yield bundle
+                bundle = []
+        yield bundle
 
     def _load(self, names: list[str]) -> None:
         state: Mapping[str, Any] = {name: StoredTensor(self.checkpoint.index[name]) for name in names}

@@ -100,8 +100,9 @@ def evaluate(
 def flatten(results: Mapping[str, Any]) -> dict[str, Metrics]:
     """lm-eval's results as {task: {metric: {"value", "stderr", "higher_is_better"}}}."""
     tasks: dict[str, Metrics] = {}
-    for task in [*results["configs"], *results.get("groups", {})]:
-        row = results["results"][task]
+    for task, row in results["results"].items():
+        if task not in results["configs"] and task not in results.get("groups", {}):
+            continue  # a group that defines no aggregate
         scores = {key: value for key, value in row.items() if "," in key and "_stderr," not in key}
         filters = {key.partition(",")[2] for key in scores}
         tasks[task] = {}

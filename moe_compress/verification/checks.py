@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from moe_compress.checkpoint.index import TensorIndex
-from moe_compress.checkpoint.rewrite import PROBE_FILE, Ledger
+from moe_compress.checkpoint.rewrite import LEDGER_FILE, PROBE_FILE, Ledger
 from moe_compress.checkpoint.writer import sha256_of, tensor_sha256
 from moe_compress.errors import MoECompressError, UsageError, VerificationError
 from moe_compress.progress import Progress
@@ -30,6 +30,8 @@ from moe_compress.progress import Progress
 MANIFEST_FILE = "manifest.json"
 # Largest allowed difference of logits, relative to their spread. Both sides compute in float32 with different kernels.
 LOGITS_TOLERANCE = 1e-3
+# A float32 model larger than this is reloaded one layer at a time.
+WHOLE_MODEL_BYTES = 4 * 10**9
 TARGET_TOLERANCE = 0.02  # of the fraction of experts kept
 
 
@@ -50,6 +52,8 @@ def verify(folder: Path, progress: Progress) -> dict[str, dict[str, Any]]:
     if not manifest_file.exists():
         raise UsageError(f"{folder} has no {MANIFEST_FILE}: `verify` checks folders that `moe-compress run` made.")
     manifest = json.loads(manifest_file.read_text())
+    if not (folder / LEDGER_FILE).exists():
+        raise UsageError(f"{folder} has no {LEDGER_FILE}, so nothing says what should be in it; run again.")
     ledger = Ledger.load(folder)
     checks: dict[str, Callable[[], Check]] = {
         "coverage": lambda: check_coverage(manifest),
@@ -63,7 +67,7 @@ def verify(folder: Path, progress: Progress) -> dict[str, dict[str, Any]]:
         for name, check in checks.items():
             try:
                 result = check()
-            except MoECompressError as error:
+            except (MoECompressError, OSError) as error:
                 result = Check(False, str(error))
             outcome[name] = asdict(result)
             stage.advance(name)
@@ -74,7 +78,7 @@ def raise_on_failure(checks: dict[str, dict[str, Any]]) -> None:
     """Raise `VerificationError` naming every failed check."""
     failed = [f"{name} ({check['detail']})" for name, check in checks.items() if not check["passed"]]
     if failed:
-        raise VerificationError(f"Verification failed: {'; '.join(failed)}")
+        raise VerificationError(f"Verification failed: {'; '.join(failed)}", checks)
 
 
 def check_coverage(manifest: dict[str, Any]) -> Check:
@@ -134,7 +138,9 @@ def check_logits(folder: Path) -> Check:
     with tempfile.TemporaryDirectory(prefix="moe-compress-") as scratch:
         output = Path(scratch) / "logits.npy"
         blocked = "import sys; sys.modules['moe_compress'] = None\n"
-        command = [sys.executable, "-c", blocked + reload, str(folder), str(output)]
+        elements = sum(info.numel for info in TensorIndex.from_folder(folder).values())
+        mode = "whole" if elements * 4 <= WHOLE_MODEL_BYTES else "layers"
+        command = [sys.executable, "-c", blocked + reload, str(folder.absolute()), str(output), mode]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         finished = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch)
         if finished.returncode != 0:

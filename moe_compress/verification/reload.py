@@ -1,24 +1,123 @@
 """Run by `verify` in a fresh process: load a checkpoint with plain transformers and write the probe's logits.
 
-    python reload.py FOLDER OUTPUT.npy
+    python reload.py FOLDER OUTPUT.npy whole|layers
 
-This package is not imported here, and `verify` sees to it that it cannot be.
+This package is not imported here, and `verify` sees to it that it cannot be. `whole` is `from_pretrained`. `layers` is
+for checkpoints larger than memory: an empty model whose modules are filled, run and emptied one after the other, by the
+conversion code that `from_pretrained` itself uses.
 """
 
 import sys
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
 
-folder, output = Path(sys.argv[1]), sys.argv[2]
-config = transformers.AutoConfig.from_pretrained(folder)
-named = [getattr(transformers, name, None) for name in config.architectures or ()]
-loader = next(filter(None, named), transformers.AutoModelForCausalLM)
-model = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-with np.load(folder / "probe.npz") as probe:
-    tokens, positions = torch.from_numpy(probe["tokens"]), probe["positions"]
-with torch.no_grad():
-    logits = model(input_ids=tokens, use_cache=False).logits
-np.save(output, logits[0, positions].float().numpy())
+
+class LayerwiseModel:
+    """A model that reads each decoder layer, its embeddings and its head when their turn comes, and forgets them."""
+
+    def __init__(self, model_class: Any, folder: Path, config: Any) -> None:
+        with init_empty_weights(include_buffers=False):
+            self.model = model_class._from_config(config, dtype=torch.float32)
+        self.mapping = get_model_conversion_mapping(self.model)
+        self.files: dict[str, Path] = {}
+        for shard in sorted(folder.glob("*.safetensors")):
+            with safe_open(shard, "pt") as stored:
+                self.files |= dict.fromkeys(stored.keys(), shard)
+        renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
+        known = self.model.state_dict()
+        self.sources: dict[str, list[str]] = defaultdict(list)  # parameter -> stored tensors
+        for key in self.files:
+            target, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, known)
+            if target in known or key in known:
+                self.sources[target if target in known else key].append(key)
+        experts = [name for name, parameter in self.model.named_parameters() if parameter.ndim == 3]
+        for name in experts:  # converted in the type they are stored in, then upcast: half the memory
+            path, _, leaf = name.rpartition(".")
+            with safe_open(self.files[self.sources[name][0]], "pt") as stored:
+                dtype = stored.get_slice(self.sources[name][0])[:1].dtype
+            owner = self.model.get_submodule(path)
+            owner._parameters[leaf] = torch.nn.Parameter(owner._parameters[leaf].to(dtype), requires_grad=False)
+        lists = {name: found for name, found in self.model.named_modules() if isinstance(found, torch.nn.ModuleList)}
+        name, layers = next((name, found) for name, found in lists.items() if any(e.startswith(name) for e in experts))
+        ends = {self.model.get_input_embeddings(), self.model.get_output_embeddings()}
+        turns = {f"{name}.{index}": layer for index, layer in enumerate(layers)}
+        turns |= {path: module for path, module in self.model.named_modules() if module in ends}
+        inside = tuple(f"{path}." for path in turns)
+        self.fill([target for target in self.sources if not target.startswith(inside)])
+        tied = not any(target.startswith(f"{path}.") for path in turns for target in self.sources if turns[path] is
+                       self.model.get_output_embeddings())  # fmt: skip
+        for path, module in turns.items():
+            if tied and module in ends:
+                self.fill([target for target in self.sources if target.startswith(f"{path}.")])
+                continue
+            module.register_forward_pre_hook(lambda module, inputs, path=path: self.enter(path, module))
+            module.register_forward_hook(lambda module, inputs, output: self.leave(module))
+        if tied:
+            self.model.tie_weights()
+
+    def enter(self, path: str, module: torch.nn.Module) -> None:
+        """Fill a module; a tensor the checkpoint lacks is an error."""
+        self.fill([target for target in self.sources if target.startswith(f"{path}.")])
+        missing = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+        if missing:
+            raise ValueError(f"the checkpoint holds no weights for {path}.{missing[0]}")
+
+    def leave(self, module: torch.nn.Module) -> None:
+        """Empty a module; what it computed for itself stays."""
+        for child in module.modules():
+            for name, parameter in child._parameters.items():
+                if parameter is not None:
+                    child._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def fill(self, targets: list[str]) -> None:
+        """Read the tensors of these parameters, one parameter at a time."""
+        settings = LoadStateDictConfig(weight_mapping=self.mapping, dtype=torch.float32, device_map={"": "cpu"})
+        for target in targets:
+            handles = {file: safe_open(file, "pt") for file in {self.files[key] for key in self.sources[target]}}
+            state = {key: handles[self.files[key]].get_slice(key) for key in self.sources[target]}
+            convert_and_load_state_dict_in_model(self.model, state, settings)
+            del state, handles
+            path, _, leaf = target.rpartition(".")
+            owner = self.model.get_submodule(path)
+            if leaf in owner._parameters and owner._parameters[leaf].dtype != torch.float32:
+                owner._parameters[leaf] = torch.nn.Parameter(owner._parameters[leaf].float(), requires_grad=False)
+
+
+def main(folder: Path, output: str, mode: str) -> None:
+    """Load, run the probe, write its logits."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    config = transformers.AutoConfig.from_pretrained(folder)
+    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    model_class: Any = next(filter(None, named), None) or transformers.AutoModelForCausalLM
+    if mode == "whole":
+        model = model_class.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    else:
+        if model_class is transformers.AutoModelForCausalLM:
+            model_class = model_class._model_mapping[type(config)]
+        model = LayerwiseModel(model_class, folder, config).model
+    with np.load(folder / "probe.npz") as probe:
+        tokens, positions = torch.from_numpy(probe["tokens"]), probe["positions"]
+    with torch.no_grad():
+        logits = model.eval()(input_ids=tokens, use_cache=False).logits
+    np.save(output, logits[0, positions].float().numpy())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -191,7 +191,7 @@ def test_inspect(pipeline: Fakes) -> None:
     calls = pipeline(inspect=FACTS)
     shown = invoke("inspect", "org/model", "--revision", "main", "--trust-remote-code").stdout
     assert calls["inspect"] == (("org/model",), {"revision": "main", "trust_remote_code": True})
-    for text in ("Qwen3MoeForCausalLM", "16 experts, 4 per token", "routed_experts", "26 MB", "stock: plain"):
+    for text in ("Qwen3MoeForCausalLM", "16 experts, 4 per token", "routed experts", "26 MB", "stock: plain"):
         assert text in shown
     assert json.loads(invoke("inspect", "reference", "--json").stdout) == FACTS
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from moe_compress.checkpoint import source
-from moe_compress.checkpoint.source import open_checkpoint
+from moe_compress.checkpoint.source import open_checkpoint, open_config
 from moe_compress.errors import CheckpointError, UnsupportedModelError, UsageError
 
 REMOTE_CODE = """
@@ -50,6 +50,15 @@ def test_folder_opens(tmp_path: Path) -> None:
     assert opened.revision is None
     assert opened.config.model_type == "qwen3_moe" and opened.config.num_experts == 4
     assert sorted(opened.index) == ["a", "b"] and opened.index["a"].shape == (3, 4)
+
+
+def test_config_alone_needs_no_weights(tmp_path: Path) -> None:
+    folder = str(checkpoint(tmp_path / "model", weights=False))
+    config, index = open_config(folder)
+    assert config.model_type == "qwen3_moe" and index is None
+    checkpoint(tmp_path / "model")
+    index = open_config(folder)[1]
+    assert index is not None and sorted(index) == ["a", "b"]
 
 
 def test_reference_is_the_packaged_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,254 @@
+"""The work folder of a run and how OUT appears: who may use it, what is refused, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+
+from moe_compress import workspace
+from moe_compress.errors import CheckpointError, DataError, ResumeError, UsageError
+from moe_compress.workspace import (
+    differences,
+    discarded_if_empty,
+    explained_disk_errors,
+    open_workspace,
+    place,
+    refuse_existing,
+    remove_workspace,
+    require_space,
+)
+
+RUN: dict[str, Any] = {"version": "1", "recipe": {"model": "a", "steps": [{"keep": 0.75}, {"keep": 2}]}}
+Usage = namedtuple("Usage", "total used free")
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
+
+
+def begun(folder: Path) -> Path:
+    """The work folder of an interrupted run."""
+    open_workspace(folder, RUN, resume=False, force=False)
+    (folder / "step-0").mkdir()
+    (folder / "step-0" / "scores").write_text("measured")
+    return folder
+
+
+def refusal(error: type[Exception], function: Any, *args: Any, **options: Any) -> str:
+    with pytest.raises(error) as caught:
+        function(*args, **options)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".")
+    return message
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_new_folder(resume: bool, tmp_path: Path) -> None:
+    work = tmp_path / "a" / "work"
+    open_workspace(work, RUN, resume=resume, force=False)
+    assert json.loads((work / "run.json").read_text()) == RUN
+
+
+def test_unfinished_run_needs_resume_or_force(tmp_path: Path) -> None:
+    work = begun(tmp_path / "work")
+    before = files(work)
+    message = refusal(UsageError, open_workspace, work, RUN, resume=False, force=False)
+    assert "--resume" in message and "--force" in message and str(work) in message
+    assert files(work) == before
+    open_workspace(work, RUN, resume=True, force=False)
+    assert files(work) == before
+    open_workspace(work, RUN, resume=False, force=True)
+    assert list(files(work)) == ["run.json"]
+
+
+def test_resume_wins_over_force(tmp_path: Path) -> None:
+    work = begun(tmp_path / "work")
+    open_workspace(work, RUN, resume=True, force=True)
+    assert "step-0/scores" in files(work)
+
+
+def test_another_run_is_not_continued_and_the_difference_is_said(tmp_path: Path) -> None:
+    work = begun(tmp_path / "work")
+    before = files(work)
+    other = json.loads(json.dumps(RUN))
+    other["recipe"]["steps"][1]["keep"] = 3
+    other["recipe"]["model"] = "b"
+    other["version"] = "2"
+    message = refusal(ResumeError, open_workspace, work, other, resume=True, force=False)
+    for difference in ('version: "1" -> "2"', 'recipe.model: "a" -> "b"', "recipe.steps.1.keep: 2 -> 3"):
+        assert difference in message
+    assert "steps.0" not in message and "--force" in message
+    assert files(work) == before
+
+
+def test_differences() -> None:
+    assert list(differences({"a": [1, {"b": None}]}, {"a": [1, {"b": None}]})) == []
+    assert list(differences({"a": [1]}, {"a": [1, 2]})) == ["a: [1] -> [1, 2]"]
+    assert list(differences({"a": {"b": 1}}, {"a": 1, "c": 2})) == ['a: {"b": 1} -> 1', "c: null -> 2"]
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"force": True}])
+def test_foreign_folder_is_never_touched(options: dict[str, bool], tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "thesis.tex").write_text("years of work")
+    message = refusal(UsageError, open_workspace, work, RUN, **{"resume": False, "force": False} | options)
+    assert "--work" in message and files(work) == {"thesis.tex": "years of work"}
+
+
+def test_killed_while_it_was_made(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    open_workspace(work, RUN, resume=True, force=False)
+    (work / "run.json").rename(work / "run.json.part")
+    open_workspace(work, RUN, resume=True, force=False)
+    assert list(files(work)) == ["run.json"]
+
+
+def test_killed_while_it_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before every removal, it is still known as a work folder until nothing is left in it."""
+    original = os.unlink, os.rmdir
+    for stop in range(100):
+        work = begun(tmp_path / str(stop))
+        (work / "step-1").mkdir()
+        (work / "step-1" / "a").write_text("")
+        left = [stop]
+
+        def counted(remove: Any, left: list[int] = left) -> Any:
+            def call(*args: Any, **options: Any) -> None:
+                if not left[0]:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+                remove(*args, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", counted(original[0]))
+            patch.setattr(os, "rmdir", counted(original[1]))
+            try:
+                remove_workspace(work)
+            except KeyboardInterrupt:
+                assert work.exists()
+            else:
+                break
+        open_workspace(work, RUN, resume=False, force=True)
+        assert list(files(work)) == ["run.json"]
+    assert stop == 6 and not work.exists()
+
+
+def test_existing_out_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refuse_existing(out, force=False)
+    out.mkdir()
+    assert "--force" in refusal(UsageError, refuse_existing, out, force=False)
+    refuse_existing(out, force=True)
+    out.rmdir()
+    out.write_text("")
+    assert "--force" in refusal(UsageError, refuse_existing, out, force=False)
+    assert "not a folder" in refusal(UsageError, refuse_existing, out, force=True)
+    assert "does not exist" in refusal(UsageError, refuse_existing, tmp_path / "no" / "out", force=False)
+
+
+def folder(path: Path, text: str) -> Path:
+    path.mkdir()
+    (path / "model").write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("other_disk", [False, True])
+def test_place_keeps_the_old_until_the_new_is_complete(
+    other_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every step of the way there is a whole old or a whole new folder."""
+    if other_disk:
+        monkeypatch.setattr(workspace, "same_disk", lambda one, other: False)
+    out, finished = folder(tmp_path / "out", "old"), folder(tmp_path / "finished", "new")
+    seen: list[set[str]] = []
+
+    def watched(original: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            seen.append({(path / "model").read_text() for path in tmp_path.iterdir() if (path / "model").exists()})
+            assert not out.exists() or files(out) in ({"model": "old"}, {"model": "new"})
+            return original(*args, **options)
+
+        return call
+
+    for owner, name in ((Path, "rename"), (Path, "mkdir"), (shutil, "copyfile"), (shutil, "rmtree")):
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+    place(finished, out)
+    assert files(out) == {"model": "new"}
+    assert {path.name for path in tmp_path.iterdir()} == ({"out", "finished"} if other_disk else {"out"})
+    assert len(seen) >= 4 and all("new" in state for state in seen)
+    replaced = next(number for number, state in enumerate(seen) if "old" not in state)
+    assert replaced == len(seen) - 1 or all("old" not in state for state in seen[replaced:])
+
+
+def test_place_without_an_older_one(tmp_path: Path) -> None:
+    place(folder(tmp_path / "finished", "new"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and files(tmp_path / "out") == {"model": "new"}
+
+
+def test_failed_copy_to_another_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, finished = folder(tmp_path / "out", "old"), folder(tmp_path / "finished", "new")
+    monkeypatch.setattr(workspace, "same_disk", lambda one, other: False)
+
+    def full(source: Path, target: Path) -> None:
+        target.write_text("ne")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(CheckpointError, match=f"{tmp_path} is full"):
+        place(finished, out)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "finished"}
+    assert files(out) == {"model": "old"} and files(finished) == {"model": "new"}
+
+
+def test_too_little_space_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+
+    def usage(path: Path) -> Usage:
+        asked.append(path)
+        return Usage(10**10, 0, 2 * 10**9)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    require_space(tmp_path / "a" / "b", 2 * 10**9)
+    assert asked == [tmp_path], "the nearest folder that exists"
+    message = refusal(CheckpointError, require_space, tmp_path, 3 * 10**9)
+    assert "3.00 GB" in message and "2.00 GB" in message and "--work" in message
+
+
+FULL = "Error while serializing: I/O error: No space left on device (os error 28)"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "x"), OSError(errno.EDQUOT, "x"), SafetensorError(FULL)])
+def test_full_disk_is_a_sentence(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is full; .*--resume"), explained_disk_errors(tmp_path):
+        raise error
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "x"), SafetensorError("HeaderTooLarge")])
+def test_other_errors_pass(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)), explained_disk_errors(tmp_path):
+        raise error
+
+
+def test_an_error_before_any_work_leaves_no_work_folder(tmp_path: Path) -> None:
+    for failure, left in ((DataError("no such dataset."), False), (ZeroDivisionError(), True)):
+        work = tmp_path / type(failure).__name__
+        open_workspace(work, RUN, resume=False, force=False)
+        with pytest.raises(type(failure)), discarded_if_empty(work):
+            raise failure
+        assert work.exists() == left, "an error of the program itself is kept for a look"
+    work = begun(tmp_path / "work")
+    with pytest.raises(DataError), discarded_if_empty(work):
+        raise DataError("no such dataset.")
+    assert "step-0/scores" in files(work)
