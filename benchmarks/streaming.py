@@ -3,9 +3,9 @@
     python benchmarks/streaming.py [--folder DIR] [--layers N]
 
 Writes a random bf16 checkpoint of OLMoE-1B-7B's shape (about 13.8 GB), then runs `identity` (every layer loaded, run,
-written) and `prune` to 75 % (2,048 calibration tokens) on it, verification included, and `cp -r` of the same folder. Peak
-memory is the largest resident set of any process of the run, sampled; the files are dropped from the page cache before
-each run where the system lets us. Results go to `benchmarks/results/streaming.json`.
+written) and `prune` to 75 % (2,048 calibration tokens) on it, verification included, and `cp -r` of the same folder.
+Peak memory is the largest resident set of any process of the run, sampled; the files are dropped from the page cache
+before each run where the system lets us. Results go to `benchmarks/results/streaming.json`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A recipe is a YAML file, a packaged name, a dict or a `Recipe`. `overrides` are the command line's dotted `key=value`
 texts; keyword arguments that are no option of the function replace top-level settings of the recipe
-(`run("demo", "out", dtype="float32", overrides=["steps.0.keep=0.5"])`). Overrides win over keywords, keywords over the
+(`run("demo", "out", model="./mine", overrides=["steps.0.keep=0.5"])`). Overrides win over keywords, keywords over the
 recipe, the recipe over defaults.
 """
 

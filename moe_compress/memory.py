@@ -1,8 +1,8 @@
 """How the C library's allocator is asked to treat the large buffers that every layer needs anew.
 
 By default glibc gives each freed buffer back to the system and fetches fresh, zeroed pages for the next one. Streaming
-layers of one size, that costs more than the copying itself; kept and used again, the same pages serve the whole run. The
-price is some fragmentation: about a quarter more resident memory, measured.
+layers of one size, that costs more than the copying itself; kept and used again, the same pages serve the whole run.
+The price is some fragmentation: about a quarter more resident memory, measured.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.prune.plan import keep_count, plan_prune
 from moe_compress.errors import UsageError
 from moe_compress.eval.config import EvalConfig
-from moe_compress.eval.cost import cost
+from moe_compress.eval.cost import Cost, cost
 from moe_compress.manifest import describe_source, hardware, library_versions
 from moe_compress.memory import reuse_freed_memory
 from moe_compress.models.layers import MoELayer, find_moe_layers, routing_groups, set_num_experts
@@ -440,9 +440,9 @@ def _disk_needed(recipe: Recipe, config: Any, source_bytes: int) -> int:
     return round(source_bytes * copies * SPARE_DISK) + 2 * 4 * tokens * config.get_text_config().hidden_size
 
 
-def _bytes_after(before: Any, kept: float) -> int:
+def _bytes_after(before: Cost, kept: float) -> int:
     share = before.params["routed_experts"] / before.total_params
-    return int(before.stored_bytes * (1 - share * (1 - kept)))
+    return round(before.stored_bytes * (1 - share * (1 - kept)))
 
 
 def _require_same_layers(scores: Scores, layers: dict[int, int], folder: Path) -> None:

@@ -72,9 +72,6 @@ class Recipe(BaseModel):
 
     model: str = Field(min_length=1, description="Hub id, folder, or `reference` (the model inside this package).")
     revision: str | None = Field(default=None, description="Branch, tag or commit of a Hub id.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Precision to compute in; weights are stored in the checkpoint's own."
-    )
     trust_remote_code: bool = Field(default=False, description="Run modelling code that comes with the checkpoint.")
     calibration: CalibrationConfig = Field(
         default=CalibrationConfig(dataset=REFERENCE),

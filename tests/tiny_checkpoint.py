@@ -1,4 +1,4 @@
-"""Tiny random MoE checkpoints with a byte tokenizer, and texts to calibrate on: everything a run needs, made in a blink."""
+"""Tiny random MoE checkpoints with a byte tokenizer, and texts to calibrate on: all that a run needs, in a blink."""
 
 from __future__ import annotations
 

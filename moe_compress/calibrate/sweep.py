@@ -1,10 +1,10 @@
 """One sweep over the layers of a checkpoint: calibration tokens in, statistics per layer and expert out.
 
-Only routed tokens are computed. Sums are kept in float64. After every layer its statistics and the hidden states that left
-it are saved, so a killed sweep goes on at the layer where it stopped and ends with the same numbers.
+Only routed tokens are computed. Sums are kept in float64. After every layer its statistics and the hidden states that
+left it are saved, so a killed sweep goes on at the layer where it stopped and ends with the same numbers.
 
 The EASY-EP product needs the residual stream before the MoE block; it is taken as the decoder layer's output less the
-block's (times the configuration's `residual_multiplier` if it has one), which is exact where the block's output is added as it is.
+block's (times the configuration's `residual_multiplier` if it has one): exact where that output is added as it is.
 """
 
 from __future__ import annotations
@@ -175,4 +175,4 @@ def _save_layer(folder: Path, scores: LayerScores) -> None:
 def _load_layer(folder: Path, layer: int) -> LayerScores:
     with safe_open(folder / f"layer-{layer:05d}.safetensors", "np") as file:
         meta = json.loads(file.metadata()["layer"])
-        return LayerScores(layer=layer, statistics={name: file.get_tensor(name) for name in file.keys()}, **meta)
+        return LayerScores(layer=layer, statistics={name: file.get_tensor(name) for name in list(file.keys())}, **meta)

@@ -144,7 +144,7 @@ def take_layer(stream: LayerStream, index: int) -> dict[str, Tensor]:
 
 
 def expected_tensors(stream: LayerStream, target: LayerStream) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name, dtype and shape of every tensor the new checkpoint must hold, from its empty model and the source's headers.
+    """Name, dtype and shape of every tensor the new checkpoint must hold, from its empty model and the old headers.
 
     Also hands the source's name conversions over to the target, which has seen no weights of its own.
     """

@@ -35,8 +35,8 @@ def build_skeleton(
 ) -> PreTrainedModel:
     """An empty model in evaluation mode.
 
-    `dtype` is that of the meta parameters, `device` where the computed buffers live, `experts_implementation` the name of
-    a function in `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS`. The configuration is copied, not changed.
+    `dtype` is that of the meta parameters, `device` where the computed buffers live, `experts_implementation` a name
+    in `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS`. The configuration is copied, not changed.
     """
     config = type(config).from_dict(config.to_dict())
     with torch.device("meta"):

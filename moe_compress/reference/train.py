@@ -70,7 +70,7 @@ class Settings:
 
 def model_config() -> Qwen3MoeConfig:
     """The architecture: 8 layers, 16 experts, top-4."""
-    return Qwen3MoeConfig(
+    config = Qwen3MoeConfig(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=256,
         intermediate_size=512,
@@ -78,7 +78,6 @@ def model_config() -> Qwen3MoeConfig:
         num_hidden_layers=8,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
         num_experts=16,
         num_experts_per_tok=4,
         norm_topk_prob=True,
@@ -90,6 +89,8 @@ def model_config() -> Qwen3MoeConfig:
         pad_token_id=0,
         initializer_range=0.02,
     )
+    config.head_dim = 64
+    return config
 
 
 # -------------------------------------------------------------------------------------------------------- data
@@ -219,7 +220,8 @@ def orthogonalise(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     for _ in range(iterations):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.mT if tall else x).float()
+    result: torch.Tensor = (x.mT if tall else x).float()
+    return result
 
 
 def balance_loss(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.Tensor:
@@ -327,7 +329,7 @@ def save_state(
 
 def export(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """The finished model as a bf16 checkpoint in several shards."""
-    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="9MB")
+    model.bfloat16().save_pretrained(folder, max_shard_size="9MB")
     tokenizer.save_pretrained(folder)
 
 

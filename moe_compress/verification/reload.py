@@ -33,7 +33,7 @@ class LayerwiseModel:
     def __init__(self, model_class: Any, folder: Path, config: Any) -> None:
         with init_empty_weights(include_buffers=False):
             self.model = model_class._from_config(config, dtype=torch.float32)
-        self.mapping = get_model_conversion_mapping(self.model)
+        self.mapping: list[Any] = get_model_conversion_mapping(self.model)
         self.files: dict[str, Path] = {}
         for shard in sorted(folder.glob("*.safetensors")):
             with safe_open(shard, "pt") as stored:

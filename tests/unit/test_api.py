@@ -32,11 +32,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_verbs_reach_the_pipeline_with_loaded_recipes(calls: dict[str, Any], tmp_path: Path) -> None:
     report = moe_compress.run(
-        "demo", str(tmp_path), overrides=["steps.0.keep=0.5"], force=True, dtype="float32", model=tmp_path
+        "demo", str(tmp_path), overrides=["steps.0.keep=0.5"], force=True, trust_remote_code=True, model=tmp_path
     )
     assert report == {"called": "run"}
     (recipe, out), options = calls["run"]
-    assert (recipe.steps[0].keep, recipe.dtype, recipe.model, out) == (0.5, "float32", str(tmp_path), tmp_path)
+    assert (recipe.steps[0].keep, recipe.trust_remote_code, recipe.model, out) == (0.5, True, str(tmp_path), tmp_path)
     assert (options["force"], options["resume"], options["work"], options["device"]) == (True, False, None, "auto")
     moe_compress.score({"model": "a"}, "work")
     assert calls["score"][0][1] == Path("work")
@@ -60,8 +60,8 @@ def test_evaluate_takes_a_config_or_settings(calls: dict[str, Any]) -> None:
 def test_validate_returns_the_recipe_or_raises_every_mistake() -> None:
     assert moe_compress.validate("demo", ["steps.0.keep=3"]).steps[0].keep == 3
     with pytest.raises(RecipeError) as caught:
-        moe_compress.validate("demo", ["steps.0.scope=global"], dtpye="auto", export={"tier": "stokc"})
-    assert {problem.path for problem in caught.value.problems} == {"steps.0.scope", "dtpye", "export.tier"}
+        moe_compress.validate("demo", ["steps.0.scope=global"], revsion="auto", export={"tier": "stokc"})
+    assert {problem.path for problem in caught.value.problems} == {"steps.0.scope", "revsion", "export.tier"}
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -64,7 +64,7 @@ def test_all_mistakes_at_once_with_path_line_and_hint(tmp_path: Path) -> None:
         tmp_path,
         """\
 model: org/model
-dtpye: auto
+revsion: auto
 calibration:
   dataset: reference
   num_samples: 12.5
@@ -80,7 +80,7 @@ num_samples: 3
     )
     found = mistakes(file)
     expected = {
-        "dtpye": (2, "did you mean `dtype`?"),
+        "revsion": (2, "did you mean `revision`?"),
         "calibration.num_samples": (5, "whole number, got `12.5`"),
         "steps.0.criterion": (8, "did you mean `reap`?"),
         "steps.0.keep": (9, "1.5"),
@@ -184,12 +184,12 @@ def test_tier_mistakes_stand_beside_others(tmp_path: Path) -> None:
 
 
 def test_precedence_is_command_line_then_keywords_then_recipe_then_default(tmp_path: Path) -> None:
-    file = write(tmp_path, "model: a\ndtype: float16\ncalibration: {dataset: a, num_samples: 7}\n")
+    file = write(tmp_path, "model: a\nrevision: a1\ncalibration: {dataset: a, num_samples: 7}\n")
     assert load_recipe(file).export.max_shard_size == 4 * 10**9
-    assert load_recipe(file).dtype == "float16"
-    assert load_recipe(file, (), {"dtype": "bfloat16", "model": Path("b")}).dtype == "bfloat16"
-    last = load_recipe(file, ["dtype=float32", "dtype=auto"], {"dtype": "bfloat16"})
-    assert (last.dtype, last.model, last.calibration.num_samples) == ("auto", "a", 7)
+    assert load_recipe(file).revision == "a1"
+    assert load_recipe(file, (), {"revision": "b2", "model": Path("b")}).revision == "b2"
+    last = load_recipe(file, ["revision=c3", "revision=d4"], {"revision": "b2"})
+    assert (last.revision, last.model, last.calibration.num_samples) == ("d4", "a", 7)
 
 
 def test_overrides_are_yaml_and_reach_into_lists_and_absent_sections() -> None:
@@ -206,14 +206,14 @@ def test_a_falsy_override_wins() -> None:
 
 
 def test_wrong_overrides_are_all_reported(tmp_path: Path) -> None:
-    file = write(tmp_path, "model: a\nsteps: []\ndtype: auto\n")
-    found = mistakes(file, "keep", "steps.0.keep=1", "dtype.x=1", "revision=[", "dtype=flaot32", "evil.limit=3")
+    file = write(tmp_path, "model: a\nsteps: []\nexport: {tier: stock}\n")
+    found = mistakes(file, "keep", "steps.0.keep=1", "model.x=1", "revision=[", "export.tier=stok", "evil.limit=3")
     assert found[""] == (None, "`keep` is not an override; write key=value, such as `steps.0.keep=0.5`")
     assert found["steps.0.keep"][1] == "`steps` is a list of 0, counted from 0"
-    assert found["dtype.x"][1] == '`dtype` is `"auto"` and holds no settings'
+    assert found["model.x"][1] == '`model` is `"a"` and holds no settings'
     assert "is not a YAML value" in found["revision"][1]
-    assert found["dtype"][0] is None  # the file's line 3 is not where it went wrong
-    assert "did you mean `float32`?" in found["dtype"][1]
+    assert found["export.tier"][0] is None  # the file's line 3 is not where it went wrong
+    assert "did you mean `stock`?" in found["export.tier"][1]
     assert "did you mean `eval`?" in found["evil"][1]
 
 

@@ -252,8 +252,8 @@ def _require_finite(values: Array, layer: int) -> None:
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
         raise DataError(
-            f"the statistics of layer {layer}, expert {bad[0]} are not finite; score again in a wider dtype "
-            "(dtype: float32)."
+            f"the statistics of layer {layer}, expert {bad[0]} are not finite; the checkpoint "
+            "has damaged weights there, download it again."
         )
 
 

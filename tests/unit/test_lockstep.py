@@ -1,0 +1,148 @@
+"""All batches through a model layer by layer: the same numbers as the model's own forward pass, and a clean end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moe_compress.models.layers import decoder_layers
+from moe_compress.models.lockstep import Lockstep
+from tests.tiny_checkpoint import VOCABULARY, tiny_model
+
+LAYERS = 3
+
+
+@pytest.fixture(params=["qwen3_moe", "olmoe"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return tiny_model(request.param, num_hidden_layers=LAYERS)
+
+
+@pytest.fixture
+def batches() -> list[Tensor]:
+    """Batches of different shapes."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(VOCABULARY, shape, generator=generator) for shape in ((1, 12), (3, 7), (2, 12))]
+
+
+def layers_of(model: Any) -> nn.ModuleList:
+    return decoder_layers(model)[1]
+
+
+def own_forward(model: Any, batches: list[Tensor]) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+    """Logits and the input of every layer, from the model itself."""
+    with torch.no_grad():
+        for batch in batches:
+            output = model(input_ids=batch, use_cache=False, output_hidden_states=True)
+            yield output.logits, output.hidden_states
+
+
+def test_same_numbers_as_the_models_own_forward(model: Any, batches: list[Tensor]) -> None:
+    expected = list(own_forward(model, batches))
+    run = Lockstep(model, layers_of(model), batches)
+    for index in range(LAYERS):
+        hidden = run.through(index)
+        if index < LAYERS - 1:  # the model gives its last hidden states after the final norm only
+            assert all(torch.equal(one, states[index + 1]) for one, (_, states) in zip(hidden, expected, strict=True))
+    logits = run.finish()
+    assert all(torch.equal(one, own) for one, (own, _) in zip(logits, expected, strict=True))
+
+
+def test_a_layer_is_needed_only_at_its_turn(model: Any, batches: list[Tensor]) -> None:
+    expected = [logits for logits, _ in own_forward(model, batches)]
+    kept = [{name: tensor.clone() for name, tensor in layer.state_dict().items()} for layer in layers_of(model)]
+
+    def spoil(layer: nn.Module) -> None:
+        for parameter in layer.parameters():
+            parameter.data.fill_(float("nan"))
+
+    for layer in layers_of(model):
+        spoil(layer)
+    run = Lockstep(model, layers_of(model), batches)
+    for index, layer in enumerate(layers_of(model)):
+        layer.load_state_dict(kept[index])
+        run.through(index)
+        spoil(layer)
+    assert all(torch.equal(one, own) for one, own in zip(run.finish(), expected, strict=True))
+
+
+@pytest.mark.parametrize("start", range(LAYERS + 1))
+def test_continued_from_any_layer(start: int, model: Any, batches: list[Tensor]) -> None:
+    expected = [logits for logits, _ in own_forward(model, batches)]
+    first = Lockstep(model, layers_of(model), batches)
+    for index in range(start):
+        first.through(index)
+    hidden = [states.clone() for states in first.hidden] if start else []
+    first.close()
+    for layer in layers_of(model)[:start]:
+        for parameter in layer.parameters():
+            parameter.data.fill_(float("nan"))
+    run = Lockstep(model, layers_of(model), batches, start=start, hidden=hidden)
+    for index in range(start, LAYERS):
+        run.through(index)
+    assert all(torch.equal(one, own) for one, own in zip(run.finish(), expected, strict=True))
+
+
+def test_observer_sees_every_batch_enter_and_leave(model: Any, batches: list[Tensor]) -> None:
+    expected = [states for _, states in own_forward(model, batches)]
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Watcher:
+        def layer(self, input_BSH: Tensor, output_BSH: Tensor) -> None:
+            seen.append((input_BSH, output_BSH))
+
+    run = Lockstep(model, layers_of(model), batches)
+    run.through(0)
+    run.observer = Watcher()
+    run.through(1)
+    run.observer = None
+    run.through(2)
+    run.close()
+    assert len(seen) == len(batches)
+    for (entering, leaving), states in zip(seen, expected, strict=True):
+        assert torch.equal(entering, states[1]) and torch.equal(leaving, states[2])
+
+
+def test_layers_are_passed_in_order(model: Any, batches: list[Tensor]) -> None:
+    run = Lockstep(model, layers_of(model), batches)
+    with pytest.raises(AssertionError):
+        run.through(1)
+    run.close()
+
+
+@pytest.mark.parametrize("passed", [0, 1, LAYERS])
+def test_closing_gives_the_model_back(passed: int, model: Any, batches: list[Tensor]) -> None:
+    expected = [logits for logits, _ in own_forward(model, batches)]
+    run = Lockstep(model, layers_of(model), batches)
+    for index in range(passed):
+        run.through(index)
+    run.close()
+    run.close()
+    again = [logits for logits, _ in own_forward(model, batches)]
+    assert all(torch.equal(one, own) for one, own in zip(again, expected, strict=True))
+
+
+def test_an_error_inside_a_layer_arrives_as_itself(
+    model: Any, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [logits for logits, _ in own_forward(model, batches)]
+    run = Lockstep(model, layers_of(model), batches)
+    run.through(0)
+    norm = layers_of(model)[1].input_layernorm
+    with monkeypatch.context() as patch:
+        patch.setattr(norm, "forward", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.through(1)
+    run.close()
+    again = [logits for logits, _ in own_forward(model, batches)]
+    assert all(torch.equal(one, own) for one, own in zip(again, expected, strict=True))
+
+
+def test_nothing_is_differentiated(model: Any, batches: list[Tensor]) -> None:
+    run = Lockstep(model, layers_of(model), batches)
+    for index in range(LAYERS):
+        assert not any(states.requires_grad for states in run.through(index))
+    assert not any(logits.requires_grad for logits in run.finish())
