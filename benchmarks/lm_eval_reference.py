@@ -5,8 +5,8 @@
 DIR holds the data of the tasks in folders named like their Hub ids (`allenai/sciq`, `allenai/ai2_arc`, `baber/piqa`,
 `Rowan/hellaswag`, `openai/gsm8k`), as parquet. With that as working directory, `datasets` takes a folder for the id.
 
-The model is far too small for these tasks, so chance is what to expect; what counts is that tasks written for others run
-as they are. Prompts longer than its context are cut on the left by lm-eval.
+The model is far too small for these tasks, so chance is what to expect; what counts is that tasks written for others
+run as they are. Prompts longer than its context are cut on the left by lm-eval.
 """
 
 from __future__ import annotations

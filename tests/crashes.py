@@ -2,9 +2,9 @@
 
     python -m tests.crashes FOLDER SCENARIO.json
 
-The scenario holds `recipe`, `options` of `run`, whether an older OUT is there (`old`), how many `kills` to spread over the
-operations, and a `seed`: every second kill is followed by another one during the resume. Each run is a fork of this
-process, so that the libraries are imported once; it dies by SIGKILL. The answer is one JSON line.
+The scenario holds `recipe`, `options` of `run`, whether an older OUT is there (`old`), how many `kills` to spread over
+the operations, and a `seed`: every second kill is followed by another one during the resume. Each run is a fork of
+this process, so that the libraries are imported once; it dies by SIGKILL. The answer is one JSON line.
 
 Not covered: files half written by native code, which all have temporary names until they are whole.
 """

@@ -134,26 +134,13 @@ def model_cost(
     layers = find_moe_layers(model)
     top_k = [float(layer.top_k) if experts_per_token is None else experts_per_token for layer in layers]
     structure = _Structure(model, layers)
-    params: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
-    weights: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        part = structure.part_of(name)
-        params[part] += parameter.numel()
-        if structure.is_weight(name, parameter):
-            weights[part] += parameter.numel()
-
-    routed = 0.0
-    idle = float(params["other_towers"])
-    idle_bytes = idle * structure.embedding.element_size()
-    for layer, k in zip(layers, top_k, strict=True):
-        for tensor in layer.experts.parameters():
-            unused = tensor.numel() * (1 - k / layer.num_experts)
-            idle += unused
-            idle_bytes += unused * tensor.element_size()
-            routed += k * tensor.numel() / layer.num_experts if tensor.ndim == 3 else 0
+    params, weights = _count(model, structure)
+    routed, idle, idle_bytes = _routed(layers, top_k)
     embedding, head = structure.embedding, structure.head
+    element = embedding.element_size()
     if head is not embedding:
-        idle_bytes += embedding[1:].numel() * embedding.element_size()
+        idle_bytes += embedding[1:].numel() * element
+    towers = params["other_towers"]
     derived_bytes = sum(tensor.numel() * tensor.element_size() for tensor in _stored_tensors(model))
 
     flops = {
@@ -169,10 +156,10 @@ def model_cost(
     keys = [context if mixer.window is None else min(context, mixer.window) for mixer in mixers]
     prefill = sum(mixer.prefill_flops_per_key * context + mixer.state_flops for mixer in mixers)
     decode = sum(mixer.decode_flops_per_key * n + mixer.state_flops for mixer, n in zip(mixers, keys, strict=True))
-    state = sum(mixer.state for mixer in mixers)
     cached = sum(mixer.cached_per_key * n for mixer, n in zip(mixers, keys, strict=True))
+    state = sum(mixer.state for mixer in mixers)
     notes = {mixer.note for mixer in mixers if mixer.note}
-    if params["other_towers"]:
+    if towers:
         notes.add("vision or audio towers are stored, but no work is counted for them")
     if getattr(model.config, "quantization_config", None) is not None:
         notes.add(f"active bytes are derived for unquantized {str(embedding.dtype).removeprefix('torch.')} weights")
@@ -180,17 +167,41 @@ def model_cost(
         context=context,
         experts_per_token=sum(top_k) / len(top_k),
         total_params=sum(params.values()),
-        active_params=round(sum(params.values()) - idle),
+        active_params=round(sum(params.values()) - idle - towers),
         params=dict(params),
         stored_bytes=derived_bytes if stored_bytes is None else stored_bytes,
-        active_bytes_per_token=round(derived_bytes - idle_bytes),
+        active_bytes_per_token=round(derived_bytes - idle_bytes - towers * element),
         prefill_flops=flops | {"attention_scores": float(prefill)},
         decode_flops=flops | {"attention_scores": float(decode)},
-        kv_bytes_per_token=embedding.element_size() * sum(mixer.cached_per_key for mixer in mixers),
-        state_bytes=embedding.element_size() * state,
-        cache_bytes=embedding.element_size() * (cached + state),
+        kv_bytes_per_token=element * sum(mixer.cached_per_key for mixer in mixers),
+        state_bytes=element * state,
+        cache_bytes=element * (cached + state),
         notes=tuple(sorted(notes)),
     )
+
+
+def _count(model: PreTrainedModel, structure: _Structure) -> tuple[Counter[str], Counter[str]]:
+    """By part: all parameters, and those among them that multiply every token."""
+    params: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
+    weights: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        part = structure.part_of(name)
+        params[part] += parameter.numel()
+        if structure.is_weight(name, parameter):
+            weights[part] += parameter.numel()
+    return params, weights
+
+
+def _routed(layers: list[MoELayer], top_k: list[float]) -> tuple[float, float, float]:
+    """Of the routed experts: matrix elements that multiply a token, idle parameters, idle bytes."""
+    used = idle = idle_bytes = 0.0
+    for layer, k in zip(layers, top_k, strict=True):
+        share = k / layer.num_experts
+        for tensor in layer.experts.parameters():
+            used += share * tensor.numel() if tensor.ndim == 3 else 0  # biases do not multiply
+            idle += (1 - share) * tensor.numel()
+            idle_bytes += (1 - share) * tensor.numel() * tensor.element_size()
+    return used, idle, idle_bytes
 
 
 # ---------------------------------------------------------------------------------------------------------- structure

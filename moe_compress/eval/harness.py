@@ -149,7 +149,7 @@ def recovery(baseline: Mapping[str, Metrics], compressed: Mapping[str, Metrics])
 def _load_tasks(config: EvalConfig) -> tuple[dict[str, Any], Any]:
     """lm-eval's task and group objects by name, with their data, and the manager that made them."""
     folders = [REFERENCE_TASKS, *([Path(config.include_path)] if config.include_path else [])]
-    folders += [Path(name) for name in config.tasks if Path(name).is_dir()]
+    folders += [Path(name) for name in config.tasks if _is_folder(name)]
     for folder in folders[1:]:
         if not folder.is_dir():
             raise DataError(f"The task folder {folder} does not exist.")
@@ -160,7 +160,7 @@ def _load_tasks(config: EvalConfig) -> tuple[dict[str, Any], Any]:
         manager = _manager(paths, include_defaults=True)
         names = [name for entry in config.tasks for name in _expand(entry, manager)]
     for name in names:
-        if name not in manager.task_index and not Path(name).is_file():
+        if name not in manager.task_index and not _is_file(name):
             close = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"did you mean `{close[0]}`?" if close else "`lm-eval ls tasks` lists those that lm-eval brings."
             raise DataError(f"There is no evaluation task `{name}`; {hint}")
@@ -187,7 +187,7 @@ def _expand(entry: str, manager: Any) -> list[str]:
     """The task names that one entry of `eval.tasks` stands for."""
     if entry in manager.task_index:
         return [entry]
-    if Path(entry).is_dir():
+    if _is_folder(entry):
         root = Path(entry).resolve()
         return [
             name
@@ -199,10 +199,19 @@ def _expand(entry: str, manager: Any) -> list[str]:
     return [entry]
 
 
+def _is_folder(entry: str) -> bool:
+    """Whether this names a folder of tasks, and not a task that happens to be called like some folder here."""
+    return Path(entry).is_dir() and any(Path(entry).rglob("*.yaml"))
+
+
+def _is_file(entry: str) -> bool:
+    return entry.endswith(".yaml") and Path(entry).is_file()
+
+
 def _self_contained(name: str, index: Mapping[str, Any]) -> bool:
     """Whether a task is in this index, and all that a group is made of."""
     if name not in index:
-        return Path(name).is_file()
+        return _is_file(name)
     children = (index[name].cfg or {}).get("task")
     if not isinstance(children, list):
         return True

@@ -1,7 +1,7 @@
 """The five checks that end every run. Each looks at what lies on disk, not at what the run believes it wrote.
 
 1. coverage: every kept expert saw calibration tokens; the ones that did not were dropped, and are listed.
-2. bytes: every source tensor was copied (same bytes) or passed through a layer, and the layers shrank by what the plan drops.
+2. bytes: every source tensor was copied (same bytes) or passed through a layer; layers shrank by what the plan drops.
 3. keys: names, types and shapes on disk are those the new configuration calls for; every shard has its recorded hash.
 4. logits: a fresh process that cannot import this package loads the folder and gives the same logits.
 5. target: the size asked for was reached.

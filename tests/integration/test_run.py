@@ -91,7 +91,7 @@ def interrupted_at(units: int) -> Iterator[SilentProgress]:
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """`moe-compress` in a process of its own."""
     line = [sys.executable, "-m", "moe_compress", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False, timeout=600)
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False, timeout=3000)
 
 
 def recipe_file(folder: Path, recipe: dict[str, Any]) -> Path:
@@ -100,7 +100,7 @@ def recipe_file(folder: Path, recipe: dict[str, Any]) -> Path:
     return file
 
 
-# -------------------------------------------------------------------------------------------------------- what OUT holds
+# ------------------------------------------------------------------------------------------------------- what OUT holds
 
 
 def test_prune_from_start_to_finish(source: Path, texts: Path, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_dry_run_writes_nothing(source: Path, texts: Path, tmp_path: Path) -> No
     assert [entry.name for entry in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
-# ------------------------------------------------------------------------------------------------------- kill and resume
+# ------------------------------------------------------------------------------------------------------ kill and resume
 
 
 def crashes(folder: Path, **scenario: Any) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def crashes(folder: Path, **scenario: Any) -> dict[str, Any]:
     file = folder / "scenario.json"
     file.write_text(json.dumps({"options": {}, "old": False, "seed": 0} | scenario))
     line = [sys.executable, "-m", "tests.crashes", str(folder), str(file)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False, timeout=900)
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False, timeout=3000)
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert len({kill["moment"] for kill in answer["kills"]}) == scenario["kills"]
@@ -245,7 +245,7 @@ def crashes(folder: Path, **scenario: Any) -> dict[str, Any]:
 def test_killed_anywhere_and_resumed_ends_bit_identical(source: Path, texts: Path, tmp_path: Path) -> None:
     """Two steps, killed before file operations from the first to the last, every second time once more on the way."""
     answer = crashes(tmp_path / "two", recipe=tiny_recipe(source, texts, 0.75, 0.5), kills=24)
-    assert answer["operations"] > 150 and BESIDE_THE_WEIGHTS < set(answer["files"])
+    assert answer["operations"] > 150 and set(answer["files"]) > BESIDE_THE_WEIGHTS
     states = [state for kill in answer["kills"] for state in kill["between"]]
     assert set(states) == {"nothing", "new"}, "never half an OUT"
 
@@ -347,7 +347,7 @@ def test_resuming_what_is_complete_gives_its_report(source: Path, texts: Path, t
         moe_compress.run(recipe, out, resume=True, overrides=["steps.0.keep=0.5"])
 
 
-# ---------------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------------------------------- errors
 
 
 def failure(

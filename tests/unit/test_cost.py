@@ -175,6 +175,17 @@ def test_known_published_sizes() -> None:
     assert derived.kv_bytes_per_token == 61 * (512 + 64) * 2
 
 
+def test_a_vision_tower_is_stored_but_does_no_work_on_text() -> None:
+    config = AutoConfig.for_model("qwen3_vl_moe", architectures=["Qwen3VLMoeForConditionalGeneration"])
+    derived = cost(config)
+    tower = derived.params["other_towers"]
+    assert tower > 0.9 * 566_949_104  # 27 blocks of its default size
+    assert derived.active_params < derived.total_params - tower
+    text = 2 * (derived.active_params - derived.params["embeddings"])  # every active weight once, the scores aside
+    assert derived.flops_per_token - derived.prefill_flops["attention_scores"] == pytest.approx(text, rel=0.01)
+    assert any("towers" in note for note in derived.notes)
+
+
 def test_a_dense_model_is_refused() -> None:
     config = AutoConfig.for_model("llama", **COMMON)
     with pytest.raises(UnsupportedModelError):

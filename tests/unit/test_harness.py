@@ -192,6 +192,15 @@ def test_tasks_from_a_file_and_a_folder(tiny: Tiny, tmp_path: Path) -> None:
         assert list(evaluate(tiny.folder, EvalConfig(tasks=[str(name)], limit=1))["tasks"]) == ["copy"]
 
 
+def test_a_folder_that_is_called_like_a_task_is_not_taken_for_it(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hellaswag").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no evaluation task `hellaswag`"):
+        evaluate(tiny.folder, settings(tiny, tasks=["hellaswag"]))
+
+
 def test_no_tasks_need_no_model(tmp_path: Path) -> None:
     assert evaluate(tmp_path / "absent", EvalConfig())["tasks"] == {}
 

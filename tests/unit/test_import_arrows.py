@@ -17,12 +17,13 @@ ROWS = (
     ("__main__",),
     ("cli", "api"),
     ("console",),
-    ("pipeline",),
+    ("pipeline", "reference"),
+    ("preview",),
+    ("measure",),
     ("steps",),
     ("compress", "eval", "report", "verification", "manifest", "workspace"),
     ("calibrate", "checkpoint", "runtime"),
     ("models",),
-    ("reference",),
 )
 # Imported by all; each imports only what stands here.
 COMMON: dict[str, set[str]] = {
