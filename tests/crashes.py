@@ -1,10 +1,10 @@
 """Kills a run just before one of its file operations, resumes it, and says what was there in between and at the end.
 
-    python -m tests.crashes FOLDER SCENARIO.json
+    python -m tests.crashes FOLDER SCENARIOS.json
 
-The scenario holds `recipe`, `options` of `run`, whether an older OUT is there (`old`), how many `kills` to spread over
-the operations, and a `seed`: every second kill is followed by another one during the resume. Each run is a fork of
-this process, so that the libraries are imported once; it dies by SIGKILL. The answer is one JSON line.
+Each named scenario holds `recipe`, `options` of `run`, whether an older OUT is there (`old`), how many `kills` to
+spread over the operations, and a `seed`: every second kill is followed by another one during the resume. Each run is a
+fork of this process, so that the libraries are imported once; it dies by SIGKILL. The answer is one JSON line.
 
 Not covered: files half written by native code, which all have temporary names until they are whole.
 """
@@ -140,10 +140,14 @@ class Crashes:
 
 
 def main() -> None:
-    folder, scenario = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    folder, scenarios = Path(sys.argv[1]).absolute(), json.loads(Path(sys.argv[2]).read_text())
     # The fresh process that loads the result takes longer than all the rest, and has its own tests.
     checks.check_logits = lambda folder: checks.Check(True, "not computed here.")
-    print(json.dumps(Crashes(folder.absolute(), scenario).all()))
+    answers = {}
+    for name, scenario in scenarios.items():
+        (folder / name).mkdir()
+        answers[name] = Crashes(folder / name, scenario).all()
+    print(json.dumps(answers))
 
 
 if __name__ == "__main__":

@@ -327,8 +327,9 @@ def _quiet() -> Iterator[None]:
             stack.callback(bars.enable_progress_bar)
         stack.enter_context(_replaced(tqdm.tqdm, "__init__", create_disabled))
         stack.enter_context(_replaced(lm_eval.api.metrics, "print", lambda *_: None))
-        # It runs `pip list`, two seconds for what nobody reads.
+        # They run `pip list` and `git`: two seconds for what nobody reads, and complaints outside a repository.
         stack.enter_context(_replaced(lm_eval.evaluator, "add_env_info", lambda _: None))
+        stack.enter_context(_replaced(lm_eval.evaluator, "get_git_commit_hash", lambda: None))
         yield
 
 

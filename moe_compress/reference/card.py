@@ -14,6 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
 
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.checkpoint.source import open_checkpoint
@@ -55,7 +57,7 @@ def loss_curve(log: Path) -> list[tuple[int, float]]:
 def card(facts: dict[str, Any]) -> str:
     """The card's text, from measured facts alone."""
     tasks = "\n".join(
-        f"| {task} | {entry['metric']} | {entry['value']:.4f} | {entry['stderr']:.4f} |"
+        f"| {task} | {entry['metric']} | {entry['value']:.4f} | {_shown(entry['stderr'])} |"
         for task, entry in facts["tasks"].items()
     )
     balance = "\n".join(
@@ -107,20 +109,23 @@ Mean over the steps since the line above.
 """
 
 
+def _shown(stderr: float | None) -> str:
+    return "not estimated" if stderr is None else f"{stderr:.4f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the reference model and write its card.")
+    transformers.utils.logging.disable_progress_bar()
     parser.add_argument("run", type=Path)
     parser.add_argument("checkpoint", type=Path)
     arguments = parser.parse_args()
-    import torch
-
     state = torch.load(arguments.run / "state.pt", weights_only=True)
     settings = Settings(**state["settings"])
     measured = evaluate(arguments.checkpoint, EvalConfig(tasks=["reference"]), "cpu")["tasks"]
     tasks = {}
     for task, metrics in measured.items():
         metric = headline_metric(metrics)
-        tasks[task] = {"metric": metric, "value": metrics[metric]["value"], "stderr": metrics[metric]["stderr"] or 0.0}
+        tasks[task] = {"metric": metric, "value": metrics[metric]["value"], "stderr": metrics[metric]["stderr"]}
     source = open_checkpoint(str(arguments.checkpoint))
     facts = {
         "parameters": sum(info.numel for info in source.index.values()),

@@ -226,41 +226,48 @@ def test_dry_run_writes_nothing(source: Path, texts: Path, tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------------------------ kill and resume
 
 
-def crashes(folder: Path, **scenario: Any) -> dict[str, Any]:
-    folder.mkdir()
-    file = folder / "scenario.json"
-    file.write_text(json.dumps({"options": {}, "old": False, "seed": 0} | scenario))
-    line = [sys.executable, "-m", "tests.crashes", str(folder), str(file)]
+@pytest.fixture(scope="module")
+def crashes(source: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Runs killed just before file operations from the first to the last, every second one twice, and all resumed."""
+    identity = {"model": str(source), "steps": [], "export": {"max_shard_size": "20KB"}, "eval": {"speed": False}}
+    scenarios = {
+        "two_steps": {"recipe": tiny_recipe(source, texts, 0.75, 0.5), "kills": 16},
+        "replacing": {"recipe": tiny_recipe(source, texts, 0.75), "kills": 8, "options": {"force": True}, "old": True},
+        "identity": {"recipe": identity, "kills": 4},
+    }
+    for seed, scenario in enumerate(scenarios.values()):
+        scenario.update({"options": {}, "old": False, "seed": seed} | scenario)
+    folder = tmp_path_factory.mktemp("crashes")
+    (folder / "scenarios.json").write_text(json.dumps(scenarios))
+    line = [sys.executable, "-m", "tests.crashes", str(folder), str(folder / "scenarios.json")]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False, timeout=3000)
     assert done.returncode == 0, done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert len({kill["moment"] for kill in answer["kills"]}) == scenario["kills"]
-    for kill in answer["kills"]:
-        described = f"{kill}\n{done.stderr[-3000:]}"
-        assert kill["statuses"][0] == -signal.SIGKILL and kill["last"] == 0, described
-        assert kill["different"] == [] and kill["left"] == [], described
-    return answer
+    answers: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    for name, answer in answers.items():
+        assert len({kill["moment"] for kill in answer["kills"]}) == scenarios[name]["kills"]
+        for kill in answer["kills"]:
+            described = f"{name}: {kill}\n{done.stderr[-3000:]}"
+            assert kill["statuses"][0] == -signal.SIGKILL and kill["last"] == 0, described
+            assert kill["different"] == [] and kill["left"] == [], described
+    return answers
 
 
-def test_killed_anywhere_and_resumed_ends_bit_identical(source: Path, texts: Path, tmp_path: Path) -> None:
-    """Two steps, killed before file operations from the first to the last, every second time once more on the way."""
-    answer = crashes(tmp_path / "two", recipe=tiny_recipe(source, texts, 0.75, 0.5), kills=24)
+def states(answer: dict[str, Any]) -> set[str]:
+    return {state for kill in answer["kills"] for state in kill["between"]}
+
+
+def test_killed_anywhere_and_resumed_ends_bit_identical(crashes: dict[str, dict[str, Any]]) -> None:
+    answer = crashes["two_steps"]
     assert answer["operations"] > 150 and set(answer["files"]) > BESIDE_THE_WEIGHTS
-    states = [state for kill in answer["kills"] for state in kill["between"]]
-    assert set(states) == {"nothing", "new"}, "never half an OUT"
+    assert states(answer) == {"nothing", "new"}, "never half an OUT"
 
 
-def test_killed_while_replacing_an_older_result(source: Path, texts: Path, tmp_path: Path) -> None:
-    answer = crashes(
-        tmp_path / "old", recipe=tiny_recipe(source, texts, 0.75), kills=10, options={"force": True}, old=True, seed=1
-    )
-    states = [state for kill in answer["kills"] for state in kill["between"]]
-    assert set(states) == {"old", "new"}, "the older result is there until the new one is"
+def test_killed_while_replacing_an_older_result(crashes: dict[str, dict[str, Any]]) -> None:
+    assert states(crashes["replacing"]) == {"old", "new"}, "the older result is there until the new one is"
 
 
-def test_killed_identity(source: Path, tmp_path: Path) -> None:
-    recipe = {"model": str(source), "steps": [], "export": {"max_shard_size": "20KB"}, "eval": {"speed": False}}
-    crashes(tmp_path / "identity", recipe=recipe, kills=8, seed=2)
+def test_killed_identity(crashes: dict[str, dict[str, Any]]) -> None:
+    assert states(crashes["identity"]) <= {"nothing", "new"}
 
 
 def test_real_kill_of_the_command(source: Path, texts: Path, tmp_path: Path) -> None:

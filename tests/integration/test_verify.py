@@ -187,9 +187,9 @@ def test_how_far_logits_may_differ(out: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_reload_fails_where_plain_transformers_fails(out: Path) -> None:
     """Really in a fresh process: the configuration promises more experts than there are."""
     config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"num_experts": 8}))
+    (out / "config.json").write_text(json.dumps(config | {"num_local_experts": 8}))
     found = checks.check_logits(out)
-    assert not found.passed
+    assert not found.passed and "could not load" in found.detail
 
 
 # ------------------------------------------------------------------------------------------------------ bytes and keys

@@ -164,8 +164,13 @@ def test_settings_say_how_it_was_measured(found: dict[str, Any]) -> None:
 
 
 def test_the_same_again_silently_with_progress(
-    tiny: Tiny, found: dict[str, Any], capfd: pytest.CaptureFixture[str]
+    tiny: Tiny,
+    found: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # not a repository, which git would complain about
     seen: list[tuple[int, int]] = []
     create, level = vars(tqdm.tqdm)["__init__"], logging.getLogger("lm_eval").level
     config = settings(tiny, tasks=["everything"])
