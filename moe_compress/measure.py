@@ -51,9 +51,19 @@ def evaluate(checkpoint: Checkpoint, config: EvalConfig, around: Surroundings, n
 
     if not config.tasks:
         return {}
-    with around.progress.stage(f"eval {name}", 1, "model") as stage:
-        found = run_tasks(checkpoint.folder, config, around.device)
-        stage.advance()
+    with around.progress.stage(f"eval {name}", 100, "percent") as stage:
+        shown = 0
+
+        def tell(done: int, total: int) -> None:
+            nonlocal shown
+            while shown < 100 * done // total:
+                shown += 1
+                stage.advance(f"{done}/{total} requests")
+
+        found = run_tasks(checkpoint.folder, config, around.device, tell)
+        while shown < 100:
+            shown += 1
+            stage.advance()
     return found
 
 

@@ -13,7 +13,6 @@ import difflib
 import gc
 import importlib.metadata
 import logging
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -115,35 +114,6 @@ def flatten(results: Mapping[str, Any]) -> dict[str, Metrics]:
                 "higher_is_better": bool(results["higher_is_better"][task].get(metric, True)),
             }
     return tasks
-
-
-def headline(metrics: Mapping[str, Any]) -> str:
-    """The one metric that stands for a task."""
-    for wanted in HEADLINES:
-        for name in metrics:
-            if name.partition(",")[0] == wanted:
-                return name
-    return next(iter(metrics))
-
-
-def recovery(baseline: Mapping[str, Metrics], compressed: Mapping[str, Metrics]) -> dict[str, float | None]:
-    """What share of the baseline's quality is left, per task that both have, by its headline metric.
-
-    compressed / baseline where higher is better, baseline / compressed otherwise; None where that has no meaning.
-    """
-    shares: dict[str, float | None] = {}
-    for task, metrics in baseline.items():
-        name = headline(metrics)
-        if name not in compressed.get(task, {}):
-            continue
-        before, after = metrics[name]["value"], compressed[task][name]["value"]
-        over, under = (after, before) if metrics[name]["higher_is_better"] else (before, after)
-        share = over / under if under else math.nan
-        shares[task] = share if math.isfinite(share) else None
-    return shares
-
-
-# --------------------------------------------------------------------------------------------------------------- tasks
 
 
 def _load_tasks(config: EvalConfig) -> tuple[dict[str, Any], Any]:

@@ -114,7 +114,7 @@ def _ratios(baseline: Mapping[str, Any], compressed: Mapping[str, Any]) -> dict[
         other = baseline.get(key)
         if _is_number(value) and _is_number(other):
             ratios[key] = value / other if other else None
-        elif key != "tasks" and isinstance(value, dict) and isinstance(other, dict):
+        elif key not in ("tasks", "speed_settings") and isinstance(value, dict) and isinstance(other, dict):
             inner = _ratios(other, value)
             if inner:
                 ratios[key] = inner

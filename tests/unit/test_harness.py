@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moe_compress.errors import CheckpointError, DataError, UsageError
 from moe_compress.eval import harness, precision
 from moe_compress.eval.config import EvalConfig
-from moe_compress.eval.harness import batch_size, evaluate, flatten, headline, recovery
+from moe_compress.eval.harness import batch_size, evaluate, flatten
 from tests.byte_tokenizer import byte_tokenizer
 
 PROMPTS = [f"Say the {word} again:" for word in ("red", "green", "blue", "seventh")]
@@ -264,23 +264,6 @@ def test_names_carry_their_filter_only_among_several() -> None:
 
 def scored(value: float, higher: bool = True) -> dict[str, Any]:
     return {"value": value, "stderr": None, "higher_is_better": higher}
-
-
-def test_recovery_is_one_headline_per_task() -> None:
-    before = {
-        "arc": {"acc": scored(0.9), "acc_norm": scored(0.8)},
-        "text": {"bits_per_byte": scored(1.5, higher=False)},
-        "hard": {"exact_match,strict": scored(0.0)},
-        "only before": {"acc": scored(1.0)},
-    }
-    after = {
-        "arc": {"acc": scored(0.9), "acc_norm": scored(0.4)},
-        "text": {"bits_per_byte": scored(2.0, higher=False)},
-        "hard": {"exact_match,strict": scored(0.1)},
-    }
-    assert recovery(before, after) == {"arc": 0.5, "text": 0.75, "hard": None}
-    assert recovery({"broken": {"acc": scored(math.nan)}}, {"broken": {"acc": scored(0.5)}}) == {"broken": None}
-    assert headline({"unheard_of": scored(1.0)}) == "unheard_of"
 
 
 def test_automatic_batches_bound_the_logits() -> None:
