@@ -57,7 +57,7 @@ def finish(process: subprocess.Popen[bytes], out: Path) -> float:
 
 
 def live(process: subprocess.Popen[bytes], until: float = math.inf) -> float:
-    """Kill a run when it has used so many seconds of processor time, unless it ends before; returns the seconds used."""
+    """Kill a run after so many seconds of processor time, unless it ends before; returns the seconds used."""
     watched, used = psutil.Process(process.pid), 0.0
     while process.poll() is None:
         used = max(used, processor_seconds(watched))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,12 +58,15 @@ def measure(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     seconds = time.monotonic() - started
     if process.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed:\n{output}")
+    stages = dict(re.findall(r"^\[(?:step \S+ )?([^\]]+)\] .*done in (\S+ \S+)$", output, re.MULTILINE))
     after = psutil.disk_io_counters()
     result = {
         "seconds": round(seconds, 1),
         "peak_rss_bytes": peaks["main"],
         "peak_rss_bytes_children": peaks["children"],
     }
+    if stages:
+        result["stages"] = stages
     if before is not None and after is not None:
         result |= {
             "disk_read": after.read_bytes - before.read_bytes,
@@ -93,7 +97,6 @@ def main() -> None:
     base = {"model": str(source), "calibration": {"dataset": str(text), "num_samples": 4, "sequence_length": 512},
             "eval": {"tasks": [], "speed": False}}  # fmt: skip
     steps = {"identity": [], "prune_75": [{"op": "prune", "criterion": "reap", "keep": 0.75}]}
-    # Memory given back to the system at once, so that peak RSS is what is used; the same for every contender.
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     runs: dict[str, list[dict[str, Any]]] = {"cp": [], "identity": [], "prune_75": []}
     for repeat in range(arguments.repeats):

@@ -20,7 +20,6 @@ from moe_compress.errors import UsageError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.manifest import describe_source, hardware, library_versions
 from moe_compress.measure import measure, model_figures, random_baselines
-from moe_compress.memory import reuse_freed_memory
 from moe_compress.models.layers import find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.preview import disk_needed, expert_counts, inspect, plan
@@ -236,7 +235,6 @@ def _surroundings(recipe: Recipe, device: str, progress: Progress | None) -> Sur
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours is the one that shows
-    reuse_freed_memory()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():

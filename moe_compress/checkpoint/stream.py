@@ -52,12 +52,15 @@ class StoredTensor:
 
 
 def read_tensor(info: TensorInfo) -> Tensor:
-    """The stored tensor on the CPU; raises `CheckpointError` for a dtype that torch does not compute with."""
+    """The stored tensor, mapped from its file; `CheckpointError` for a dtype that torch does not compute with."""
     if info.dtype not in TORCH_DTYPES:
         raise CheckpointError(f"`{info.name}` is stored as {info.dtype}, which is not supported; dequantize it first.")
-    raw = np.fromfile(info.file, dtype=np.uint8, count=info.nbytes, offset=info.start)
-    if raw.nbytes != info.nbytes:
-        raise CheckpointError(f"The shard {info.file} is cut short; download it again.")
+    if not info.nbytes:
+        return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+    try:
+        raw = np.memmap(info.file, dtype=np.uint8, mode="c", offset=info.start, shape=(info.nbytes,))
+    except (OSError, ValueError):
+        raise CheckpointError(f"The shard {info.file} cannot be read; download it again.") from None
     return torch.from_numpy(raw).view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
 
 

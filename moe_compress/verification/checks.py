@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,21 @@ def verify(folder: Path, progress: Progress) -> dict[str, dict[str, Any]]:
         "target": lambda: check_target(manifest, TensorIndex.from_folder(folder)),
     }
     outcome = {}
-    with progress.stage("verify", len(checks), "check") as stage:
-        for name, check in checks.items():
-            try:
-                result = check()
-            except (MoECompressError, OSError) as error:
-                result = Check(False, str(error))
-            outcome[name] = asdict(result)
+    # Hashing and reloading read the same files, so they run side by side and the disk is read once.
+    with progress.stage("verify", len(checks), "check") as stage, ThreadPoolExecutor(len(checks)) as threads:
+        running = {name: threads.submit(_outcome, check) for name, check in checks.items()}
+        for name, future in running.items():
+            outcome[name] = asdict(future.result())
             stage.advance(name)
     return outcome
+
+
+def _outcome(check: Callable[[], Check]) -> Check:
+    """What the check found; a folder so broken that it cannot be looked at fails."""
+    try:
+        return check()
+    except (MoECompressError, OSError) as error:
+        return Check(False, str(error))
 
 
 def raise_on_failure(checks: dict[str, dict[str, Any]]) -> None:

@@ -28,7 +28,6 @@ ROWS = (
 # Imported by all; each imports only what stands here.
 COMMON: dict[str, set[str]] = {
     "errors": set(),
-    "memory": set(),
     "progress": set(),
     "settings": {"errors"},
     "recipe": {"errors", "settings", "calibrate.config", "eval.config", "compress.prune.config"},
