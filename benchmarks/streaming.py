@@ -94,7 +94,8 @@ def main() -> None:
     write(source, arguments.layers)
     text = arguments.folder / "calibration.txt"
     text.write_text(Path(os.__file__).read_text())
-    base = {"model": str(source), "calibration": {"dataset": str(text), "num_samples": 4, "sequence_length": 512},
+    base = {"model": str(source), "calibration": {"dataset": str(text), "num_samples": 4, "sequence_length": 512,
+                            "min_tokens_per_expert": 0},
             "eval": {"tasks": [], "speed": False}}  # fmt: skip
     steps = {"identity": [], "prune_75": [{"op": "prune", "criterion": "reap", "keep": 0.75}]}
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}

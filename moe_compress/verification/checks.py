@@ -33,6 +33,7 @@ MANIFEST_FILE = "manifest.json"
 LOGITS_TOLERANCE = 1e-3
 # A float32 model larger than this is reloaded one layer at a time.
 WHOLE_MODEL_BYTES = 4 * 10**9
+MAX_LISTED = 8
 TARGET_TOLERANCE = 0.02  # of the fraction of experts kept
 
 
@@ -96,10 +97,19 @@ def check_coverage(manifest: dict[str, Any]) -> Check:
         for layer, expert in step.get("starved", []):
             (kept if expert in step["keep"][str(layer)] else listed).append(f"layer {layer} expert {expert}")
     if kept:
-        return Check(False, f"kept without calibration tokens: {', '.join(kept)}; raise calibration.num_samples.")
+        return Check(
+            False,
+            f"kept without enough calibration tokens: {_listed(kept)}; raise calibration.num_samples, or lower "
+            "calibration.min_tokens_per_expert.",
+        )
     if listed:
-        return Check(True, f"dropped because no calibration token reached them: {', '.join(listed)}.")
+        return Check(True, f"dropped because too few calibration tokens reached them: {_listed(listed)}.")
     return Check(True, "every expert saw calibration tokens." if manifest["steps"] else "no step needed calibration.")
+
+
+def _listed(items: list[str]) -> str:
+    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
+    return ", ".join(items[:MAX_LISTED]) + more
 
 
 def check_bytes(folder: Path, ledger: Ledger, manifest: dict[str, Any]) -> Check:
