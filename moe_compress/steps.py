@@ -147,10 +147,10 @@ def dropped_bytes(plan: PrunePlan, stream: LayerStream) -> int:
     total = 0
     for layer in plan.layers:
         moe = stream.moe_layers[layer.layer]
-        tensors = moe.expert_tensors() | {name: tensor for name, (tensor, _) in moe.router_tensors().items()}
-        for name, tensor in tensors.items():
+        tensors = {name: (tensor, 0) for name, tensor in moe.expert_tensors().items()} | moe.router_tensors()
+        for name, (tensor, dimension) in tensors.items():
             bits = DTYPE_BITS[stream.stored_dtypes[f"{moe.block_name}.{name}"]]
-            total += tensor.numel() // moe.num_experts * bits // 8 * (moe.num_experts - len(layer.keep))
+            total += tensor.numel() // tensor.shape[dimension] * bits // 8 * (moe.num_experts - len(layer.keep))
     return total
 
 

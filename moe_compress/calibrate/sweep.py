@@ -4,7 +4,9 @@ Only routed tokens are computed. Sums are kept in float64. After every layer its
 left it are saved, so a killed sweep goes on at the layer where it stopped and ends with the same numbers.
 
 The EASY-EP product needs the residual stream before the MoE block; it is taken as the decoder layer's output less the
-block's (times the configuration's `residual_multiplier` if it has one): exact where that output is added as it is.
+block's (times the configuration's `residual_multiplier` if any): exact where that output is added as it is. Where the
+two differ in shape (several residual streams, a latent space), or the decoder layer itself owns the experts, the
+experts' own input stands for it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from moe_compress.progress import Stage
 class LayerStatistics:
     """Accumulates the statistics of one MoE layer; an `Observer` of its experts and a `LayerObserver` of its layer."""
 
-    def __init__(self, moe: MoELayer, hidden_size: int, residual_multiplier: float = 1.0) -> None:
+    def __init__(self, moe: MoELayer, residual_multiplier: float = 1.0) -> None:
         self.moe, self.residual_multiplier = moe, residual_multiplier
         experts, device = moe.num_experts, next(moe.experts.parameters()).device
 
@@ -43,18 +45,21 @@ class LayerStatistics:
 
         names = ("gate_sum", "norm_sum", "norm_sq_sum", "gate_norm_sum", "gate_sq_norm_sq_sum", "max_abs", "easy_ep")
         self.sums = {name: zeros(experts) for name in names}
-        self.sums |= {name: zeros(experts, hidden_size) for name in ("output_sum", "output_sq_sum")}
+        self.sums |= {name: zeros(experts, moe.width) for name in ("output_sum", "output_sq_sum")}
         self.sums["coselection"] = zeros(experts, experts)
         self.num_tokens = 0
         self.cosine_sum = zeros(1)
-        self._block_TH: Tensor | None = None
+        self._input_TH: Tensor | None = None
         self._routed_TH: Tensor | None = None
+        self._block_TH: Tensor | None = None
         self._saliency: list[tuple[int, Tensor, Tensor]] = []
         moe.experts.observer = self  # type: ignore[assignment]
-        self._hook = moe.block.register_forward_hook(self._block_output)
+        self._hooks = [moe.experts.register_forward_pre_hook(self._experts_input)]
+        if moe.block_path:  # else the block is the decoder layer, which ends after `layer` is called
+            self._hooks.append(moe.block.register_forward_hook(self._block_output))
 
     def expert(self, expert: int, token_N: Tensor, gate_N: Tensor, output_NH: Tensor) -> None:
-        gate, norm = gate_N.double(), output_NH.norm(dim=-1).double()
+        gate, norm = self.moe.output_scale * gate_N.double(), output_NH.norm(dim=-1).double()
         product = gate * norm
         for name, values in (
             ("gate_sum", gate),
@@ -78,25 +83,36 @@ class LayerStatistics:
         self._routed_TH = routed_output_TH
 
     def layer(self, input_BSH: Tensor, output_BSH: Tensor) -> None:
-        assert self._block_TH is not None and self._routed_TH is not None
-        entering, leaving = input_BSH.flatten(0, -2), output_BSH.flatten(0, -2)
+        assert self._routed_TH is not None
+        entering, leaving = (hidden.reshape(len(self._routed_TH), -1) for hidden in (input_BSH, output_BSH))
         self.cosine_sum += F.cosine_similarity(entering, leaving, dim=-1).sum(dtype=torch.float64)
-        before_TH = leaving - self.residual_multiplier * self._block_TH
-        after_TH = before_TH + self.residual_multiplier * self._routed_TH
-        change_T = (1 - F.cosine_similarity(before_TH, after_TH, dim=-1)).clamp(min=0).double()
+        change_T = (1 - F.cosine_similarity(*self._around(leaving), dim=-1)).clamp(min=0).double()
         for expert, token_N, product_N in self._saliency:
             self.sums["easy_ep"][expert] += (product_N * change_T[token_N]).sum()
         self._saliency.clear()
-        self._block_TH = self._routed_TH = None
+        self._input_TH = self._routed_TH = self._block_TH = None
+
+    def _around(self, leaving: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream before and after the routed experts' output is added, both [T, H]."""
+        assert self._input_TH is not None and self._routed_TH is not None
+        routed_TH = self.moe.output_scale * self._routed_TH
+        if self._block_TH is None or not leaving.shape == self._block_TH.shape == routed_TH.shape:
+            return self._input_TH, self._input_TH + routed_TH
+        before_TH = leaving - self.residual_multiplier * self._block_TH
+        return before_TH, before_TH + self.residual_multiplier * routed_TH
 
     def close(self, layer: int) -> LayerScores:
         """Stop observing and return the sums."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         del self.moe.experts.observer
         statistics = {name: values.cpu().numpy() for name, values in self.sums.items()}
         statistics["tokens"] = np.diagonal(statistics["coselection"]).copy()
         cosine = float(self.cosine_sum) / max(1, self.num_tokens)
         return LayerScores(layer, self.moe.num_experts, self.moe.top_k, self.num_tokens, cosine, statistics)
+
+    def _experts_input(self, module: Any, inputs: Any) -> None:
+        self._input_TH = inputs[0]
 
     def _block_output(self, module: Any, inputs: Any, output: Any) -> None:
         tensor = output if isinstance(output, Tensor) else output[0]
@@ -134,7 +150,7 @@ def collect(
             detail = "dense layer"
             if index in stream.moe_layers:
                 moe = stream.moe_layers[index]
-                statistics = LayerStatistics(moe, config.hidden_size, getattr(config, "residual_multiplier", 1.0))
+                statistics = LayerStatistics(moe, getattr(config, "residual_multiplier", 1.0))
                 run.observer = statistics
                 run.through(index)
                 run.observer = None

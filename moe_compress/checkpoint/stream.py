@@ -110,10 +110,10 @@ class LayerStream:
         self.layer_names = [layer_names[index] for index in range(len(self.layers))]
         self.model._weight_conversions = [entry for entry in self._mapping if entry.was_used()]
         for found in self.moe_layers.values():
-            for name, _ in found.experts.named_parameters():
-                dtypes = sources[f"{found.experts_name}.{name}"]
+            for name in found.expert_tensors():
+                dtypes = sources[f"{found.block_name}.{name}"]
                 dtype = TORCH_DTYPES.get(min(dtypes), torch.float32) if len(dtypes) == 1 else torch.float32
-                _retype(found.experts, name, dtype)
+                _retype(found.block, name, dtype)
 
     def _ends(self) -> list[nn.Module]:
         return [self.model.get_input_embeddings(), self.model.get_output_embeddings()]

@@ -59,11 +59,15 @@ def routed_tokens(index_TK: Tensor, num_experts: int) -> Iterator[tuple[int, Ten
 
 
 def experts_forward(experts: Any, hidden_TH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
-    """Gated sum [T, H] of the routed experts' outputs; bit-identical from run to run."""
+    """Gated sum [T, H] of the routed experts' outputs; bit-identical from run to run.
+
+    A gate value of exactly zero says that the token skips the expert, whatever its index says (so in ZAYA).
+    """
     observer: Observer | None = getattr(experts, "observer", None)
     top_k = index_TK.shape[1]
     slots = hidden_TH.new_zeros(index_TK.numel(), hidden_TH.shape[1])
     num_experts = len(experts.down_proj)
+    index_TK = index_TK.masked_fill(gate_TK == 0, num_experts)
     for expert, slot_N in routed_tokens(index_TK, num_experts):
         token_N = slot_N // top_k
         output_NH = expert_output(experts, expert, hidden_TH[token_N])

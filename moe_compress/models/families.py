@@ -9,3 +9,5 @@ EXPERT_COUNT_KEYS = (
 TOP_K_KEYS = (
     "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k"
 )  # fmt: skip
+# Sections of a configuration that describe towers text does not pass; their experts, if any, are their own.
+OTHER_TOWERS = ("vision_config", "audio_config")

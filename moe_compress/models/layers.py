@@ -1,55 +1,82 @@
 """What an MoE layer is, in every architecture: found by structure, not by a list of names.
 
-`transformers` marks every fused experts module with `use_experts_implementation`: the experts are 3-D parameters whose
-first dimension is the expert, and the module carries the flags `is_transposed`, `has_bias`, `has_gate`. The block that
-owns it also owns the router: tensors with one row per expert. What structure does not tell is in `families.py`.
+`transformers` marks every fused experts module with `use_experts_implementation`, which leaves the flags
+`is_transposed`, `has_bias` and `has_gate` on it. What else belongs to the experts (router rows, correction biases,
+per-expert scales) the architecture itself tells: a second empty model is built with twice the experts, and the tensors
+that grew are those that count experts. What structure does not tell is in `families.py`.
 
-Not covered: experts kept as a list of separate modules, and routers that share one tensor between layers.
+Refused: experts that are no fused module, several sets of experts in one layer, routers that look experts up by number,
+and tensors outside the MoE blocks that count experts. Not covered: routers that share one tensor between layers.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.models.families import EXPERT_COUNT_KEYS, TOP_K_KEYS
+from moe_compress.models.skeleton import SUPPORTED, build_skeleton
 
 
 @dataclass(frozen=True)
 class MoELayer:
-    """One MoE layer of a model: where its experts and its router live."""
+    """One MoE layer of a model: where its experts and its router live.
+
+    `counted` names, inside the decoder layer, every tensor with an entry per expert, and the dimension they lie in.
+    That dimension may be longer than `num_experts`: what follows the routed experts belongs to shared or null experts.
+    """
 
     layer: int  # index among the decoder layers
     block_name: str  # the module that owns experts and router, in the model
-    block_path: str  # the same inside its decoder layer
+    block_path: str  # the same inside its decoder layer; empty where the decoder layer itself owns them
     experts_name: str
     block: nn.Module
     experts: nn.Module
     num_experts: int
     top_k: int
+    counted: Mapping[str, int]
+
+    @property
+    def width(self) -> int:
+        """Size of an expert's input and output: the hidden size, or less where experts work in a latent space."""
+        experts: Any = self.experts
+        return int(experts.down_proj.shape[2 if experts.is_transposed else 1])
+
+    @property
+    def output_scale(self) -> float:
+        """What the block multiplies the experts' gated sum with, where this is not in the gate values already."""
+        return float(getattr(self.block, "routed_scaling_factor", 1.0))
 
     def expert_tensors(self) -> dict[str, Tensor]:
         """The experts' tensors by name relative to the block, each [E, ...]."""
-        prefix = self.experts_name[len(self.block_name) + 1 :]
-        return {f"{prefix}.{name}": tensor for name, tensor in _tensors(self.experts)}
+        return {name: tensor for name, (tensor, _) in self._tensors().items() if self._of_experts(name)}
 
     def router_tensors(self) -> dict[str, tuple[Tensor, int]]:
         """The router's tensors by name relative to the block, each with the dimension that counts the experts."""
-        found: dict[str, tuple[Tensor, int]] = {}
-        experts = self.expert_tensors()
-        for name, tensor in _tensors(self.block):
-            if name in experts or "shared" in name:
-                continue
-            if tensor.shape[0] == self.num_experts:
-                found[name] = (tensor, 0)
-            elif tensor.shape == (1, self.num_experts):
-                found[name] = (tensor, 1)
-        return found
+        return {name: found for name, found in self._tensors().items() if not self._of_experts(name)}
+
+    def select(self, state: Mapping[str, Tensor], experts: Tensor) -> dict[str, Tensor]:
+        """The decoder layer's tensors with only these experts (int64 [n], in their new order), as a new dictionary."""
+        selected = {}
+        for name, dimension in self.counted.items():
+            beyond = torch.arange(self.num_experts, state[name].shape[dimension])
+            entries = torch.cat([experts, beyond]).to(state[name].device)
+            selected[name] = state[name].index_select(dimension, entries)
+        return {**state, **selected}
+
+    def _tensors(self) -> dict[str, tuple[Tensor, int]]:
+        tensors = self.block.state_dict(keep_vars=True)
+        counted = {name[len(self.block_path) :].lstrip("."): dimension for name, dimension in self.counted.items()}
+        return {name: (tensors[name], dimension) for name, dimension in counted.items()}
+
+    def _of_experts(self, name: str) -> bool:
+        return f"{self.block_name}.{name}".startswith(f"{self.experts_name}.")
 
 
 def is_experts_module(module: nn.Module) -> bool:
@@ -57,18 +84,17 @@ def is_experts_module(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "down_proj")
 
 
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers: the outermost module list that holds experts.
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder layers: the language model's outermost module list that holds experts.
 
-    Raises `UnsupportedModelError` when the model has no experts.
+    Raises `UnsupportedModelError` when it has no experts, or none that are fused.
     """
-    names = [name for name, module in model.named_modules() if is_experts_module(module)]
-    if not names:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no routed experts, so there is nothing to compress; "
-            "supported are the Mixture-of-Experts models of transformers (see `docs/architectures.md`)."
-        )
-    parts = names[0].split(".")
+    decoder = set(model.get_decoder().modules())
+    modules = {name: module for name, module in model.named_modules() if module in decoder}
+    experts = next((name for name, module in modules.items() if is_experts_module(module)), None)
+    if experts is None:
+        raise UnsupportedModelError(_no_experts(model, modules))
+    parts = experts.split(".")
     for length in range(1, len(parts)):
         name = ".".join(parts[:length])
         module = model.get_submodule(name)
@@ -77,33 +103,70 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     raise UnsupportedModelError(f"{type(model).__name__} does not keep its experts in a list of decoder layers.")
 
 
-def find_moe_layers(model: nn.Module) -> list[MoELayer]:
-    """All MoE layers in order; works on an empty (meta) skeleton too."""
-    layers_name, _ = decoder_layers(model)
-    pattern = re.compile(re.escape(layers_name) + r"\.(\d+)\.")
+def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
+    """All MoE layers in order; works on an empty (meta) skeleton too.
+
+    Raises `UnsupportedModelError` when experts or routers are kept in a way that cannot be changed layer by layer.
+    """
+    layers_name, layers = decoder_layers(model)
     config: Any = model.config
-    config = config.get_text_config()
+    paths = _experts_paths(model, layers)
+    first: Any = layers[min(paths)].get_submodule(paths[min(paths)])
+    num_experts = len(first.down_proj)
+    counted = counted_tensors(model, num_experts)
     found = []
-    for name, module in model.named_modules():
-        match = pattern.match(name)
-        if match and is_experts_module(module):
-            block_name = name.rpartition(".")[0]
-            block = model.get_submodule(block_name)
-            num_experts = int(module.down_proj.shape[0])
-            path = block_name[match.end() :]
-            layer = MoELayer(int(match[1]), block_name, path, name, block, module, num_experts, top_k(config))
-            if not layer.router_tensors():
-                raise UnsupportedModelError(
-                    f"The router of `{block_name}` ({type(block).__name__}) was not recognised."
-                )
-            found.append(layer)
+    for index, path in paths.items():
+        prefix = f"{layers_name}.{index}."
+        block_path = path.rpartition(".")[0]
+        block_name = f"{prefix}{block_path}".rstrip(".")
+        inside = [name for name in counted if name.startswith(f"{block_name}.")]
+        layer = MoELayer(
+            layer=index,
+            block_name=block_name,
+            block_path=block_path,
+            experts_name=prefix + path,
+            block=layers[index].get_submodule(block_path),
+            experts=layers[index].get_submodule(path),
+            num_experts=num_experts,
+            top_k=top_k(config.get_text_config(), index),
+            counted={name.removeprefix(prefix): counted.pop(name) for name in inside},
+        )
+        _require_scoring_router(layer)
+        found.append(layer)
+    if counted:
+        raise UnsupportedModelError(
+            f"`{min(counted)}` of {type(model).__name__} grows with the number of experts but is no part of an MoE "
+            f"block, so layers cannot be changed one by one; {SUPPORTED}."
+        )
     return found
 
 
-def top_k(config: Any) -> int:
-    """Routed experts per token."""
+def counted_tensors(model: PreTrainedModel, num_experts: int) -> dict[str, int]:
+    """The tensors with an entry per expert, and in which dimension: what grows when there are twice the experts."""
+    config: Any = type(model.config).from_dict(model.config.to_dict())
+    set_num_experts(config, num_experts, 2 * num_experts)
+    larger = build_skeleton(config).state_dict()
+    counted = {}
+    for name, tensor in model.state_dict().items():
+        growth = [new - old for new, old in zip(larger[name].shape, tensor.shape, strict=True)]
+        grown = [dimension for dimension, by in enumerate(growth) if by]
+        if grown:
+            if [growth[dimension] for dimension in grown] != [num_experts]:
+                raise UnsupportedModelError(
+                    f"`{name}` of {type(model).__name__} grows with the number of experts, but not by one entry for "
+                    f"each; {SUPPORTED}."
+                )
+            counted[name] = grown[0]
+    return counted
+
+
+def top_k(config: Any, layer: int) -> int:
+    """Routed experts per token in a decoder layer."""
     for key in TOP_K_KEYS:
-        if isinstance(value := getattr(config, key, None), int):
+        value = getattr(config, key, None)
+        if isinstance(value, list):
+            value = value[layer]
+        if isinstance(value, int):
             return value
     raise UnsupportedModelError(f"The configuration of {config.model_type} does not say how many experts a token uses.")
 
@@ -123,7 +186,41 @@ def routing_groups(config: Any) -> int:
     return int(getattr(config.get_text_config(), "n_group", None) or 1)
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    persistent = module.state_dict(keep_vars=True).keys()
-    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in persistent)
+def _experts_paths(model: PreTrainedModel, layers: nn.ModuleList) -> dict[int, str]:
+    """Where each MoE layer keeps its experts, by its index among the decoder layers."""
+    paths = {}
+    for index, layer in enumerate(layers):
+        found = [path for path, module in layer.named_modules() if is_experts_module(module)]
+        if len(found) > 1:
+            raise UnsupportedModelError(
+                f"Layer {index} of {type(model).__name__} has {len(found)} sets of experts (`{'` and `'.join(found)}`) "
+                f"and text reaches only one of them; {SUPPORTED}."
+            )
+        if found:
+            paths[index] = found[0]
+    return paths
+
+
+def _require_scoring_router(layer: MoELayer) -> None:
+    """Refuse a router that was not found, or that looks experts up instead of scoring them."""
+    router = layer.router_tensors()
+    if not router:
+        raise UnsupportedModelError(
+            f"The router of `{layer.block_name}` ({type(layer.block).__name__}) was not found; {SUPPORTED}."
+        )
+    modules = {name.rpartition(".")[0] for name in router}
+    for name, tensor in layer.block.state_dict().items():
+        if name.rpartition(".")[0] in modules and not tensor.is_floating_point():
+            raise UnsupportedModelError(
+                f"The router of `{layer.block_name}` looks experts up by their number in `{name}`, so none of them can "
+                f"be left out; {SUPPORTED}."
+            )
+
+
+def _no_experts(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> str:
+    """Why no fused experts were found, in a sentence."""
+    for name, module in modules.items():
+        if name.endswith(".experts"):
+            kept = f"{type(model).__name__} keeps its experts as `{name}` ({type(module).__name__})"
+            return f"{kept}, which is none of transformers' fused experts modules; {SUPPORTED}."
+    return f"{type(model).__name__} has no routed experts, so there is nothing to compress; {SUPPORTED}."

@@ -15,13 +15,15 @@ Not covered: caches and training; hidden states of all batches stay in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from moe_compress.errors import ResumeError
 
 
 class LayerObserver(Protocol):
@@ -33,8 +35,11 @@ class LayerObserver(Protocol):
 class Lockstep:
     """The forward passes of `batches` (token ids [B, S] each), held before the same decoder layer.
 
-    `start` and `hidden` continue an earlier run: layers before `start` are skipped, and `hidden` holds, per batch, what
-    came out of layer `start - 1`. Nothing is differentiated.
+    `start` and `hidden` continue an earlier run: layers before `start` are skipped, and `hidden` is what that run had
+    under the same name when it stood there. Nothing is differentiated.
+
+    Raises `ResumeError` where layers hand on more than they return (shared keys and values, sums over earlier layers),
+    so that the run cannot be continued in the middle.
     """
 
     def __init__(
@@ -47,7 +52,8 @@ class Lockstep:
         hidden: Sequence[Tensor] = (),
     ) -> None:
         self.model, self.layers = model, layers
-        self.hidden: list[Tensor] = list(hidden) or [torch.empty(0)] * len(batches)
+        self._left: list[list[Tensor]] = _per_batch(hidden[:-1], len(batches))
+        self._entering = [0] * len(batches)
         self.logits: list[Tensor] = []
         self.observer: LayerObserver | None = None
         self._start = start
@@ -65,12 +71,26 @@ class Lockstep:
                 coroutine.switch(tokens)
         for _ in range(start):
             self._advance()
+        if start and self._entering != hidden[-1].tolist():
+            self.close()
+            raise ResumeError(
+                f"The layers of {type(model).__name__} hand on more than they return, so an interrupted run cannot go "
+                "on in the middle; start over with --force."
+            )
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """What a later run needs to go on from here: all that left the last layer, batch by batch, and checksums [N].
+
+        The checksums are those of all that is about to enter the next layer.
+        """
+        return [*(tensor for left in self._left for tensor in left), torch.tensor(self._entering)]
 
     def through(self, index: int) -> list[Tensor]:
         """Pass every batch through layer `index`; returns the hidden states [B, S, H] that came out."""
         assert index == self._next, "layers are passed in order"
         self._advance()
-        return self.hidden
+        return [left[0] for left in self._left]
 
     def finish(self) -> list[Tensor]:
         """Pass every batch through what follows the layers; returns the logits [B, S, V] and ends the run."""
@@ -98,23 +118,51 @@ class Lockstep:
 
     def _gated(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def gated(*args: Any, **kwargs: Any) -> Any:
-            self._scheduler.switch()
+            self._wait(args, kwargs)
             batch = self._batch
             if index < self._start:
-                return self.hidden[batch]
+                return _output(self._left[batch])
             output = forward(*args, **kwargs)
-            entering = args[0] if args else kwargs["hidden_states"]
-            leaving = output if isinstance(output, Tensor) else output[0]
+            self._left[batch] = _tensors(output)
             if self.observer is not None:
-                self.observer.layer(entering, leaving)
-            self.hidden[batch] = leaving
+                self.observer.layer(args[0] if args else kwargs["hidden_states"], self._left[batch][0])
             return output
 
         return gated
 
     def _held(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def held(*args: Any, **kwargs: Any) -> Any:
-            self._scheduler.switch()
+            self._wait(args, kwargs)
             return forward(*args, **kwargs)
 
         return held
+
+    def _wait(self, *arguments: Any) -> None:
+        self._entering[self._batch] = _checksum(arguments)
+        self._scheduler.switch()
+
+
+def _per_batch(tensors: Sequence[Tensor], num_batches: int) -> list[list[Tensor]]:
+    each = len(tensors) // num_batches
+    return [list(tensors[batch * each : (batch + 1) * each]) for batch in range(num_batches)]
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """What a layer returns, as a list of tensors; nothing is kept as an empty one."""
+    items = [output] if isinstance(output, Tensor) else list(output)
+    return [torch.empty(0) if item is None else item for item in items]
+
+
+def _output(tensors: list[Tensor]) -> Any:
+    """What a layer returned, from the list of tensors."""
+    items = [tensor if tensor.numel() else None for tensor in tensors]
+    return items[0] if len(items) == 1 else tuple(items)
+
+
+def _checksum(value: Any) -> int:
+    """Sum over the words of all tensors in an argument, however nested."""
+    if isinstance(value, Tensor):
+        words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+        return int(value.detach().contiguous().reshape(-1).view(words).sum(dtype=torch.int64))
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return sum(_checksum(item) for item in items) % 2**62

@@ -11,19 +11,31 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from moe_compress.errors import UnsupportedModelError
 
+SUPPORTED = "supported are the Mixture-of-Experts language models of `docs/architectures.md`"
+
 
 def model_class(config: PretrainedConfig) -> Any:
-    """The class the checkpoint itself names, or the causal language model registered for its configuration."""
-    for name in config.architectures or ():
-        if (found := getattr(transformers, name, None)) is not None:
-            return found
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM._model_mapping[type(config)]
-    raise UnsupportedModelError(f"transformers has no causal language model for `{config.model_type}`.")
+    """The class the checkpoint itself names, or the causal language model registered for its configuration.
+
+    Raises `UnsupportedModelError` when that is no class whose forward pass gives the logits of every next token:
+    classifiers, diffusion models, pipelines of several models.
+    """
+    named = [found for name in config.architectures or () if (found := getattr(transformers, name, None)) is not None]
+    if not named and type(config) in AutoModelForCausalLM._model_mapping:
+        named.append(AutoModelForCausalLM._model_mapping[type(config)])
+    if not named:
+        raise UnsupportedModelError(
+            f"transformers has no causal language model for `{config.model_type}`; {SUPPORTED}."
+        )
+    if not issubclass(named[0], GenerationMixin) or named[0].forward is nn.Module.forward:
+        raise UnsupportedModelError(
+            f"{named[0].__name__} does not give the logits of every next token in a forward pass; {SUPPORTED}."
+        )
+    return named[0]
 
 
 def build_skeleton(
@@ -37,10 +49,19 @@ def build_skeleton(
 
     `dtype` is that of the meta parameters, `device` where the computed buffers live, `experts_implementation` a name
     in `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS`. The configuration is copied, not changed.
+
+    Raises `UnsupportedModelError` when the model is no language model, or cannot be built as it is configured.
     """
     config = type(config).from_dict(config.to_dict())
-    with torch.device("meta"):
-        model = model_class(config)._from_config(config, dtype=dtype, experts_implementation=experts_implementation)
+    found = model_class(config)
+    try:
+        with torch.device("meta"):
+            model = found._from_config(config, dtype=dtype, experts_implementation=experts_implementation)
+    except Exception as error:  # every architecture fails in its own way on settings that do not fit
+        raise UnsupportedModelError(
+            f"transformers cannot build {found.__name__} from this configuration ({type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0].rstrip('.')}); correct its config.json, or update transformers."
+        ) from error
     for module in model.modules():
         _compute_buffers(model, module, torch.device(device))
     return model.eval()  # type: ignore[no-any-return]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.compress.prune.plan import PrunePlan
-from moe_compress.models.families import EXPERT_COUNT_KEYS
+from moe_compress.models.families import EXPERT_COUNT_KEYS, OTHER_TOWERS
 from moe_compress.models.layers import MoELayer
 
 
@@ -26,22 +26,16 @@ class PruneChange:
         assert all(len(keep) == self.after for keep in self.keep.values()), "counts that differ need the plugin tier"
 
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """`config.json` with the new expert count under every name it has, at any depth."""
+        """`config.json` with the language model's new expert count under every name it has, at any depth."""
         return {
             key: self.after
             if key in EXPERT_COUNT_KEYS and value == self.before
             else self.config(value)
-            if isinstance(value, dict)
+            if isinstance(value, dict) and key not in OTHER_TOWERS
             else value
             for key, value in config.items()
         }
 
     def layer(self, moe: MoELayer, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The layer's tensors with only the kept experts."""
-        keep = self.keep[moe.layer]
-        counted = dict.fromkeys(moe.expert_tensors(), 0)
-        counted |= {name: dimension for name, (_, dimension) in moe.router_tensors().items()}
-        for name, dimension in counted.items():
-            full = state.pop(f"{moe.block_path}.{name}")
-            state[f"{moe.block_path}.{name}"] = full.index_select(dimension, keep.to(full.device))
-        return state
+        return moe.select(state, self.keep[moe.layer])
