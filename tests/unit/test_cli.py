@@ -6,7 +6,6 @@ import json
 import os
 import re
 import resource
-import signal
 import statistics
 import subprocess
 import sys
@@ -245,7 +244,7 @@ def test_an_interrupt_says_how_to_continue(pipeline: Fakes, tmp_path: Path) -> N
 
     def interrupted(*_: Any, **__: Any) -> None:
         work.mkdir()
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     pipeline(run=interrupted)
     done = invoke("run", "demo", str(tmp_path / "out"), "steps.0.keep=0.5", "--work", str(work), "--force")
