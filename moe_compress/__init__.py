@@ -1,13 +1,15 @@
 """Compress Mixture-of-Experts checkpoints: the command line's verbs as functions.
 
 `from moe_compress import inspect, validate, score, plan, run, evaluate, verify`. Nothing heavy is imported before
-a verb is used.
+a verb is used. Importing the package also lets transformers' auto classes open checkpoints of the tier `plugin`.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from moe_compress.runtime.registration import register
 
 if TYPE_CHECKING:
     from moe_compress.api import evaluate, inspect, plan, run, score, validate, verify
@@ -24,3 +26,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register()

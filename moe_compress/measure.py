@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,21 +82,26 @@ def cost_figures(costs: dict[str, Any]) -> dict[str, Any]:
 
 
 def random_baselines(recipe: Recipe, source: Checkpoint, work: Path, around: Surroundings) -> Iterator[dict[str, Any]]:
-    """The evaluation of random prunings at the recipe's own budgets, one per seed."""
+    """The evaluation of random prunings at the recipe's own budgets, one per seed.
+
+    Which experts are super experts is known from the scores of the first step.
+    """
     for seed in range(recipe.eval.random_baselines):
-        kept = work / "eval" / f"random-{seed}.json"
-        if not kept.exists():
-            current = source
+        file = work / "eval" / f"random-{seed}.json"
+        if not file.exists():
+            current, scores = source, Scores.load(work / "step-0" / "scores")
             for number, step in enumerate(recipe.steps):
                 title = f"random seed {seed}"
                 drawn = step.model_copy(update={"criterion": "random", "seed": seed})
-                plan = plan_step(drawn, Scores.load(work / f"step-{number}" / "scores"), current)
+                plan = plan_step(drawn, scores, current)
+                kept = [found.select(layer.keep) for found, layer in zip(scores.layers, plan.layers, strict=True)]
+                scores = replace(scores, layers=kept)
                 folder = work / f"random-{seed}-{number}"
                 apply(plan, current, folder, around, title)
                 current = open_rewritten(folder, current)
             settings = recipe.eval.model_copy(update={"speed": False})
             found = evaluate(current, settings, around, f"random seed {seed}")
-            write_json(kept, {"seed": seed} | model_figures(current, found))
+            write_json(file, {"seed": seed} | model_figures(current, found))
             for folder in work.glob(f"random-{seed}-*"):
                 shutil.rmtree(folder)
-        yield json.loads(kept.read_text())
+        yield json.loads(file.read_text())

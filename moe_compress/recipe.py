@@ -60,7 +60,7 @@ class ExportConfig(BaseModel):
 
     tier: Literal["stock", "plugin"] = Field(
         default="stock",
-        description="`stock`: plain transformers loads it. `plugin`: needs this package (not available yet).",
+        description="`stock`: plain transformers loads it. `plugin`: needs this package to be loaded.",
     )
     max_shard_size: Size = Field(default=4 * 10**9, description="Largest safetensors file, such as `4GB` or `500MB`.")
 
@@ -227,12 +227,11 @@ def _beyond_tier(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
     """Every step, or the tier itself, that cannot be exported as asked, with the reason."""
     export, steps = values.get("export"), values.get("steps")
     if isinstance(export, dict) and export.get("tier") == "plugin":
-        yield ("export", "tier"), "the tier `plugin` is not available yet; only `stock` can be written"
         return
     for index, step in enumerate(steps if isinstance(steps, list) else []):
         if isinstance(step, dict) and step.get("scope") == "global":
             yield (
                 ("steps", index, "scope"),
                 f"step {index} ({step.get('op')}) would leave a different number of experts in each layer, which the "
-                "tier `stock` cannot hold; use `scope: layer`, or only `plan` it",
+                "tier `stock` cannot hold; use `scope: layer`, or `export.tier: plugin`",
             )

@@ -18,7 +18,8 @@ the tokens routed to an expert; g is the value that truly multiplies the expert'
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ class LayerScores:
     num_tokens: int
     cosine: float  # mean cosine between the decoder layer's input and output
     statistics: dict[str, Array]
+
+    def select(self, experts: Sequence[int]) -> LayerScores:
+        """Of these experts only, in this order."""
+        kept = np.asarray(experts, dtype=np.intp)
+        statistics = {name: values[kept] for name, values in self.statistics.items()}
+        if "coselection" in statistics:
+            statistics["coselection"] = statistics["coselection"][:, kept]
+        return replace(self, num_experts=len(kept), statistics=statistics)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
 
 from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, save_hidden
 from moe_compress.checkpoint.index import TensorIndex
@@ -30,9 +31,10 @@ from moe_compress.checkpoint.writer import (
     tensor_sha256,
     write_json,
 )
-from moe_compress.models.layers import MoELayer
+from moe_compress.models.layers import SECTION, MoELayer
 from moe_compress.models.lockstep import Lockstep
 from moe_compress.progress import Stage
+from moe_compress.runtime.remote_code import write_remote_code
 
 PROBE_TOKENS = 32
 PROBE_POSITIONS = 8  # logits are kept for this many of them
@@ -93,7 +95,7 @@ def rewrite(
     write_config(source.folder, folder, change.config(json.loads(json.dumps(old_config))), old_config)
 
     stream = LayerStream(source, device)
-    config = type(source.config).from_pretrained(folder)
+    config = read_config(source, folder)
     target = LayerStream(replace(source, config=config), device)
     expected = expected_tensors(stream, target)
 
@@ -179,6 +181,15 @@ def write_config(source: Path, folder: Path, new: Mapping[str, Any], old: Mappin
         shutil.copyfile(source / "config.json", folder / "config.json")
     else:
         (folder / "config.json").write_text(json.dumps(new, indent=2) + "\n")
+    if SECTION in new:
+        write_remote_code(folder)
+
+
+def read_config(source: Checkpoint, folder: Path) -> PretrainedConfig:
+    """The configuration written to `folder`: of the source's class, or of its compressed family."""
+    if SECTION in json.loads((folder / "config.json").read_text()):
+        return AutoConfig.from_pretrained(folder)  # type: ignore[no-any-return]
+    return type(source.config).from_pretrained(folder)
 
 
 def open_rewritten(folder: Path, source: Checkpoint) -> Checkpoint:
@@ -186,7 +197,7 @@ def open_rewritten(folder: Path, source: Checkpoint) -> Checkpoint:
     return replace(
         source,
         folder=folder,
-        config=type(source.config).from_pretrained(folder),
+        config=read_config(source, folder),
         revision=sha256_of(folder / LEDGER_FILE),
         index=TensorIndex.from_folder(folder),
     )

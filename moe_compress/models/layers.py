@@ -23,6 +23,8 @@ from moe_compress.errors import UnsupportedModelError
 from moe_compress.models.families import EXPERT_COUNT_KEYS, TOP_K_KEYS
 from moe_compress.models.skeleton import SUPPORTED, build_skeleton
 
+SECTION = "moe_compress"  # in the config.json of a compressed family: how the layers depart from it
+
 
 @dataclass(frozen=True)
 class MoELayer:
@@ -111,23 +113,22 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     layers_name, layers = decoder_layers(model)
     config: Any = model.config
     paths = _experts_paths(model, layers)
-    first: Any = layers[min(paths)].get_submodule(paths[min(paths)])
-    num_experts = len(first.down_proj)
-    counted = counted_tensors(model, num_experts)
+    counted = counted_tensors(model)
     found = []
     for index, path in paths.items():
         prefix = f"{layers_name}.{index}."
         block_path = path.rpartition(".")[0]
         block_name = f"{prefix}{block_path}".rstrip(".")
         inside = [name for name in counted if name.startswith(f"{block_name}.")]
+        experts: Any = layers[index].get_submodule(path)
         layer = MoELayer(
             layer=index,
             block_name=block_name,
             block_path=block_path,
             experts_name=prefix + path,
             block=layers[index].get_submodule(block_path),
-            experts=layers[index].get_submodule(path),
-            num_experts=num_experts,
+            experts=experts,
+            num_experts=len(experts.down_proj),
             top_k=top_k(config.get_text_config(), index),
             counted={name.removeprefix(prefix): counted.pop(name) for name in inside},
         )
@@ -141,23 +142,52 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     return found
 
 
-def counted_tensors(model: PreTrainedModel, num_experts: int) -> dict[str, int]:
+def counted_tensors(model: PreTrainedModel) -> dict[str, int]:
     """The tensors with an entry per expert, and in which dimension: what grows when there are twice the experts."""
     config: Any = type(model.config).from_dict(model.config.to_dict())
+    num_experts = _family_num_experts(model)
     set_num_experts(config, num_experts, 2 * num_experts)
+    counts = expert_counts(config)
+    if counts:
+        set_expert_counts(config, 2 * num_experts, {layer: 2 * count for layer, count in counts.items()})
+    possible = {num_experts, *counts.values()}
     larger = build_skeleton(config).state_dict()
     counted = {}
     for name, tensor in model.state_dict().items():
         growth = [new - old for new, old in zip(larger[name].shape, tensor.shape, strict=True)]
         grown = [dimension for dimension, by in enumerate(growth) if by]
         if grown:
-            if [growth[dimension] for dimension in grown] != [num_experts]:
+            if len(grown) > 1 or growth[grown[0]] not in possible:
                 raise UnsupportedModelError(
                     f"`{name}` of {type(model).__name__} grows with the number of experts, but not by one entry for "
                     f"each; {SUPPORTED}."
                 )
             counted[name] = grown[0]
     return counted
+
+
+def expert_counts(config: Any) -> dict[int, int]:
+    """The decoder layers whose number of experts is not the family's own setting, with their number."""
+    layers = (getattr(config, SECTION, None) or {}).get("layers", {})
+    return {int(layer): found["num_experts"] for layer, found in layers.items() if "num_experts" in found}
+
+
+def set_expert_counts(config: Any, num_experts: int, counts: Mapping[int, int]) -> None:
+    """Change what `expert_counts` says in the configuration of a compressed family; `num_experts` is the family's."""
+    section = dict(getattr(config, SECTION))
+    layers = {layer: dict(found) for layer, found in section.get("layers", {}).items()}
+    for layer, count in counts.items():
+        layers.setdefault(str(layer), {})["num_experts"] = count
+    setattr(config, SECTION, section | {"num_experts": num_experts, "layers": layers})
+
+
+def _family_num_experts(model: PreTrainedModel) -> int:
+    """Experts per layer as the family's own setting has it."""
+    section = getattr(model.config, SECTION, None)
+    if section:
+        return int(section["num_experts"])
+    experts: Any = next(module for module in model.modules() if is_experts_module(module))
+    return len(experts.down_proj)
 
 
 def top_k(config: Any, layer: int) -> int:

@@ -26,6 +26,7 @@ from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, PROBE_FILE, Ledger
 from moe_compress.checkpoint.writer import sha256_of, tensor_sha256
 from moe_compress.errors import MoECompressError, UsageError, VerificationError
+from moe_compress.models.layers import SECTION
 from moe_compress.progress import Progress
 
 MANIFEST_FILE = "manifest.json"
@@ -148,21 +149,22 @@ def check_keys(folder: Path, ledger: Ledger) -> Check:
 
 
 def check_logits(folder: Path) -> Check:
-    """A fresh process with plain transformers gives the logits of the apply sweep."""
+    """A fresh process gives the logits of the apply sweep; with plain transformers, unless the tier is `plugin`."""
+    plugin = SECTION in json.loads((folder / "config.json").read_text())
     with np.load(folder / PROBE_FILE) as probe:
         expected = probe["logits"].astype(np.float64)
     reload = Path(__file__).with_name("reload.py").read_text()
     with tempfile.TemporaryDirectory(prefix="moe-compress-") as scratch:
         output = Path(scratch) / "logits.npy"
-        blocked = "import sys; sys.modules['moe_compress'] = None\n"
+        begin = "import moe_compress\n" if plugin else "import sys; sys.modules['moe_compress'] = None\n"
         elements = sum(info.numel for info in TensorIndex.from_folder(folder).values())
         mode = "whole" if elements * 4 <= WHOLE_MODEL_BYTES else "layers"
-        command = [sys.executable, "-c", blocked + reload, str(folder.absolute()), str(output), mode]
+        command = [sys.executable, "-c", begin + reload, str(folder.absolute()), str(output), mode]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         finished = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch)
         if finished.returncode != 0:
             reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
-            return Check(False, f"plain transformers could not load the folder: {reason}")
+            return Check(False, f"{'' if plugin else 'plain '}transformers could not load the folder: {reason}")
         found = np.load(output).astype(np.float64)
     if not np.isfinite(found).all():
         return Check(False, "the reloaded model gives logits that are not finite.")

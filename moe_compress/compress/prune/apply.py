@@ -13,24 +13,34 @@ from torch import Tensor
 
 from moe_compress.compress.prune.plan import PrunePlan
 from moe_compress.models.families import EXPERT_COUNT_KEYS, OTHER_TOWERS
-from moe_compress.models.layers import MoELayer
+from moe_compress.models.layers import SECTION, MoELayer
+from moe_compress.runtime.families import plugin_config, plugin_section
 
 
 class PruneChange:
-    """Applies a plan whose layers all keep the same number of experts."""
+    """Applies a plan; a checkpoint whose layers keep different numbers of experts is one of the tier `plugin`."""
 
     def __init__(self, plan: PrunePlan) -> None:
         self.keep = {layer.layer: torch.tensor(layer.keep) for layer in plan.layers}
         self.before = plan.layers[0].num_experts
-        self.after = len(plan.layers[0].keep)
-        assert all(len(keep) == self.after for keep in self.keep.values()), "counts that differ need the plugin tier"
 
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """`config.json` with the language model's new expert count under every name it has, at any depth."""
+        """`config.json` with the new expert counts: in the family's own keys, or layer by layer."""
+        counts = {layer: len(keep) for layer, keep in self.keep.items()}
+        if SECTION in config or len(set(counts.values())) > 1:
+            section = config.get(SECTION) or plugin_section(self.before)
+            layers = {**section["layers"]}
+            for layer, count in counts.items():
+                layers[str(layer)] = {**layers.get(str(layer), {}), "num_experts": count}
+            return plugin_config(config, section | {"layers": layers})
+        return self._family_config(config, next(iter(counts.values())))
+
+    def _family_config(self, config: dict[str, Any], count: int) -> dict[str, Any]:
+        """The language model's expert count replaced under every name it has, at any depth."""
         return {
-            key: self.after
+            key: count
             if key in EXPERT_COUNT_KEYS and value == self.before
-            else self.config(value)
+            else self._family_config(value, count)
             if isinstance(value, dict) and key not in OTHER_TOWERS
             else value
             for key, value in config.items()

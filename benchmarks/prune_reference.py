@@ -1,0 +1,164 @@
+"""Every pruning criterion on the built-in model at keep 0.75, beside random prunings, for several calibration sets.
+
+    python -m benchmarks.prune_reference [--folder DIR]
+
+The packaged calibration texts are of five kinds: code, documentation and prose (running text), facts and reasoning
+(skills). `mixture` takes them as they come, which is about 62 % running text; the other sets give running text a share
+of the sequences. The model is scored once per set, every criterion is planned from these scores, and every plan is
+evaluated on whole tables of the `reference` tasks. Random prunings know nothing of the text, so they are made once.
+
+Results go to `benchmarks/results/prune_reference.json` after every row; rows that are already there are kept when
+nothing that decides them has changed. Not covered: other budgets, and other models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+from transformers import AutoTokenizer
+
+from moe_compress import __version__
+from moe_compress.api import score
+from moe_compress.calibrate.config import CalibrationConfig
+from moe_compress.calibrate.data import load_calibration
+from moe_compress.calibrate.documents import REFERENCE
+from moe_compress.calibrate.scores import Scores
+from moe_compress.checkpoint.rewrite import open_rewritten
+from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
+from moe_compress.compress.prune.config import CriterionName, PruneConfig
+from moe_compress.eval.config import EvalConfig
+from moe_compress.eval.harness import evaluate
+from moe_compress.manifest import hardware, library_versions
+from moe_compress.progress import SilentProgress
+from moe_compress.steps import Surroundings, apply, plan_step
+
+RESULTS = Path(__file__).parent / "results" / "prune_reference.json"
+KEEP = 0.75
+CRITERIA = [name for name in get_args(CriterionName) if name != "random"]
+SEEDS = range(5)
+CALIBRATION = {"num_samples": 64, "sequence_length": 512}
+BATCH_SIZE = 8
+TEXT_KINDS = ("code", "documentation", "prose")
+SETS = {"mixture": None, "text 80 %": 0.8, "text 100 %": 1.0, "text 70 %": 0.7, "text 90 %": 0.9}
+
+Row = dict[str, Any]
+
+
+def calibration_sets(folder: Path) -> dict[str, CalibrationConfig]:
+    """The sets by name; `folder` receives the packaged texts as one file of running text and one of skills."""
+    records = [json.loads(line) for line in REFERENCE.read_text(encoding="utf-8").splitlines()]
+    for name, wanted in (("text", True), ("skills", False)):
+        lines = [json.dumps(record) + "\n" for record in records if (record["kind"] in TEXT_KINDS) == wanted]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    sets = {}
+    for name, share in SETS.items():
+        weights = {"text": share, "skills": 1 - share} if share is not None else {}
+        parts = [{"dataset": str(folder / f"{part}.jsonl"), "weight": w} for part, w in weights.items() if w > 0]
+        given = {"dataset": parts or "reference", "batch_size": BATCH_SIZE} | CALIBRATION
+        sets[name] = CalibrationConfig.model_validate(given)
+    return sets
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def header(source: Checkpoint, sets: dict[str, CalibrationConfig]) -> dict[str, Any]:
+    """All that decides the figures; calibration sets are known by their token ids, the model by its bytes."""
+    tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    described = {}
+    for name, config in sets.items():
+        tokens = load_calibration(config, tokenizer, max_length=None).tokens
+        described[name] = {"text_share": SETS[name], "tokens_sha256": sha256(tokens.numpy().astype("<i8").tobytes())}
+    weights = b"".join(file.read_bytes() for file in sorted(source.folder.glob("*.safetensors")))
+    return {
+        "model": {"name": "reference", "weights_sha256": sha256(weights)},
+        "keep": KEEP,
+        "calibration": CALIBRATION | {"seed": 0, "sets": described},
+        "hardware": hardware("cpu"),
+        "versions": {"moe_compress": __version__} | library_versions(),
+    }
+
+
+def figures(folder: Path) -> dict[str, float]:
+    """Headline figure of each task; every packaged task has one metric."""
+    tasks = evaluate(folder, EvalConfig(tasks=["reference"]))["tasks"]
+    return {task.removeprefix("reference_"): next(iter(metrics.values()))["value"] for task, metrics in tasks.items()}
+
+
+def pruned(criterion: str, seed: int, scores: Scores, source: Checkpoint, folder: Path, rows: list[Row]) -> Row:
+    """One pruning and its figures, which are those of an earlier row when the same experts stay."""
+    config = PruneConfig.model_validate({"op": "prune", "criterion": criterion, "keep": KEEP, "seed": seed})
+    plan = plan_step(config, scores, source)
+    kept = sha256(json.dumps([layer.keep for layer in plan.layers]).encode())
+    tasks = next((row["tasks"] for row in rows if row["kept_sha256"] == kept), None)
+    if tasks is None:
+        around = Surroundings(CalibrationConfig(dataset="reference"), 4 * 10**9, "cpu", SilentProgress())
+        shutil.rmtree(folder, ignore_errors=True)
+        apply(plan, source, folder, around, criterion)
+        tasks = figures(open_rewritten(folder, source).folder)
+    return {"kept_sha256": kept, "tasks": tasks}
+
+
+def summary(rows: list[Row]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation (n - 1) of the random prunings, per task."""
+    drawn = [row["tasks"] for row in rows if row["criterion"] == "random"]
+    values = {task: [tasks[task] for tasks in drawn] for task in drawn[0]} if len(drawn) > 1 else {}
+    return {task: {"mean": statistics.mean(of), "sd": statistics.stdev(of)} for task, of in values.items()}
+
+
+def table(rows: list[Row]) -> str:
+    """One line per row, the mean of the random ones last."""
+    lines = [["calibration", "criterion", *(task[:6] for task in rows[0]["tasks"])]]
+    for row in rows:
+        name = row["criterion"] if row["seed"] is None else f"{row['criterion']} {row['seed']}"
+        lines.append([row["calibration"] or "", name, *(f"{value:.3f}" for value in row["tasks"].values())])
+    for figure in ("mean", "sd"):
+        lines.append(["", f"random {figure}", *(f"{of[figure]:.3f}" for of in summary(rows).values())])
+    return "\n".join(f"{line[0]:<12}{line[1]:<13}" + "".join(f"{cell:>8}" for cell in line[2:]) for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder unless given")
+    arguments = parser.parse_args()
+    source = open_checkpoint("reference")
+    with tempfile.TemporaryDirectory(prefix="prune-reference-", dir=arguments.folder) as name:
+        folder = Path(name)
+        sets = calibration_sets(folder)
+        made_with = header(source, sets)
+        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        same = all(found.get(key) == value for key, value in made_with.items())
+        rows: list[Row] = found["rows"] if same else []
+        wanted: list[tuple[str | None, str, int | None]] = [(None, "original", None)]
+        wanted += [(None, "random", seed) for seed in SEEDS]
+        wanted += [(name, criterion, None) for name in sets for criterion in CRITERIA]
+        done = {(row["calibration"], row["criterion"], row["seed"]) for row in rows}
+        for calibration, criterion, seed in (key for key in wanted if key not in done):
+            started = time.monotonic()
+            row: Row = {"calibration": calibration, "criterion": criterion, "seed": seed}
+            if criterion == "original":
+                row |= {"kept_sha256": None, "tasks": figures(source.folder)}
+            else:
+                chosen = calibration or next(iter(sets))  # a random plan needs scores for their super experts only
+                recipe = {"model": "reference", "calibration": sets[chosen].model_dump()}
+                scores = score(recipe, folder / chosen, device="cpu")
+                row |= pruned(criterion, seed or 0, scores, source, folder / "pruned", rows)
+            rows.append(row | {"seconds": round(time.monotonic() - started, 1)})
+            elapsed = round(sum(row["seconds"] for row in rows), 1)
+            result = made_with | {"random": summary(rows), "elapsed_seconds": elapsed, "rows": rows}
+            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"row {len(rows)}/{len(wanted)}: {json.dumps(rows[-1])}", flush=True)
+    print(f"\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    main()

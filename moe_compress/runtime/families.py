@@ -1,0 +1,67 @@
+"""The model types `compressed_<family>`: an architecture of transformers whose layers need not be alike.
+
+A checkpoint of the tier `plugin` names such a type in its `config.json`, and says in the section `moe_compress` there
+how it departs from the family. Plain transformers knows no such type and refuses the checkpoint, so nothing is ever
+loaded as something it is not. A family's classes are made when the first checkpoint of it is opened.
+
+Not covered: families that `AutoModelForCausalLM` does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moe_compress.models.layers import SECTION
+from moe_compress.runtime.model import CompressedModel
+from moe_compress.runtime.registration import COMPRESSED
+from moe_compress.runtime.remote_code import AUTO_MAP, HINT
+
+FORMAT = 1
+
+
+def plugin_section(num_experts: int) -> dict[str, Any]:
+    """The section `moe_compress` of a model that does not depart from its family, whose layers have `num_experts`."""
+    return {"format": FORMAT, "num_experts": num_experts, "layers": {}}
+
+
+def plugin_config(config: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `config.json` for the tier `plugin`: that of the family, or an earlier one, with this section."""
+    family = config["model_type"].removeprefix(COMPRESSED)
+    architecture = _base_model(family).__name__
+    return {
+        **config,
+        "model_type": COMPRESSED + family,
+        "architectures": [f"Compressed{architecture} ({HINT})"],
+        "auto_map": AUTO_MAP,
+        SECTION: dict(section),
+    }
+
+
+def _base_model(family: str) -> Any:
+    return AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[family]]
+
+
+def make_classes(family: str) -> type[PretrainedConfig]:
+    """The configuration class of a compressed family; its model class is registered with it."""
+    base_config = CONFIG_MAPPING[family]
+    model_type = COMPRESSED + family
+    config_class: type[PretrainedConfig] = type(
+        f"Compressed{base_config.__name__}", (base_config,), {"model_type": model_type, "__module__": __name__}
+    )
+    base_model = _base_model(family)
+    model_class = type(
+        f"Compressed{base_model.__name__}",
+        (CompressedModel, base_model),
+        {"config_class": config_class, "__module__": __name__},
+    )
+    AutoModelForCausalLM.register(config_class, model_class)
+    for name, compressed_name in ((family, model_type), (base_model.__name__, model_class.__name__)):
+        mapping = get_checkpoint_conversion_mapping(name)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(compressed_name, mapping, overwrite=True)
+    return config_class
