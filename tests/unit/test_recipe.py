@@ -172,9 +172,10 @@ def test_global_scope_is_refused_in_tier_stock_by_step_and_reason() -> None:
     assert "tier `stock`" in mistakes(spread, runnable=True)["steps.1.scope"][1]
 
 
-def test_tier_plugin_is_not_available_yet() -> None:
-    found = mistakes(RECIPE | {"export": {"tier": "plugin"}}, runnable=True)
-    assert found == {"export.tier": (None, "the tier `plugin` is not available yet; only `stock` can be written")}
+def test_tier_plugin_holds_what_stock_cannot() -> None:
+    spread = RECIPE | {"steps": [{"op": "prune", "criterion": "reap", "keep": 0.5, "scope": "global"}]}
+    assert mistakes(spread, runnable=True).keys() == {"steps.0.scope"}
+    assert load_recipe(spread | {"export": {"tier": "plugin"}}, runnable=True).export.tier == "plugin"
 
 
 def test_tier_mistakes_stand_beside_others(tmp_path: Path) -> None:
