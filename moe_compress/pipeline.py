@@ -15,7 +15,7 @@ from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.rewrite import PROBE_FILE
 from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.writer import write_json
-from moe_compress.compress.prune.config import PruneConfig
+from moe_compress.compress.quantize.config import BITSANDBYTES, BUDGETS
 from moe_compress.errors import UsageError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.manifest import describe_source, hardware, library_versions
@@ -125,8 +125,8 @@ def evaluate_checkpoint(
     ckpt: str, *, baseline: str | None, config: EvalConfig, output: Path | None, device: str = "auto"
 ) -> dict[str, Any]:
     """Measure a checkpoint, and its original beside it when one is named; nothing is verified."""
-    compressed = open_checkpoint(ckpt)
-    original = open_checkpoint(baseline) if baseline is not None else None
+    compressed = open_checkpoint(ckpt, quantized=True)
+    original = open_checkpoint(baseline, quantized=True) if baseline is not None else None
     recipe = Recipe(model=ckpt, eval=config)
     around = _surroundings(recipe, device, None)
     measured = measure(original, compressed, config, output, around)
@@ -192,9 +192,9 @@ def _report(
     settings = {
         "model": source.model_id,
         "revision": source.revision,
-        "criterion": [record["config"]["criterion"] for record in records],
+        "criterion": [method_name(record["config"]) for record in records],
         "steps": [record["config"] for record in records],
-        "calibration": records[0]["coverage"] | records[0]["calibration"] if records else None,
+        "calibration": records[0]["coverage"] | records[0]["calibration"] or None if records else None,
         "eval": _without_tasks(measured[1]),
         "versions": manifest["versions"],
         "hardware": manifest["hardware"],
@@ -239,7 +239,17 @@ def _surroundings(recipe: Recipe, device: str, progress: Progress | None) -> Sur
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError("there is no CUDA device here; use --device cpu.")
-    return Surroundings(recipe.calibration, recipe.export.max_shard_size, device, progress or SilentProgress())
+    return Surroundings(
+        recipe.calibration, recipe.export.max_shard_size, device, progress or SilentProgress(), recipe.export.tier
+    )
+
+
+def method_name(config: dict[str, Any]) -> Any:
+    """What a step's choice is called in a table: its criterion, or its bits."""
+    if config["op"] == "prune":
+        return config["criterion"]
+    bits = next((f"{name} {config[name]}" for name in BUDGETS if config[name] is not None), f"{config['bits']} bits")
+    return config["method"] if config["method"] in BITSANDBYTES else f"{config['method']}, {bits}"
 
 
 def _tool(version: str) -> str:
@@ -250,5 +260,5 @@ def _without_tasks(measured: dict[str, Any]) -> dict[str, Any]:
     return dict(measured.get("settings", {}))
 
 
-def _json(model: PruneConfig | Recipe) -> dict[str, Any]:
+def _json(model: Recipe) -> dict[str, Any]:
     return model.model_dump(mode="json")
