@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from moe_compress.compress.allocate_problem import DROP, Item, Option, Rules, ceiling
+from moe_compress.compress.allocate_problem import DROP, FLOAT_SLACK, Item, Option, Rules, ceiling
 from moe_compress.compress.allocate_program import EQUAL, GREATER, LESS, Floats, Program
 
 COST_CEILING = 1e12  # in units of a typical column's cost; solvers take 1e20 for infinite
@@ -54,11 +54,13 @@ class Model:
         rows, units = list(self._rows), {}
         for metric, limit in limits.items():
             least, extra = self._above_least(self.values(metric))
-            units[metric] = _unit(extra)
+            units[metric], is_whole = _unit(extra)
             room = ceiling(metric, limit) * (sum(item.num_weights for item in self.items) if _is_mean(metric) else 1)
+            rhs = (room - least) / units[metric]
             columns = np.flatnonzero(extra)
-            coefficients = (extra[columns] / units[metric]).tolist()
-            rows.append((columns.tolist(), coefficients, LESS, (room - least) / units[metric]))
+            # What no whole number can use would only loosen the relaxation, and with it what can be proven.
+            rhs = float(np.floor(rhs + FLOAT_SLACK)) if is_whole else rhs
+            rows.append((columns.tolist(), (extra[columns] / units[metric]).tolist(), LESS, rhs))
         sizes = [len(columns) for columns, _, _, _ in rows]
         is_count = np.zeros(self._num_columns, dtype=bool)
         is_count[self._counts] = True
@@ -196,16 +198,16 @@ def _is_mean(metric: str) -> bool:
     return metric == "average_bits"
 
 
-def _unit(extra: Floats) -> float:
+def _unit(extra: Floats) -> tuple[float, bool]:
     """What to divide a budget's coefficients by: their greatest common divisor if it is not too fine, else the largest.
 
-    Whole coefficients are exact, and solvers round them to stronger bounds.
+    Also whether the coefficients are whole then, which keeps them exact.
     """
     largest = float(extra.max(initial=0.0))
     if largest == 0:
-        return 1.0
+        return 1.0, False
     if largest < 2**53 and np.array_equal(extra, np.round(extra)):
         divisor = float(np.gcd.reduce(extra.astype(np.int64)))
         if divisor >= FINEST_UNIT * largest:
-            return divisor
-    return largest
+            return divisor, True
+    return largest, False

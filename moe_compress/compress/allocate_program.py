@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]
 
 LESS, EQUAL, GREATER = pulp.LpConstraintLE, pulp.LpConstraintEQ, pulp.LpConstraintGE
-CORE_COLUMNS = 3000
+CORE_COLUMNS = 1000
 TOLERANCE = 1e-9  # of feasibility: bytes must not slip through it
 ROUNDING = 1e-7  # of a reduced cost or an objective, in units of a typical column's cost
 
@@ -123,7 +123,9 @@ def available_solver() -> str:
 
 def _core_reach(relaxation: Relaxation) -> float:
     """Reduced cost up to which a column belongs to the first core."""
+    # The basic columns have none, and most of them are alone in their row: they do not count.
     sizes = np.abs(relaxation.reduced)
+    sizes = sizes[sizes > ROUNDING]
     if len(sizes) <= CORE_COLUMNS:
         return float("inf")
     return float(np.partition(sizes, CORE_COLUMNS)[CORE_COLUMNS])

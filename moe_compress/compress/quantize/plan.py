@@ -130,14 +130,24 @@ def plan_quantize(
             f"allow_drop: the router limits its choice to {num_groups} groups, which must stay equal; prune first."
         )
     protected = super_experts(scores, num_decoder_layers) if config.protect_super_experts else set()
-    items = _items(config, shapes, scores, protected, fixed_bytes)
+    items = _items(config, shapes, scores, protected)
+    stored_bytes = config.stored_bytes
+    if stored_bytes is not None and tier == "stock":  # one scheme for all items, so none may stand for the rest
+        stored_bytes -= fixed_bytes
+        if stored_bytes <= 0:
+            raise UsageError(
+                f"stored_bytes: what is not routed experts takes {fixed_bytes:,} bytes, so {config.stored_bytes:,} "
+                "cannot be reached; raise it, or quantize `attention` too."
+            )
+    elif stored_bytes is not None:
+        items.append(Item(REST, None, 1, (Option(KEEP, config.average_bits or 0.0, fixed_bytes, 0.0, 0.0),)))
     rules = Rules(
         minimum_counts={str(bits): count for bits, count in config.minimum_counts.items()},
         max_drops_per_layer={layer.layer: layer.num_experts - layer.top_k for layer in shapes},
         equal_drops=tier == "stock",
         same_option=tier == "stock",
     )
-    budget = Budget(config.average_bits, config.stored_bytes, config.active_bytes)
+    budget = Budget(config.average_bits, stored_bytes, config.active_bytes)
     found = _allocate(config, items, budget, rules, scores)
     chosen = dict(zip((item.name for item in items), found.chosen, strict=True))
     return _plan(config, shapes, _by_expert(config, shapes, chosen), found)
@@ -215,9 +225,8 @@ def _items(
     shapes: Sequence[ExpertShapes],
     scores: Scores,
     protected: set[tuple[int, int]],
-    fixed_bytes: int,
 ) -> list[Item]:
-    """What the program chooses for, and an item for everything else, so that budgets are those of the checkpoint."""
+    """What the program chooses for."""
     items = []
     for shape, measured in zip(shapes, scores.layers, strict=True):
         assert shape.layer == measured.layer
@@ -247,9 +256,6 @@ def _items(
                 continue
             for expert, found in enumerate(options):
                 items.append(Item(_name(shape.layer, expert, part), shape.layer, weights, tuple(found), expert))
-    if config.stored_bytes is not None:
-        rest = Option(KEEP, config.average_bits or 0.0, fixed_bytes, 0.0, 0.0)
-        items.append(Item(REST, None, 1, (rest,)))
     return items
 
 
