@@ -26,7 +26,7 @@ REFERENCE = "reference"
 # Settings of a quantize step that say how a budget is spent.
 CHOICE_SETTINGS = (
     "options", "keep_option", "allow_drop", "granularity", "allocation", "cost", "minimum_counts",
-    "protect_super_experts", "max_tokens_per_expert", "seed",
+    "protect_super_experts", "max_tokens_per_expert", "gradient_samples", "seed",
 )  # fmt: skip
 TASK_SETTINGS = ("include_path", "limit", "batch_size", "num_fewshot", "apply_chat_template", "max_gen_toks", "seed")
 
@@ -196,6 +196,8 @@ def _idle_quantization(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for key in CHOICE_SETTINGS:
             if key in step:
                 yield key, "every expert gets the same bits; give a budget such as `average_bits` instead of `bits`"
+    elif "gradient_samples" in step and step.get("cost") != "fisher":
+        yield "gradient_samples", "only the cost `fisher` differentiates the loss"
     elif "seed" in step and step.get("allocation") != "random":
         yield "seed", "only the allocation `random` draws numbers"
 

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import Calibration, load_calibration
+from moe_compress.calibrate.gradients import channel_gradients
 from moe_compress.calibrate.scores import Scores
 from moe_compress.calibrate.sweep import collect
 from moe_compress.checkpoint.index import DTYPE_BITS
@@ -64,7 +66,18 @@ def score_step(
     stream = LayerStream(source, around.device)
     measurement = None
     if quantize is not None and quantize.has_budget:
-        measurement = sensitivities(quantize, source, stream)
+        weights = None
+        if quantize.cost == "fisher":
+            with around.progress.stage(f"{title}: gradients", 2 * len(stream.layers)) as stage:
+                weights = channel_gradients(
+                    stream,
+                    data.tokens[: quantize.gradient_samples],
+                    batch_size=around.calibration.batch_size,
+                    folder=folder,
+                    stage=stage,
+                )
+            stream = LayerStream(source, around.device)
+        measurement = sensitivities(quantize, source, stream, weights)
     with around.progress.stage(f"{title}: score", len(stream.layers)) as stage:
         return collect(
             stream,
@@ -186,17 +199,21 @@ def load_record(folder: Path) -> dict[str, Any]:
     return content
 
 
-def sensitivities(config: QuantizeConfig, source: Checkpoint, stream: LayerStream) -> Callable[[MoELayer], Sensitivity]:
-    """Makes what measures the costs of a layer's options."""
+def sensitivities(
+    config: QuantizeConfig, source: Checkpoint, stream: LayerStream, channel_weights: dict[int, Tensor] | None
+) -> Callable[[MoELayer], Sensitivity]:
+    """Makes what measures the costs of a layer's options; `channel_weights` are those of `cost: fisher`."""
     routers = ReducedRouters(source.config) if config.allow_drop else None
     scale_dtype = scale_dtype_of(stream)
-    return lambda moe: Sensitivity(config, moe, scale_dtype, routers=routers)
+    weights = channel_weights or {}
+    return lambda moe: Sensitivity(config, moe, scale_dtype, routers=routers, channel_weights=weights.get(moe.layer))
 
 
 def quantize_step(
     config: QuantizeConfig, source: Checkpoint, folder: Path, around: Surroundings, title: str
 ) -> dict[str, Any]:
     """Score (where a budget or gptq needs tokens), plan and apply a quantize step; what `step.json` says of it."""
+    folder.mkdir(parents=True, exist_ok=True)
     stream = LayerStream(source, around.device)
     calibrated = config.has_budget or config.method == "gptq"
     scores = score_step(source, folder / "scores", around, title, config) if calibrated else None

@@ -10,7 +10,8 @@ stops before each decoder layer and goes on when told to.
         run.through(index)        # every batch passes the layer
     logits = run.finish()
 
-Not covered: caches and training; hidden states of all batches stay in memory.
+Not covered: caches; hidden states of all batches stay in memory. Gradients reach back to the last layer's output alone
+(`finish`); what calls `recorder` sees is enough to run the layers again, last to first.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Lockstep:
     """The forward passes of `batches` (token ids [B, S] each), held before the same decoder layer.
 
     `start` and `hidden` continue an earlier run: layers before `start` are skipped, and `hidden` is what that run had
-    under the same name when it stood there. Nothing is differentiated.
+    under the same name when it stood there.
 
     Raises `ResumeError` where layers hand on more than they return (shared keys and values, sums over earlier layers),
     so that the run cannot be continued in the middle.
@@ -56,6 +57,9 @@ class Lockstep:
         self._entering = [0] * len(batches)
         self.logits: list[Tensor] = []
         self.observer: LayerObserver | None = None
+        # called before each layer with the batch's number and the layer's arguments
+        self.recorder: Callable[[int, tuple[Any, ...], dict[str, Any]], None] | None = None
+        self._leaves: list[Tensor] | None = None
         self._start = start
         self._scheduler = greenlet.getcurrent()
         self._batch = self._next = 0
@@ -106,6 +110,27 @@ class Lockstep:
         self.close()
         return self.logits
 
+    def last_gradients(self, index: int, loss: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+        """Pass the last layer `index` and what follows it; ends the run.
+
+        `loss(batch, logits [B, S, V])` is a scalar. Returns its gradient by the hidden states [B, S, H] that left the
+        layer, batch by batch; only one batch's logits are in memory at a time.
+        """
+        assert index == self._next == len(self.layers) - 1
+        self._leaves = []
+        gradients = []
+        for batch, coroutine in enumerate(self._passes):
+            self._batch = batch
+            with torch.enable_grad():
+                coroutine.switch()
+                coroutine.switch()
+                loss(batch, self.logits.pop()).backward()
+            leaf = self._leaves.pop()
+            assert leaf.grad is not None
+            gradients.append(leaf.grad)
+        self.close()
+        return gradients
+
     def close(self) -> None:
         """End the run and give the modules their own `forward` back."""
         for module, forward in self._original:
@@ -131,6 +156,13 @@ class Lockstep:
             batch = self._batch
             if index < self._start:
                 return _output(self._left[batch])
+            if self.recorder is not None:
+                self.recorder(batch, args, kwargs)
+            if self._leaves is not None:
+                with torch.no_grad():
+                    output = _detached(forward(*args, **kwargs))
+                self._leaves.append(_tensors(output)[0])
+                return output
             output = forward(*args, **kwargs)
             self._left[batch] = _tensors(output)
             if self.observer is not None:
@@ -161,6 +193,13 @@ def _tensors(output: Any) -> list[Tensor]:
     """What a layer returns, as a list of tensors; nothing is kept as an empty one."""
     items = [output] if isinstance(output, Tensor) else list(output)
     return [torch.empty(0) if item is None else item for item in items]
+
+
+def _detached(output: Any) -> Any:
+    """A layer's output whose hidden states are a leaf that wants a gradient."""
+    if isinstance(output, Tensor):
+        return output.detach().requires_grad_()
+    return (output[0].detach().requires_grad_(), *output[1:])
 
 
 def _output(tensors: list[Tensor]) -> Any:

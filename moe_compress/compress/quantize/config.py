@@ -110,6 +110,9 @@ class QuantizeConfig(BaseModel):
     max_tokens_per_expert: int = Field(
         default=1024, ge=1, description="Calibration tokens an expert's cost is measured on, at most."
     )
+    gradient_samples: int = Field(
+        default=16, ge=1, description="cost fisher: calibration sequences that the loss is differentiated on."
+    )
     seed: int = Field(default=0, ge=0, description="Seed of `allocation: random`.")
 
     @model_validator(mode="after")

@@ -105,7 +105,7 @@ class Sensitivity:
         scale = self.seen[expert] / len(change_NH)
         costs[f"error.{name}"][expert] = float(squares_NH.sum()) * scale
         if self.channel_weights is not None:
-            costs[f"fisher.{name}"][expert] = float((squares_NH * self.channel_weights).sum()) * scale
+            costs[f"fisher.{name}"][expert] = float((squares_NH.cpu() * self.channel_weights).sum()) * scale
 
 
 class _Rounded:
