@@ -9,14 +9,14 @@ FOLDER/step.json     what was done; there only when the step is complete
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from moe_compress.calibrate.config import CalibrationConfig
-from moe_compress.calibrate.data import load_calibration
+from moe_compress.calibrate.data import Calibration, load_calibration
 from moe_compress.calibrate.scores import Scores
 from moe_compress.calibrate.sweep import collect
 from moe_compress.checkpoint.index import DTYPE_BITS
@@ -30,6 +30,7 @@ from moe_compress.compress.prune.plan import PrunePlan, plan_prune
 from moe_compress.manifest import describe_source
 from moe_compress.models.layers import routing_groups
 from moe_compress.progress import Progress
+from moe_compress.verification.checks import check_coverage, raise_on_failure
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,23 @@ class Surroundings:
     max_shard_bytes: int
     device: str
     progress: Progress
+    data: Calibration | None = None  # when it was read before
+
+
+def calibration_data(folder: Path, config: Any, calibration: CalibrationConfig) -> Calibration:
+    """The calibration tokens for the model whose tokenizer lies in `folder`."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return load_calibration(calibration, tokenizer, max_length=longest)
 
 
 def score_step(source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Scores:
     """Measure the experts of `source` on the calibration tokens, or read what was measured before."""
     if (folder / "scores.json").exists():
         return Scores.load(folder)
-    tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    data = load_calibration(around.calibration, tokenizer, max_length=longest)
-    fingerprint = {"source": describe_source(source), "tokens": data.fingerprint, "data": data.sources}
+    data = around.data or calibration_data(source.folder, source.config, around.calibration)
+    fingerprint: dict[str, Any] = {"source": describe_source(source), "tokens": data.fingerprint, "data": data.sources}
+    fingerprint["seed"] = around.calibration.seed
     stream = LayerStream(source, around.device)
     with around.progress.stage(f"{title}: score", len(stream.layers)) as stage:
         return collect(
@@ -84,9 +92,17 @@ def run_step(step: PruneConfig, source: Checkpoint, folder: Path, around: Surrou
         write_json(folder / "plan.json", plan.to_json())
         stream = LayerStream(source, around.device)
         dropped = dropped_bytes(plan, stream)
+        done = record(plan, scores, dropped)
+        require_coverage(done)
         apply(plan, source, checkpoint, around, title)
-        write_json(folder / "step.json", record(plan, scores, dropped))
+        write_json(folder / "step.json", done)
     return open_rewritten(checkpoint, source)
+
+
+def require_coverage(done: dict[str, Any]) -> None:
+    """Raise `VerificationError` when what this step is about to write would fail the check `coverage`."""
+    coverage = check_coverage({"steps": [done]})
+    raise_on_failure({"coverage": asdict(coverage)})
 
 
 def apply(plan: PrunePlan, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> None:

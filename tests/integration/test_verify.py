@@ -288,6 +288,7 @@ def test_kept_expert_that_saw_no_token(inputs: tuple[Path, Path], tmp_path: Path
         if expert in plan["layers"][layer]["keep"]
     ]
     assert kept and all(name in str(caught.value) for name in kept)
+    assert not (work / "checkpoint").exists(), "it is known before the checkpoint is written"
 
 
 @pytest.mark.usefixtures("no_reload")
