@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from moe_compress.calibrate.config import CalibrationConfig
+from moe_compress.calibrate.data import share
 from moe_compress.calibrate.scores import Scores
-from moe_compress.checkpoint.source import open_config
+from moe_compress.checkpoint.source import Checkpoint, open_config, small_files
 from moe_compress.compress.prune.plan import keep_count, plan_prune
 from moe_compress.errors import UsageError
 from moe_compress.eval.cost import Cost, cost
+from moe_compress.manifest import describe_source
 from moe_compress.measure import cost_figures
 from moe_compress.models.layers import MoELayer, find_moe_layers, routing_groups, set_num_experts
 from moe_compress.models.skeleton import build_skeleton
@@ -20,6 +23,8 @@ SPARE_DISK = 1.05  # of the weights, for what lies beside them
 
 def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
     """A checkpoint's architecture, experts, parameters, bytes and FLOPs per token, from its configuration alone."""
+    if revision is not None and (model == "reference" or Path(model).expanduser().is_dir()):
+        raise UsageError(f"`--revision` has no effect: {model} is no Hub id; leave it out.")
     config, index = open_config(model, revision, trust_remote_code)
     layers = find_moe_layers(build_skeleton(config))
     figures = cost(config, stored_bytes=index.nbytes if index is not None else None)
@@ -48,17 +53,18 @@ def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool 
     }
 
 
-def plan(recipe: Recipe, *, scores: Path | None = None) -> dict[str, Any]:
+def plan(recipe: Recipe, *, scores: Path | None = None, keep_steps: bool = False) -> dict[str, Any]:
     """What each step would do, and the sizes it leads to.
 
-    With scores, the first step's experts are named; without, only counts are known. Reads no weights.
+    With scores, the first step's experts are named; without, only counts are known. Reads no weights. `warnings` are
+    sentences about what may not be as it seems.
     """
     config, index = open_config(recipe.model, recipe.revision, recipe.trust_remote_code)
     before = cost(config, stored_bytes=index.nbytes if index is not None else None)
     layers = find_moe_layers(build_skeleton(config))
     text: Any = config.get_text_config()
     num_experts, *counts_after = expert_counts(recipe, config, layers[0])
-    planned = []
+    planned, warnings = [], task_warnings(recipe)
     for number, (step, after) in enumerate(zip(recipe.steps, counts_after, strict=True)):
         entry: dict[str, Any] = {
             "op": step.op,
@@ -67,7 +73,15 @@ def plan(recipe: Recipe, *, scores: Path | None = None) -> dict[str, Any]:
         }
         if scores is not None and number == 0:
             measured = Scores.load(scores)
-            _require_same_layers(measured, {layer.layer: layer.num_experts for layer in layers}, scores)
+            folder, commit = small_files(recipe.model, recipe.revision)
+            source = None
+            if index is not None:
+                source = describe_source(Checkpoint(folder, config, recipe.model, commit, index))["fingerprint"]
+            require_same_model(measured, commit, source, scores)
+            warnings += [
+                f"the scores in {scores} were measured with other calibration settings: {difference}."
+                for difference in calibration_differences(measured, recipe.calibration)
+            ]
             found = plan_prune(step, measured, num_decoder_layers=text.num_hidden_layers, **routing_limits(config))
             counts = [len(layer.keep) for layer in found.layers]
             entry["layers"] = [
@@ -88,7 +102,8 @@ def plan(recipe: Recipe, *, scores: Path | None = None) -> dict[str, Any]:
         "steps": planned,
         "baseline": cost_figures(before.to_dict()),
         "predicted": cost_figures(after_cost.to_dict() | {"stored_bytes": round(after_cost.stored_bytes * scale)}),
-        "disk_needed": disk_needed(recipe, config, before.stored_bytes),
+        "disk_needed": disk_needed(recipe, config, before.stored_bytes, keep_steps=keep_steps),
+        "warnings": warnings,
     }
 
 
@@ -108,13 +123,17 @@ def routing_limits(config: Any) -> dict[str, Any]:
     }
 
 
-def disk_needed(recipe: Recipe, config: Any, source_bytes: int) -> int:
-    """Bytes on disk at the worst moment.
+def disk_needed(recipe: Recipe, config: Any, source_bytes: int, *, keep_steps: bool = False) -> int:
+    """Bytes on disk at the worst moment, every checkpoint taken for as large as the source.
 
-    Two checkpoints when there are several steps or random baselines, and the float32 hidden states of all calibration
-    tokens twice, entering and leaving a layer.
+    A step needs the checkpoint before it (all of them with `keep_steps`) and its own; a random baseline has one for
+    each step, beside the result. The float32 hidden states of all calibration tokens lie there twice, entering and
+    leaving a layer.
     """
-    copies = 2 if len(recipe.steps) > 1 or recipe.eval.random_baselines else 1
+    steps = len(recipe.steps)
+    copies = max(1, steps if keep_steps else min(steps, 2))
+    if recipe.eval.random_baselines:
+        copies = max(copies, (steps if keep_steps else 1) + steps)
     calibration = recipe.calibration
     tokens = calibration.num_samples * calibration.sequence_length if recipe.steps else 0
     hidden_size: int = config.get_text_config().hidden_size
@@ -126,6 +145,47 @@ def _bytes_after(before: Cost, kept: float) -> int:
     return round(before.stored_bytes * (1 - share * (1 - kept)))
 
 
-def _require_same_layers(scores: Scores, layers: dict[int, int], folder: Path) -> None:
-    if {layer.layer: layer.num_experts for layer in scores.layers} != layers:
-        raise UsageError(f"the scores in {folder} were measured on another model; score this one first.")
+def require_same_model(scores: Scores, commit: str | None, fingerprint: str | None, folder: Path) -> None:
+    """Raise `UsageError` when the scores in `folder` are of another checkpoint than this.
+
+    `commit` is that of a Hub id, None for a folder; `fingerprint` that of `describe_source`, None before the weights
+    are there (a commit says as much).
+    """
+    measured = scores.fingerprint.get("source", {})
+    if measured.get("revision") != commit or fingerprint not in (None, measured.get("fingerprint")):
+        raise UsageError(
+            f"the scores in {folder} were measured on another model ({measured.get('model', 'unknown')}), or on files "
+            "that have changed since; score this one first."
+        )
+
+
+def calibration_differences(scores: Scores, calibration: CalibrationConfig) -> list[str]:
+    """What the calibration settings say and the scores were not measured with, a few words each."""
+    measured = scores.fingerprint
+    if measured.get("seed") != calibration.seed:
+        return [f"calibration.seed {measured.get('seed')}, not {calibration.seed}"]
+    counts = share(calibration.parts, calibration.num_samples)
+    asked = [
+        part.model_dump() | {"sequences": count, "tokens": count * calibration.sequence_length}
+        for part, count in zip(calibration.parts, counts, strict=True)
+    ]
+    found = [{key: value for key, value in part.items() if key != "documents"} for part in measured.get("data", [])]
+    if len(asked) != len(found):
+        return [f"{len(found)} data sets, not {len(asked)}"]
+    return [
+        f"{key} {one.get(key)}, not {two[key]}"
+        for one, two in zip(found, asked, strict=True)
+        for key in two
+        if one.get(key) != two[key]
+    ]
+
+
+def task_warnings(recipe: Recipe) -> list[str]:
+    """A sentence where evaluation tasks say nothing about this model."""
+    own = [task for task in recipe.eval.tasks if task == "reference" or task.startswith("reference_")]
+    if recipe.model == "reference" or not own:
+        return []
+    return [
+        f"the task `{own[0]}` asks for what the built-in model was trained on, so it says little about {recipe.model}; "
+        "name other tasks in `eval.tasks`."
+    ]
