@@ -8,7 +8,7 @@ of the sequences. The model is scored once per set, every criterion is planned f
 evaluated on whole tables of the `reference` tasks. Random prunings know nothing of the text, so they are made once.
 
 Results go to `benchmarks/results/prune_reference.json` after every row; rows that are already there are kept when
-nothing that decides them has changed. Not covered: other budgets, and other models.
+nothing that decides them has changed. Seconds are wall-clock. Not covered: other budgets, and other models.
 """
 
 from __future__ import annotations
@@ -47,9 +47,16 @@ SEEDS = range(5)
 CALIBRATION = {"num_samples": 64, "sequence_length": 512}
 BATCH_SIZE = 8
 TEXT_KINDS = ("code", "documentation", "prose")
-SETS = {"mixture": None, "text 80 %": 0.8, "text 100 %": 1.0, "text 70 %": 0.7, "text 90 %": 0.9}
+SETS: dict[str, tuple[float | None, list[str]]] = {  # share of running text, and the criteria to try
+    "mixture": (None, CRITERIA),
+    "text 70 %": (0.7, ["reap", "man"]),
+    "text 80 %": (0.8, ["reap", "man"]),
+    "text 90 %": (0.9, ["reap", "man"]),
+    "text 100 %": (1.0, ["reap", "man"]),
+}
 
 Row = dict[str, Any]
+Key = tuple[str | None, str, int | None]
 
 
 def calibration_sets(folder: Path) -> dict[str, CalibrationConfig]:
@@ -58,34 +65,53 @@ def calibration_sets(folder: Path) -> dict[str, CalibrationConfig]:
     for name, wanted in (("text", True), ("skills", False)):
         lines = [json.dumps(record) + "\n" for record in records if (record["kind"] in TEXT_KINDS) == wanted]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    sets = {}
-    for name, share in SETS.items():
-        weights = {"text": share, "skills": 1 - share} if share is not None else {}
-        parts = [{"dataset": str(folder / f"{part}.jsonl"), "weight": w} for part, w in weights.items() if w > 0]
-        given = {"dataset": parts or "reference", "batch_size": BATCH_SIZE} | CALIBRATION
-        sets[name] = CalibrationConfig.model_validate(given)
-    return sets
+    given = CALIBRATION | {"batch_size": BATCH_SIZE}
+    return {
+        name: CalibrationConfig.model_validate(given | {"dataset": dataset(share, folder)})
+        for name, (share, _) in SETS.items()
+    }
+
+
+def dataset(share: float | None, folder: Path) -> str | list[dict[str, Any]]:
+    """What a recipe says for a share of running text."""
+    text, skills = (str(folder / f"{name}.jsonl") for name in ("text", "skills"))
+    if share is None:
+        return "reference"
+    return [{"dataset": text, "weight": share}, {"dataset": skills, "weight": 1 - share}] if share < 1 else text
 
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def header(source: Checkpoint, sets: dict[str, CalibrationConfig]) -> dict[str, Any]:
-    """All that decides the figures; calibration sets are known by their token ids, the model by its bytes."""
-    tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    described = {}
-    for name, config in sets.items():
-        tokens = load_calibration(config, tokenizer, max_length=None).tokens
-        described[name] = {"text_share": SETS[name], "tokens_sha256": sha256(tokens.numpy().astype("<i8").tobytes())}
+def settings(source: Checkpoint) -> dict[str, Any]:
+    """What decides the figures besides the calibration set; the model is known by its bytes."""
     weights = b"".join(file.read_bytes() for file in sorted(source.folder.glob("*.safetensors")))
     return {
         "model": {"name": "reference", "weights_sha256": sha256(weights)},
         "keep": KEEP,
-        "calibration": CALIBRATION | {"seed": 0, "sets": described},
         "hardware": hardware("cpu"),
         "versions": {"moe_compress": __version__} | library_versions(),
     }
+
+
+def fingerprints(source: Checkpoint, sets: dict[str, CalibrationConfig]) -> dict[str, Any]:
+    """Each set's settings and the sha256 of its token ids."""
+    tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    found = {}
+    for name, config in sets.items():
+        tokens = load_calibration(config, tokenizer, max_length=None).tokens.numpy().astype("<i8").tobytes()
+        found[name] = CALIBRATION | {"text_share": SETS[name][0], "seed": config.seed, "tokens_sha256": sha256(tokens)}
+    return found
+
+
+def kept_rows(made_with: dict[str, Any], calibration: dict[str, Any]) -> list[Row]:
+    """Rows of an earlier run that this one would make again."""
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if any(found.get(key) != value for key, value in made_with.items()):
+        return []
+    same = {name for name, described in calibration.items() if found["calibration"].get(name) == described}
+    return [row for row in found["rows"] if row["calibration"] in {None, *same}]
 
 
 def figures(folder: Path) -> dict[str, float]:
@@ -106,6 +132,10 @@ def pruned(criterion: str, seed: int, scores: Scores, source: Checkpoint, folder
         apply(plan, source, folder, around, criterion)
         tasks = figures(open_rewritten(folder, source).folder)
     return {"kept_sha256": kept, "tasks": tasks}
+
+
+def key(row: Row) -> Key:
+    return row["calibration"], row["criterion"], row["seed"]
 
 
 def summary(rows: list[Row]) -> dict[str, dict[str, float]]:
@@ -134,29 +164,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="prune-reference-", dir=arguments.folder) as name:
         folder = Path(name)
         sets = calibration_sets(folder)
-        made_with = header(source, sets)
-        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        same = all(found.get(key) == value for key, value in made_with.items())
-        rows: list[Row] = found["rows"] if same else []
-        wanted: list[tuple[str | None, str, int | None]] = [(None, "original", None)]
+        wanted: list[Key] = [(None, "original", None)]
         wanted += [(None, "random", seed) for seed in SEEDS]
-        wanted += [(name, criterion, None) for name in sets for criterion in CRITERIA]
-        done = {(row["calibration"], row["criterion"], row["seed"]) for row in rows}
-        for calibration, criterion, seed in (key for key in wanted if key not in done):
+        wanted += [(name, criterion, None) for name, (_, criteria) in SETS.items() for criterion in criteria]
+        made_with, described = settings(source), fingerprints(source, sets)
+        rows = [row for row in kept_rows(made_with, described) if key(row) in wanted]
+        done = {key(row) for row in rows}
+        for calibration, criterion, seed in (one for one in wanted if one not in done):
             started = time.monotonic()
             row: Row = {"calibration": calibration, "criterion": criterion, "seed": seed}
             if criterion == "original":
                 row |= {"kept_sha256": None, "tasks": figures(source.folder)}
             else:
                 chosen = calibration or next(iter(sets))  # a random plan needs scores for their super experts only
-                recipe = {"model": "reference", "calibration": sets[chosen].model_dump()}
+                recipe = {"model": "reference", "calibration": sets[chosen].model_dump(exclude_unset=True)}
                 scores = score(recipe, folder / chosen, device="cpu")
                 row |= pruned(criterion, seed or 0, scores, source, folder / "pruned", rows)
-            rows.append(row | {"seconds": round(time.monotonic() - started, 1)})
+            row["seconds"] = round(time.monotonic() - started, 1)
+            rows = sorted([*rows, row], key=lambda row: wanted.index(key(row)))
             elapsed = round(sum(row["seconds"] for row in rows), 1)
-            result = made_with | {"random": summary(rows), "elapsed_seconds": elapsed, "rows": rows}
-            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-            print(f"row {len(rows)}/{len(wanted)}: {json.dumps(rows[-1])}", flush=True)
+            result = made_with | {"calibration": described, "random": summary(rows), "elapsed_seconds": elapsed}
+            RESULTS.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+            print(f"row {len(rows)}/{len(wanted)}: {json.dumps(row)}", flush=True)
     print(f"\n{table(rows)}")
 
 

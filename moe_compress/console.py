@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+# The settings of a quantize step that a plan shows.
+QUANTIZE_KEYS = ("method", "bits", "average_bits", "stored_bytes", "active_bytes", "average_bits_chosen")
 
 PIPE_WIDTH = 200  # columns where no terminal says its own
 FIGURE_WIDTH = 24  # characters; a longer cell is no figure
@@ -78,6 +82,9 @@ def print_plan(planned: Mapping[str, Any]) -> None:
     from moe_compress.report.tables import FIGURES, format_bytes, format_percent
 
     for index, step in enumerate(planned["steps"]):
+        if step["op"] == "quantize":
+            _print_quantize(index, step)
+            continue
         print(f"steps.{index}: {step['op']}, criterion {_word(step['criterion'])}, keep {step['keep']}")
         layers = [layer for layer in step.get("layers", ()) if layer.get("keep")]
         if layers:
@@ -134,6 +141,19 @@ def _random_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
+
+
+def _print_quantize(index: int, step: Mapping[str, Any]) -> None:
+    """A quantize step's settings, and the widths of every layer's experts where they are known."""
+    shown = ", ".join(f"{key} {_word(value)}" for key, value in step.items() if key in QUANTIZE_KEYS)
+    print(f"steps.{index}: quantize, {shown}")
+    if "note" in step:
+        print(f"  {step['note']}")
+    for layer in step.get("layers", ()):
+        names = Counter(name for options in layer["bits"].values() for name in options)
+        total = sum(names.values())
+        widths = ", ".join(f"{count / total:.0%} at {name}" for name, count in sorted(names.items()))
+        print(f"  layer {layer['layer']}: {len(layer['keep'])} of {layer['num_experts']} experts, {widths}")
 
 
 def _word(criterion: object) -> str:

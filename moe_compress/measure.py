@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,15 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from moe_compress.calibrate.scores import Scores
-from moe_compress.checkpoint.rewrite import open_rewritten
+from moe_compress.checkpoint.index import TensorIndex
+from moe_compress.checkpoint.rewrite import dense_config, open_rewritten
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.writer import write_json
+from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.cost import cost
 from moe_compress.manifest import describe_source, library_versions
+from moe_compress.models.layers import PACKED, SECTION, find_moe_layers
+from moe_compress.models.skeleton import build_skeleton
 from moe_compress.progress import Stage
 from moe_compress.recipe import Recipe
 from moe_compress.steps import Surroundings, apply, plan_step
+
+EXPERT_TENSOR = re.compile(r"\.experts\.\d+\.")
 
 
 def measure(
@@ -100,8 +107,32 @@ def evaluate(checkpoint: Checkpoint, config: EvalConfig, around: Surroundings, n
 
 def model_figures(checkpoint: Checkpoint, measured: dict[str, Any]) -> dict[str, Any]:
     """M of `report.json`: costs derived from the configuration, the rest as measured."""
-    figures = cost_figures(cost(checkpoint.config, stored_bytes=checkpoint.index.nbytes).to_dict())
+    config = dense_config(checkpoint.config)
+    costs = cost(config, stored_bytes=checkpoint.index.nbytes)
+    figures = cost_figures(costs.to_dict())
+    if is_quantized(checkpoint.config):
+        figures["active_bytes_per_token"] -= idle_savings(config, checkpoint.index)
     return figures | {key: value for key, value in measured.items() if key != "settings"}
+
+
+def is_quantized(config: Any) -> bool:
+    """Whether the checkpoint stores weights in fewer bits than its dtype has."""
+    return PACKED in (getattr(config, SECTION, None) or {}) or getattr(config, "quantization_config", None) is not None
+
+
+def idle_savings(config: Any, index: TensorIndex) -> int:
+    """Bytes that a token no longer reads because weights are packed; routed experts are taken to be used alike."""
+    skeleton: Any = build_skeleton(config, dtype=config.get_text_config().dtype)
+    layers = find_moe_layers(skeleton)
+    dense: int = sum(tensor.numel() * tensor.element_size() for tensor in skeleton.state_dict().values())
+    if skeleton.get_input_embeddings().weight is skeleton.get_output_embeddings().weight:
+        dense -= skeleton.get_output_embeddings().weight.nbytes
+    stored = sum(info.nbytes for name, info in index.items() if EXPERT_TENSOR.search(name))
+    tensors = [tensor for layer in layers for tensor in layer.expert_tensors().values()]
+    experts = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    saved_experts = experts - stored
+    share = sum(layer.top_k for layer in layers) / sum(layer.num_experts for layer in layers)
+    return round(dense - index.nbytes - saved_experts + share * saved_experts)
 
 
 def cost_figures(costs: dict[str, Any]) -> dict[str, Any]:
@@ -124,6 +155,7 @@ def random_baselines(recipe: Recipe, source: Checkpoint, work: Path, around: Sur
         if figures is None:
             current, scores = source, Scores.load(work / "step-0" / "scores")
             for number, step in enumerate(recipe.steps):
+                assert isinstance(step, PruneConfig), "recipes with other steps have no random baselines"
                 title = f"random seed {seed}"
                 drawn = step.model_copy(update={"criterion": "random", "seed": seed})
                 plan = plan_step(drawn, scores, current)

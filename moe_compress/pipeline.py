@@ -18,6 +18,7 @@ from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.rewrite import PROBE_FILE
 from moe_compress.checkpoint.source import REFERENCE, Checkpoint, open_checkpoint, open_config, small_files
 from moe_compress.checkpoint.writer import write_json
+from moe_compress.compress.quantize.config import BITSANDBYTES, BUDGETS
 from moe_compress.errors import UsageError, VerificationError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.manifest import describe_source, hardware, library_versions
@@ -38,7 +39,15 @@ from moe_compress.recipe import Recipe, check_tier, dump_recipe
 from moe_compress.report.build import build_report
 from moe_compress.report.card import model_card
 from moe_compress.report.markdown import report_markdown
-from moe_compress.steps import Surroundings, calibration_data, load_record, run_identity, run_step, score_step
+from moe_compress.steps import (
+    Surroundings,
+    is_calibrated,
+    load_record,
+    read_calibration,
+    run_identity,
+    run_step,
+    score_step,
+)
 from moe_compress.verification import checks as verification
 from moe_compress.workspace import (
     TOOL,
@@ -71,7 +80,7 @@ def score(
     around = _surroundings(recipe, device, progress)
     config, folder = _look(recipe, {"WORK": work})
     if force or not (work / "scores.json").exists():
-        around = replace(around, data=calibration_data(folder, config, recipe.calibration))
+        around = replace(around, data=read_calibration(folder, config, recipe.calibration))
     source = open_checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
     identity = _made_by(around) | {
         "source": describe_source(source),
@@ -122,8 +131,10 @@ def run(
         from moe_compress.eval.harness import check_tasks
 
         check_tasks(folder, recipe.eval)
-    if given is not None or (recipe.steps and not (work / FIRST_SCORES / "scores.json").exists()):
-        around = replace(around, data=calibration_data(folder, config, recipe.calibration))
+    if given is not None or (
+        any(map(is_calibrated, recipe.steps)) and not (work / FIRST_SCORES / "scores.json").exists()
+    ):
+        around = replace(around, data=read_calibration(folder, config, recipe.calibration))
     source = open_checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
     identity = _identity(recipe, source)
     if given is not None and scores is not None:
@@ -215,8 +226,8 @@ def evaluate_checkpoint(
     """Measure a checkpoint, and its original beside it when one is named; nothing is verified."""
     if output is not None:
         refuse_overlap({"--output": output} | _folder_of("the checkpoint", ckpt))
-    compressed = open_checkpoint(ckpt)
-    original = open_checkpoint(baseline) if baseline is not None else None
+    compressed = open_checkpoint(ckpt, quantized=True)
+    original = open_checkpoint(baseline, quantized=True) if baseline is not None else None
     recipe = Recipe(model=ckpt, eval=config)
     around = _surroundings(recipe, device, progress)
     measured = measure(original, compressed, config, output, around)
@@ -260,6 +271,8 @@ def _given_scores(recipe: Recipe, folder: Path | None) -> Scores | None:
         return None
     if not recipe.steps:
         raise UsageError("`--scores` has no effect: the recipe has no steps.")
+    if recipe.steps[0].op != "prune":
+        raise UsageError("`--scores` serves a prune step, and the first step of this recipe is none; leave it out.")
     return replace(Scores.load(folder), min_tokens_per_expert=recipe.calibration.min_tokens_per_expert)
 
 
@@ -288,12 +301,14 @@ def _calibration(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     found: dict[str, Any] = records[0]["coverage"] | records[0]["calibration"]
     for number, record in enumerate(records[1:], start=2):
         coverage = dict(record["coverage"])
+        if not coverage:
+            continue
         starved = coverage.pop("starved")
         coverage["experts with fewer tokens than the minimum"] = [
             f"layer {layer} expert {expert}" for layer, expert in starved
         ]
         found[f"step {number}"] = coverage
-    return found
+    return found or None
 
 
 def _identity(recipe: Recipe, source: Checkpoint) -> dict[str, Any]:
@@ -356,7 +371,7 @@ def _report(
     settings = {
         "model": source.model_id,
         "revision": source.revision,
-        "criterion": [record["config"]["criterion"] for record in records],
+        "criterion": [method_name(record["config"]) for record in records],
         "steps": [record["config"] for record in records],
         "calibration": _calibration(records),
         "eval": dict(measured[1].get("settings", {})),
@@ -403,4 +418,14 @@ def _surroundings(recipe: Recipe, device: str, progress: Progress | None) -> Sur
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError("there is no CUDA device here; use --device cpu.")
-    return Surroundings(recipe.calibration, recipe.export.max_shard_size, device, progress or SilentProgress())
+    return Surroundings(
+        recipe.calibration, recipe.export.max_shard_size, device, progress or SilentProgress(), recipe.export.tier
+    )
+
+
+def method_name(config: dict[str, Any]) -> Any:
+    """What a step's choice is called in a table: its criterion, or its bits."""
+    if config["op"] == "prune":
+        return config["criterion"]
+    bits = next((f"{name} {config[name]}" for name in BUDGETS if config[name] is not None), f"{config['bits']} bits")
+    return config["method"] if config["method"] in BITSANDBYTES else f"{config['method']}, {bits}"

@@ -8,8 +8,12 @@ from typing import Any
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import share
 from moe_compress.calibrate.scores import Scores
+from moe_compress.checkpoint.rewrite import dense_config
 from moe_compress.checkpoint.source import Checkpoint, open_config, small_files
 from moe_compress.compress.prune.plan import keep_count, plan_prune
+from moe_compress.compress.quantize.config import QuantizeConfig
+from moe_compress.compress.quantize.plan import check_shapes, plan_quantize
+from moe_compress.compress.quantize.shapes import expert_shapes
 from moe_compress.errors import UsageError
 from moe_compress.eval.cost import Cost, cost
 from moe_compress.manifest import describe_source
@@ -25,7 +29,8 @@ def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool 
     """A checkpoint's architecture, experts, parameters, bytes and FLOPs per token, from its configuration alone."""
     if revision is not None and (model == "reference" or Path(model).expanduser().is_dir()):
         raise UsageError(f"`--revision` has no effect: {model} is no Hub id; leave it out.")
-    config, index = open_config(model, revision, trust_remote_code)
+    config, index = open_config(model, revision, trust_remote_code, quantized=True)
+    config = dense_config(config)
     layers = find_moe_layers(build_skeleton(config))
     figures = cost(config, stored_bytes=index.nbytes if index is not None else None)
     text: Any = config.get_text_config()
@@ -65,23 +70,28 @@ def plan(recipe: Recipe, *, scores: Path | None = None, keep_steps: bool = False
     text: Any = config.get_text_config()
     num_experts, *counts_after = expert_counts(recipe, config, layers[0])
     planned, warnings = [], task_warnings(recipe)
+    measured = None
+    if scores is not None:
+        measured = Scores.load(scores)
+        folder, commit = small_files(recipe.model, recipe.revision)
+        source = None
+        if index is not None:
+            source = describe_source(Checkpoint(folder, config, recipe.model, commit, index))["fingerprint"]
+        require_same_model(measured, commit, source, scores)
+        warnings += [
+            f"the scores in {scores} were measured with other calibration settings: {difference}."
+            for difference in calibration_differences(measured, recipe.calibration)
+        ]
     for number, (step, after) in enumerate(zip(recipe.steps, counts_after, strict=True)):
+        if isinstance(step, QuantizeConfig):
+            planned.append(_plan_quantize(step, config, layers, before, measured, recipe.export.tier))
+            continue
         entry: dict[str, Any] = {
             "op": step.op,
             "criterion": step.model_dump(mode="json")["criterion"],
             "keep": step.keep,
         }
-        if scores is not None and number == 0:
-            measured = Scores.load(scores)
-            folder, commit = small_files(recipe.model, recipe.revision)
-            source = None
-            if index is not None:
-                source = describe_source(Checkpoint(folder, config, recipe.model, commit, index))["fingerprint"]
-            require_same_model(measured, commit, source, scores)
-            warnings += [
-                f"the scores in {scores} were measured with other calibration settings: {difference}."
-                for difference in calibration_differences(measured, recipe.calibration)
-            ]
+        if measured is not None and number == 0:
             found = plan_prune(step, measured, num_decoder_layers=text.num_hidden_layers, **routing_limits(config))
             counts = [len(layer.keep) for layer in found.layers]
             entry["layers"] = [
@@ -97,11 +107,14 @@ def plan(recipe: Recipe, *, scores: Path | None = None, keep_steps: bool = False
         set_num_experts(smaller, layers[0].num_experts, num_experts)
     after_cost = cost(smaller)
     scale = before.stored_bytes / max(1, cost(config).stored_bytes)
+    predicted = after_cost.to_dict() | {"stored_bytes": round(after_cost.stored_bytes * scale)}
+    for entry in planned:
+        predicted |= {key: entry[f"predicted_{key}"] for key in predicted if f"predicted_{key}" in entry}
     return {
         "model": recipe.model,
         "steps": planned,
         "baseline": cost_figures(before.to_dict()),
-        "predicted": cost_figures(after_cost.to_dict() | {"stored_bytes": round(after_cost.stored_bytes * scale)}),
+        "predicted": cost_figures(predicted),
         "disk_needed": disk_needed(recipe, config, before.stored_bytes, keep_steps=keep_steps),
         "warnings": warnings,
     }
@@ -111,6 +124,11 @@ def expert_counts(recipe: Recipe, config: Any, layer: MoELayer) -> list[int]:
     """Experts in a layer before the first step and after each one; `UsageError` when a step cannot be."""
     counts = [layer.num_experts]
     for step in recipe.steps:
+        if isinstance(step, QuantizeConfig):
+            for shapes in [expert_shapes(layer, {})]:
+                check_shapes(step, shapes)
+            counts.append(counts[-1])
+            continue
         counts.append(keep_count(step, num_experts=counts[-1], top_k=layer.top_k, **routing_limits(config)))
     return counts
 
@@ -138,6 +156,36 @@ def disk_needed(recipe: Recipe, config: Any, source_bytes: int, *, keep_steps: b
     tokens = calibration.num_samples * calibration.sequence_length if recipe.steps else 0
     hidden_size: int = config.get_text_config().hidden_size
     return round(source_bytes * copies * SPARE_DISK) + 2 * 4 * tokens * hidden_size
+
+
+def _plan_quantize(
+    step: QuantizeConfig, config: Any, layers: list[MoELayer], before: Cost, measured: Scores | None, tier: str
+) -> dict[str, Any]:
+    """A quantize step with its widths where they are known: given, or chosen by the scores."""
+    entry: dict[str, Any] = step.model_dump(mode="json", exclude_unset=True)
+    if step.has_budget and measured is None:
+        return entry | {"note": "the bits of every expert are chosen when its costs are measured"}
+    dtype = {4: "F32", 2: "BF16"}[config.get_text_config().dtype.itemsize]
+    shapes = [expert_shapes(layer, {}, dtype) for layer in layers]
+    experts = sum(shape.num_experts * (shape.weights * shape.weight_bytes + shape.other_bytes) for shape in shapes)
+    found = plan_quantize(
+        step,
+        shapes,
+        measured,
+        fixed_bytes=before.stored_bytes - experts,
+        num_decoder_layers=config.get_text_config().num_hidden_layers,
+        num_groups=routing_groups(config),
+        tier=tier,
+    )
+    return entry | {
+        "average_bits_chosen": found.average_bits,
+        "allocation": found.allocation,
+        "layers": [
+            {"layer": layer.layer, "num_experts": layer.num_experts, "keep": list(layer.keep), "bits": layer.options}
+            for layer in found.layers
+        ],
+        "predicted_stored_bytes": before.stored_bytes - experts + found.expert_bytes,
+    }
 
 
 def _bytes_after(before: Cost, kept: float) -> int:

@@ -7,50 +7,28 @@ network, no torch.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Discriminator, Field
 
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.compress.prune.config import PruneConfig
+from moe_compress.compress.quantize.config import BITSANDBYTES, BUDGETS, QuantizeConfig
 from moe_compress.errors import UsageError
 from moe_compress.eval.config import EvalConfig
-from moe_compress.settings import Document, Location, did_you_mean, plain, read_yaml
+from moe_compress.settings import Document, Location, Size, did_you_mean, plain, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 REFERENCE = "reference"
+# Settings of a quantize step that say how a budget is spent.
+CHOICE_SETTINGS = (
+    "options", "keep_option", "allow_drop", "granularity", "allocation", "cost", "minimum_counts",
+    "protect_super_experts", "max_tokens_per_expert", "seed",
+)  # fmt: skip
 TASK_SETTINGS = ("include_path", "limit", "batch_size", "num_fewshot", "apply_chat_template", "max_gen_toks", "seed")
-
-_UNITS = {"B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
-    _UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
-
-
-def parse_size(value: object) -> int:
-    """Bytes of `4GB`, `500MB`, `1.5GiB` or a plain number (GB is 10^9, GiB 2^30 bytes); otherwise ValueError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?", str(value).strip(), re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
-    if size < 1:
-        raise ValueError(f"should be a size such as `4GB` or `500MB`, got `{value}`")
-    return size
-
-
-def format_size(size: int) -> str:
-    """The shortest exact form that `parse_size` reads back: `4GB`, `1500MB`, `12345B`."""
-    unit = next(unit for unit in ("TB", "GB", "MB", "KB", "B") if size % _UNITS[unit] == 0)
-    return f"{size // _UNITS[unit]}{unit}"
-
-
-Size = Annotated[
-    int,
-    BeforeValidator(parse_size),
-    PlainSerializer(format_size, when_used="json"),
-    WithJsonSchema({"anyOf": [{"type": "string", "pattern": r"^\d+(\.\d+)?\s*([KMGT]i?)?B$"}, {"type": "integer"}]}),
-]
 
 
 class ExportConfig(BaseModel):
@@ -77,7 +55,7 @@ class Recipe(BaseModel):
         default=CalibrationConfig(dataset=REFERENCE),
         description="The tokens that experts are measured on; required when there are steps.",
     )
-    steps: list[PruneConfig] = Field(
+    steps: list[Annotated[PruneConfig | QuantizeConfig, Discriminator("op")]] = Field(
         default=[], description="Transformations in order; none copies the checkpoint unchanged."
     )
     export: ExportConfig = Field(default=ExportConfig(), description="How the result is written.")
@@ -196,11 +174,35 @@ def _idle(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
     steps = values.get("steps")
     steps = steps if isinstance(steps, list) else []
     for index, step in enumerate(steps):
-        if isinstance(step, dict) and "seed" in step and step.get("criterion", "random") != "random":
-            yield ("steps", index, "seed"), "only the criterion `random` draws numbers"
+        if isinstance(step, dict):
+            for key, why in _idle_quantization(step) if step.get("op") == "quantize" else _idle_pruning(step):
+                yield ("steps", index, key), why
     if isinstance(evaluation, dict):
         prunes = any(isinstance(step, dict) and step.get("op") == "prune" for step in steps)
         yield from _idle_evaluation(evaluation, prunes)
+
+
+def _idle_pruning(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if "seed" in step and step.get("criterion", "random") != "random":
+        yield "seed", "only the criterion `random` draws numbers"
+
+
+def _idle_quantization(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    method = step.get("method", "gptq")
+    if method in BITSANDBYTES:
+        for key in ("group_size", "symmetric", "scale_search"):
+            if key in step:
+                yield key, f"method `{method}` has its own"
+    if method != "gptq":
+        for key in ("act_order", "damping"):
+            if key in step:
+                yield key, "only the method `gptq` uses it"
+    if all(step.get(name) is None for name in BUDGETS):
+        for key in CHOICE_SETTINGS:
+            if key in step:
+                yield key, "every expert gets the same bits; give a budget such as `average_bits` instead of `bits`"
+    elif "seed" in step and step.get("allocation") != "random":
+        yield "seed", "only the allocation `random` draws numbers"
 
 
 def _idle_calibration(calibration: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
@@ -237,12 +239,46 @@ def _uncalibrated(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
 def _beyond_tier(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
     """Every step, or the tier itself, that cannot be exported as asked, with the reason."""
     export, steps = values.get("export"), values.get("steps")
+    steps = [step if isinstance(step, dict) else {} for step in steps] if isinstance(steps, list) else []
+    for index, step in enumerate(steps[:-1]):
+        if step.get("op") == "quantize":
+            yield ("steps", index, "op"), "`quantize` must be the last step: packed experts are not changed again"
     if isinstance(export, dict) and export.get("tier") == "plugin":
         return
-    for index, step in enumerate(steps if isinstance(steps, list) else []):
-        if isinstance(step, dict) and step.get("scope") == "global":
+    for index, step in enumerate(steps):
+        if step.get("op") == "quantize":
+            for key, why in _beyond_stock_quantization(step):
+                yield ("steps", index, key), f"{why}; set `export.tier: plugin`"
+        if step.get("scope") == "global":
             yield (
                 ("steps", index, "scope"),
                 f"step {index} ({step.get('op')}) would leave a different number of experts in each layer, which the "
                 "tier `stock` cannot hold; use `scope: layer`, or `export.tier: plugin`",
             )
+
+
+def _beyond_stock_quantization(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Settings of a quantize step whose result plain transformers cannot load, or loads wrong without a word."""
+    method = step.get("method", "gptq")
+    if method in BITSANDBYTES:
+        yield "method", f"plain transformers does not load `{method}` for experts in one tensor"
+    budget = next((name for name in BUDGETS if step.get(name) is not None), None)
+    if budget is not None and not step.get("allow_drop"):
+        yield (
+            budget,
+            "the tier `stock` holds one scheme for all routed experts: of mixed bits, plain transformers would apply "
+            "one to all and load the model silently wrong",
+        )
+    for key in ("keep_option", "minimum_counts"):
+        if step.get(key):
+            yield key, "the tier `stock` holds one scheme for all routed experts"
+    if step.get("symmetric") is False:
+        yield "symmetric", "plain transformers ignores the zero points of experts"
+    if step.get("bits") == 1 or (budget is not None and 1 in (step.get("options") or [1])):
+        yield "bits" if step.get("bits") == 1 else "options", "compressed-tensors has no 1-bit format of signs"
+    parts = [step[name] for name in ("attention", "shared_experts", "dense_mlp") if isinstance(step.get(name), dict)]
+    schemes = {
+        (part.get("bits") or step.get("bits"), part.get("group_size") or step.get("group_size")) for part in parts
+    }
+    if len(schemes) > 1:
+        yield "attention", "the tier `stock` holds one scheme for all linear layers outside the experts"

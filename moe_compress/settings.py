@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, PlainSerializer, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails
 
 from moe_compress.errors import Problem, RecipeError
@@ -197,6 +197,8 @@ def _place(values: Mapping[str, Any], detail: ErrorDetails) -> Location:
             here = here[key]  # type: ignore[index]
     if detail["type"] == "missing":
         path.append(detail["loc"][-1])
+    if detail["type"].startswith("union_tag") and isinstance(detail["input"], dict):
+        path.append(detail["ctx"]["discriminator"].strip("'"))
     return tuple(path)
 
 
@@ -208,6 +210,12 @@ def _sentence(path: Location, errors: Sequence[ErrorDetails], schema: Mapping[st
         return _unknown_key(path, schema)
     if "missing" in kinds:
         return "missing"
+    if "union_tag_not_found" in kinds:
+        return "missing" if isinstance(value, dict) else f"should be a mapping of settings, got {shown(value)}"
+    if "union_tag_invalid" in kinds:
+        context = kinds["union_tag_invalid"]["ctx"]
+        known = re.findall(r"'([^']*)'", context["expected_tags"])
+        return f"unknown value `{context['tag']}`{did_you_mean(context['tag'], known)} (one of: {', '.join(known)})"
     if "literal_error" in kinds and isinstance(value, str):
         known = re.findall(r"'([^']*)'", kinds["literal_error"]["ctx"]["expected"])
         return f"unknown value `{value}`{did_you_mean(value, known)} (one of: {', '.join(known)})"
@@ -217,7 +225,7 @@ def _sentence(path: Location, errors: Sequence[ErrorDetails], schema: Mapping[st
 
 def _wanted(error: ErrorDetails) -> str:
     """Pydantic's message in this program's words."""
-    if error["type"] in ("model_type", "dict_type"):
+    if error["type"] in ("model_type", "dict_type", "model_attributes_type"):
         return "should be a mapping of settings"
     if error["type"] == "string_type" and not isinstance(error["input"], dict | list | None):
         return "should be a text (quote it)"
@@ -247,3 +255,31 @@ def _settings(node: Mapping[str, Any], schema: Mapping[str, Any], path: tuple[st
     for key, value in node.get("properties", {}).items():
         yield (*path, key)
         yield from _settings(value, schema, (*path, key))
+
+
+_UNITS = {"B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
+
+
+def parse_size(value: object) -> int:
+    """Bytes of `4GB`, `500MB`, `1.5GiB` or a plain number (GB is 10^9, GiB 2^30 bytes); otherwise ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?", str(value).strip(), re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
+    if size < 1:
+        raise ValueError(f"should be a size such as `4GB` or `500MB`, got `{value}`")
+    return size
+
+
+def format_size(size: int) -> str:
+    """The shortest exact form that `parse_size` reads back: `4GB`, `1500MB`, `12345B`."""
+    unit = next(unit for unit in ("TB", "GB", "MB", "KB", "B") if size % _UNITS[unit] == 0)
+    return f"{size // _UNITS[unit]}{unit}"
+
+
+Size = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    PlainSerializer(format_size, when_used="json"),
+    WithJsonSchema({"anyOf": [{"type": "string", "pattern": r"^\d+(\.\d+)?\s*([KMGT]i?)?B$"}, {"type": "integer"}]}),
+]

@@ -9,6 +9,7 @@ FOLDER/step.json     what was done; there only when the step is complete
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,21 @@ from moe_compress.calibrate.data import Calibration, load_calibration
 from moe_compress.calibrate.scores import Scores
 from moe_compress.calibrate.sweep import collect
 from moe_compress.checkpoint.index import DTYPE_BITS
-from moe_compress.checkpoint.rewrite import LEDGER_FILE, Identity, open_rewritten, rewrite
+from moe_compress.checkpoint.rewrite import LEDGER_FILE, Change, open_rewritten, rewrite
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.prune.apply import PruneChange
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.prune.plan import PrunePlan, plan_prune
+from moe_compress.compress.quantize.apply import QuantizeChange, scale_dtype_of
+from moe_compress.compress.quantize.config import QuantizeConfig
+from moe_compress.compress.quantize.plan import QuantizePlan, plan_quantize
+from moe_compress.compress.quantize.sensitivity import ReducedRouters, Sensitivity
+from moe_compress.compress.quantize.shapes import expert_shapes, linear_layers
+from moe_compress.compress.quantize.storage import linear_scheme
 from moe_compress.manifest import describe_source
-from moe_compress.models.layers import routing_groups
+from moe_compress.models.layers import MoELayer, routing_groups
 from moe_compress.progress import Progress
 from moe_compress.verification.checks import check_coverage, raise_on_failure
 
@@ -41,24 +48,33 @@ class Surroundings:
     max_shard_bytes: int
     device: str
     progress: Progress
+    tier: str = "stock"
     data: Calibration | None = None  # when it was read before
 
 
-def calibration_data(folder: Path, config: Any, calibration: CalibrationConfig) -> Calibration:
+def read_calibration(folder: Path, config: Any, calibration: CalibrationConfig) -> Calibration:
     """The calibration tokens for the model whose tokenizer lies in `folder`."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return load_calibration(calibration, tokenizer, max_length=longest)
 
 
-def score_step(source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Scores:
-    """Measure the experts of `source` on the calibration tokens, or read what was measured before."""
+def score_step(
+    source: Checkpoint, folder: Path, around: Surroundings, title: str, quantize: QuantizeConfig | None = None
+) -> Scores:
+    """Measure the experts of `source` on the calibration tokens, or read what was measured before.
+
+    `quantize` also measures what each of its options costs.
+    """
     if (folder / "scores.json").exists():
         return Scores.load(folder)
-    data = around.data or calibration_data(source.folder, source.config, around.calibration)
+    data = calibration_data(source, around)
     fingerprint: dict[str, Any] = {"source": describe_source(source), "tokens": data.fingerprint, "data": data.sources}
     fingerprint["seed"] = around.calibration.seed
     stream = LayerStream(source, around.device)
+    measurement = None
+    if quantize is not None and quantize.has_budget:
+        measurement = sensitivities(quantize, source, stream)
     with around.progress.stage(f"{title}: score", len(stream.layers)) as stage:
         return collect(
             stream,
@@ -68,7 +84,18 @@ def score_step(source: Checkpoint, folder: Path, around: Surroundings, title: st
             fingerprint=fingerprint,
             min_tokens_per_expert=around.calibration.min_tokens_per_expert,
             stage=stage,
+            measurement=measurement,
         )
+
+
+def calibration_data(source: Checkpoint, around: Surroundings) -> Calibration:
+    """The calibration tokens, by the checkpoint's own tokenizer, unless they were read before."""
+    return around.data or read_calibration(source.folder, source.config, around.calibration)
+
+
+def is_calibrated(step: PruneConfig | QuantizeConfig) -> bool:
+    """Whether a step runs calibration tokens through the model."""
+    return isinstance(step, PruneConfig) or step.has_budget or step.method == "gptq"
 
 
 def plan_step(step: PruneConfig, scores: Scores, source: Checkpoint) -> PrunePlan:
@@ -83,10 +110,15 @@ def plan_step(step: PruneConfig, scores: Scores, source: Checkpoint) -> PrunePla
     )
 
 
-def run_step(step: PruneConfig, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Checkpoint:
+def run_step(
+    step: PruneConfig | QuantizeConfig, source: Checkpoint, folder: Path, around: Surroundings, title: str
+) -> Checkpoint:
     """Score, plan and apply one step, going on where an earlier run of it stopped; returns the new checkpoint."""
     checkpoint = folder / "checkpoint"
     if not (folder / "step.json").exists():
+        if isinstance(step, QuantizeConfig):
+            write_json(folder / "step.json", quantize_step(step, source, folder, around, title))
+            return open_rewritten(checkpoint, source)
         scores = score_step(source, folder / "scores", around, title)
         plan = plan_step(step, scores, source)
         write_json(folder / "plan.json", plan.to_json())
@@ -128,7 +160,7 @@ def run_identity(source: Checkpoint, folder: Path, around: Surroundings) -> Chec
             rewrite(
                 source,
                 checkpoint,
-                Identity(),
+                Change(),
                 max_shard_bytes=around.max_shard_bytes,
                 device=around.device,
                 stage=stage,
@@ -174,3 +206,97 @@ def load_record(folder: Path) -> dict[str, Any]:
     """What `record` said about a finished step."""
     content: dict[str, Any] = json.loads((folder / "step.json").read_text())
     return content
+
+
+def sensitivities(config: QuantizeConfig, source: Checkpoint, stream: LayerStream) -> Callable[[MoELayer], Sensitivity]:
+    """Makes what measures the costs of a layer's options."""
+    routers = ReducedRouters(source.config) if config.allow_drop else None
+    scale_dtype = scale_dtype_of(stream)
+    return lambda moe: Sensitivity(config, moe, scale_dtype, routers=routers)
+
+
+def quantize_step(
+    config: QuantizeConfig, source: Checkpoint, folder: Path, around: Surroundings, title: str
+) -> dict[str, Any]:
+    """Score (where a budget or gptq needs tokens), plan and apply a quantize step; what `step.json` says of it."""
+    stream = LayerStream(source, around.device)
+    scores = score_step(source, folder / "scores", around, title, config) if is_calibrated(config) else None
+    plan = plan_quantize_step(config, scores, source, stream, around.tier)
+    write_json(folder / "plan.json", plan.to_json())
+    change = QuantizeChange(
+        plan,
+        list(linear_layers(stream.layers, stream.moe_layers)),
+        tier=around.tier,
+        scale_dtype=scale_dtype_of(stream),
+        tokens=calibration_data(source, around).tokens if config.method == "gptq" else None,
+        batch_size=around.calibration.batch_size,
+    )
+    checkpoint = folder / "checkpoint"
+    if not (checkpoint / LEDGER_FILE).exists():
+        with around.progress.stage(f"{title}: apply", len(stream.layers)) as stage:
+            rewrite(
+                source,
+                checkpoint,
+                change,
+                max_shard_bytes=around.max_shard_bytes,
+                device=around.device,
+                stage=stage,
+            )
+    saved = saved_bytes(plan, change, stream, around.tier)
+    achieved: dict[str, float] = {"average_bits": plan.average_bits, "stored_bytes": source.index.nbytes - saved}
+    return {
+        "op": "quantize",
+        "config": config.model_dump(mode="json"),
+        "keep": {str(layer.layer): list(layer.keep) for layer in plan.layers},
+        "starved": scores.starved if scores else [],
+        "pooled": sorted(set(change.pooled)),
+        "coverage": scores.summary() if scores else {},
+        "calibration": scores.fingerprint if scores else {},
+        "dropped_bytes": saved,
+        "target": {
+            "budgets": {name: value for name in ("average_bits", "stored_bytes") if (value := getattr(config, name))},
+            "achieved": achieved,
+        },
+    }
+
+
+def plan_quantize_step(
+    config: QuantizeConfig, scores: Scores | None, source: Checkpoint, stream: LayerStream, tier: str
+) -> QuantizePlan:
+    """Choose every expert's bits by the scores and the budget."""
+    shapes = [expert_shapes(moe, stream.stored_dtypes) for moe in stream.moe_layers.values()]
+    experts = sum(shape.num_experts * (shape.weights * shape.weight_bytes + shape.other_bytes) for shape in shapes)
+    return plan_quantize(
+        config,
+        shapes,
+        scores,
+        fixed_bytes=source.index.nbytes - experts - linear_savings(config, stream),
+        num_decoder_layers=len(stream.layers),
+        num_groups=routing_groups(source.config),
+        tier=tier,
+    )
+
+
+def linear_savings(config: QuantizeConfig, stream: LayerStream) -> int:
+    """Bytes saved by quantizing linear layers outside the experts."""
+    saved = 0
+    scale_dtype = scale_dtype_of(stream)
+    for linear in linear_layers(stream.layers, stream.moe_layers):
+        part = config.parts.get(linear.part)
+        if part is not None:
+            scheme = linear_scheme(config, part)
+            name = f"{stream.layers_name}.{linear.layer}.{linear.path}.weight"
+            before = linear.shape[0] * linear.shape[1] * DTYPE_BITS[stream.stored_dtypes[name]] // 8
+            saved += before - scheme.stored_bytes(*linear.shape, scale_dtype)
+    return saved
+
+
+def saved_bytes(plan: QuantizePlan, change: QuantizeChange, stream: LayerStream, tier: str) -> int:
+    """Bytes that the result is smaller by, worked out from the plan."""
+    shapes = [expert_shapes(moe, stream.stored_dtypes) for moe in stream.moe_layers.values()]
+    before = sum(shape.num_experts * (shape.weights * shape.weight_bytes + shape.other_bytes) for shape in shapes)
+    saved = before - plan.expert_bytes + linear_savings(plan.config, stream)
+    if tier == "stock":  # compressed-tensors notes the shape of every matrix, two int64
+        matrices = sum(len(layer.keep) * len(layer.options) for layer in plan.layers) + len(change.linears)
+        saved -= 16 * matrices
+    return saved

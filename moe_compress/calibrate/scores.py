@@ -43,6 +43,7 @@ class LayerScores:
     num_tokens: int
     cosine: float  # mean cosine between the decoder layer's input and output
     statistics: dict[str, Array]
+    stream_energy: float = 0.0  # sum over tokens of the squared norm of the hidden states that leave the decoder layer
 
     def select(self, experts: Sequence[int]) -> LayerScores:
         """Of these experts only, in this order."""

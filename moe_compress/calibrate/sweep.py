@@ -12,13 +12,14 @@ experts' own input stands for it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,11 +34,21 @@ from moe_compress.models.lockstep import Lockstep
 from moe_compress.progress import Stage
 
 
+class Measurement(Protocol):
+    """What a transformation wants measured on every MoE layer besides the statistics."""
+
+    def add(self, expert: int, input_NH: Tensor, block_input_NH: Tensor, gate_N: Tensor) -> None:
+        """See what came to an expert: its own inputs, the block's for the same tokens, and the gate values."""
+
+    def measure(self) -> dict[str, NDArray[np.float64]]:
+        """When all tokens have passed and the layer is still resident: more statistics, each [E]."""
+
+
 class LayerStatistics:
     """Accumulates the statistics of one MoE layer; an `Observer` of its experts and a `LayerObserver` of its layer."""
 
-    def __init__(self, moe: MoELayer, residual_multiplier: float = 1.0) -> None:
-        self.moe, self.residual_multiplier = moe, residual_multiplier
+    def __init__(self, moe: MoELayer, residual_multiplier: float = 1.0, measurement: Measurement | None = None) -> None:
+        self.moe, self.residual_multiplier, self.measurement = moe, residual_multiplier, measurement
         experts, device = moe.num_experts, next(moe.experts.parameters()).device
 
         def zeros(*shape: int) -> Tensor:
@@ -48,7 +59,8 @@ class LayerStatistics:
         self.sums |= {name: zeros(experts, moe.width) for name in ("output_sum", "output_sq_sum")}
         self.sums["coselection"] = zeros(experts, experts)
         self.num_tokens = 0
-        self.cosine_sum = zeros(1)
+        self.cosine_sum, self.stream_energy = zeros(1), zeros(1)
+        self._entering_TH: Tensor | None = None
         self._input_TH: Tensor | None = None
         self._routed_TH: Tensor | None = None
         self._block_TH: Tensor | None = None
@@ -57,6 +69,7 @@ class LayerStatistics:
         self._hooks = [moe.experts.register_forward_pre_hook(self._experts_input)]
         if moe.block_path:  # else the block is the decoder layer, which ends after `layer` is called
             self._hooks.append(moe.block.register_forward_hook(self._block_output))
+        self._hooks.append(moe.block.register_forward_pre_hook(self._block_input, with_kwargs=True))
 
     def expert(self, expert: int, token_N: Tensor, gate_N: Tensor, output_NH: Tensor) -> None:
         gate, norm = self.moe.output_scale * gate_N.double(), output_NH.norm(dim=-1).double()
@@ -73,6 +86,9 @@ class LayerStatistics:
         self.sums["output_sq_sum"][expert] += output_NH.square().sum(0, dtype=torch.float64)
         self.sums["max_abs"][expert] = torch.maximum(self.sums["max_abs"][expert], output_NH.abs().max().double())
         self._saliency.append((expert, token_N, product))
+        if self.measurement is not None:
+            assert self._input_TH is not None and self._entering_TH is not None
+            self.measurement.add(expert, self._input_TH[token_N], self._entering_TH[token_N], gate_N)
 
     def block(self, index_TK: Tensor, routed_output_TH: Tensor) -> None:
         chosen_TE = torch.zeros(len(index_TK), self.moe.num_experts + 1, dtype=torch.float64, device=index_TK.device)
@@ -86,6 +102,7 @@ class LayerStatistics:
         assert self._routed_TH is not None
         entering, leaving = (hidden.reshape(len(self._routed_TH), -1) for hidden in (input_BSH, output_BSH))
         self.cosine_sum += F.cosine_similarity(entering, leaving, dim=-1).sum(dtype=torch.float64)
+        self.stream_energy += leaving.square().sum(dtype=torch.float64)
         change_T = (1 - F.cosine_similarity(*self._around(leaving), dim=-1)).clamp(min=0).double()
         for expert, token_N, product_N in self._saliency:
             self.sums["easy_ep"][expert] += (product_N * change_T[token_N]).sum()
@@ -105,11 +122,18 @@ class LayerStatistics:
         """Stop observing and return the sums."""
         for hook in self._hooks:
             hook.remove()
-        del self.moe.experts.observer
+        del self.moe.experts.observer  # before measuring, which runs experts too
         statistics = {name: values.cpu().numpy() for name, values in self.sums.items()}
         statistics["tokens"] = np.diagonal(statistics["coselection"]).copy()
         cosine = float(self.cosine_sum) / max(1, self.num_tokens)
-        return LayerScores(layer, self.moe.num_experts, self.moe.top_k, self.num_tokens, cosine, statistics)
+        if self.measurement is not None:
+            statistics |= self.measurement.measure()
+        energy = float(self.stream_energy)
+        return LayerScores(layer, self.moe.num_experts, self.moe.top_k, self.num_tokens, cosine, statistics, energy)
+
+    def _block_input(self, module: Any, inputs: Any, keywords: Any) -> None:
+        entering = inputs[0] if inputs else keywords["hidden_states"]
+        self._entering_TH = entering.flatten(0, -2)
 
     def _experts_input(self, module: Any, inputs: Any) -> None:
         self._input_TH = inputs[0]
@@ -128,10 +152,12 @@ def collect(
     fingerprint: dict[str, Any],
     min_tokens_per_expert: int,
     stage: Stage,
+    measurement: Callable[[MoELayer], Measurement] | None = None,
 ) -> Scores:
     """Sweep `tokens` [N, S] through all layers and return the scores, saved in `folder`.
 
-    `folder` also holds the state of an interrupted sweep; it is continued if there is one.
+    `folder` also holds the state of an interrupted sweep; it is continued if there is one. `measurement` makes what is
+    to be measured on a layer besides the statistics.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done, hidden = load_hidden(folder)
@@ -150,7 +176,9 @@ def collect(
             detail = "dense layer"
             if index in stream.moe_layers:
                 moe = stream.moe_layers[index]
-                statistics = LayerStatistics(moe, getattr(config, "residual_multiplier", 1.0))
+                statistics = LayerStatistics(
+                    moe, getattr(config, "residual_multiplier", 1.0), measurement(moe) if measurement else None
+                )
                 run.observer = statistics
                 run.through(index)
                 run.observer = None
@@ -182,7 +210,7 @@ def _require_same_input(file: Path, fingerprint: dict[str, Any], done: int) -> N
 
 def _save_layer(folder: Path, scores: LayerScores) -> None:
     meta = {"num_experts": scores.num_experts, "top_k": scores.top_k, "num_tokens": scores.num_tokens}
-    described = json.dumps(meta | {"cosine": scores.cosine})
+    described = json.dumps(meta | {"cosine": scores.cosine, "stream_energy": scores.stream_energy})
     temporary = folder / "scores.part"
     save_file({k: torch.from_numpy(v) for k, v in scores.statistics.items()}, temporary, {"layer": described})
     temporary.rename(folder / f"layer-{scores.layer:05d}.safetensors")

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from moe_compress.checkpoint.writer import (
     tensor_sha256,
     write_json,
 )
-from moe_compress.models.layers import SECTION, MoELayer
+from moe_compress.models.layers import PACKED, SECTION, MoELayer
 from moe_compress.models.lockstep import Lockstep
 from moe_compress.progress import Stage
 from moe_compress.runtime.remote_code import write_remote_code
@@ -43,24 +43,37 @@ LEDGER_FILE = "ledger.json"
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
-class Change(Protocol):
-    """What a transformation does to a checkpoint: its configuration and its layers' tensors."""
+Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors names it, shape
+
+
+class Change:
+    """What a transformation does to a checkpoint: its configuration and its layers' tensors. This one does nothing.
+
+    `tokens` [N, S] are calibration sequences that pass the changed layers beside the probe, for `store` to look at.
+    """
+
+    tokens: Tensor | None = None
+    batch_size = 1
 
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The new content of `config.json`."""
-
-    def layer(self, moe: MoELayer, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The new tensors of an MoE layer, both sides by name inside the decoder layer, in the model's layout."""
-
-
-class Identity:
-    """Changes nothing."""
-
-    def config(self, config: dict[str, Any]) -> dict[str, Any]:
         return config
 
     def layer(self, moe: MoELayer, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The new tensors of an MoE layer, both sides by name inside the decoder layer, in the model's layout."""
         return state
+
+    def store(self, target: LayerStream, index: int, rehearse: Callable[[], None]) -> dict[str, Tensor]:
+        """What is written for a layer, by name in the checkpoint.
+
+        The layer is resident in `target` with the tensors that `layer` gave; `rehearse` runs it on all sequences. Where
+        something else is stored than these tensors, they are replaced by what the stored ones stand for.
+        """
+        return target.stored_layer(index)
+
+    def expected(self, target: LayerStream, index: int) -> Tensors:
+        """What must be on disk for a layer, worked out from the empty layer in `target`."""
+        return described(target.stored_layer(index))
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,7 @@ class Ledger:
     source_bytes: int
     copied: dict[str, str]  # tensor name -> sha256 of its bytes
     transformed: list[str]  # source tensors that passed through a layer
-    expected: dict[str, tuple[str, tuple[int, ...]]]  # output tensor name -> dtype and shape
+    expected: Tensors  # of the output
     shards: list[Shard]
 
     @classmethod
@@ -95,9 +108,9 @@ def rewrite(
     write_config(source.folder, folder, change.config(json.loads(json.dumps(old_config))), old_config)
 
     stream = LayerStream(source, device)
-    config = read_config(source, folder)
+    config = dense_config(read_config(source, folder))
     target = LayerStream(replace(source, config=config), device)
-    expected = expected_tensors(stream, target)
+    expected = expected_tensors(stream, target, change)
 
     if not writer.has("rest"):
         writer.write("rest", [source.index[name] for name in stream.untouched])
@@ -106,7 +119,14 @@ def rewrite(
         done, hidden = 0, []
     target.load_trunk()
     probe = probe_tokens(config)
-    run = Lockstep(target.model, target.layers, [probe.to(device)], start=done, hidden=[h.to(device) for h in hidden])
+    batches = [probe, *(() if change.tokens is None else change.tokens.split(change.batch_size))]
+    run = Lockstep(
+        target.model,
+        target.layers,
+        [tokens.to(device) for tokens in batches],
+        start=done,
+        hidden=[h.to(device) for h in hidden],
+    )
     target.release_embeddings()
     try:
         for index in range(len(stream.layers)):
@@ -118,8 +138,10 @@ def rewrite(
                 state = change.layer(stream.moe_layers[index], state)
             target.layers[index].load_state_dict(state, assign=True)
             del state
+            stored = change.store(target, index, lambda index=index: run.rehearse(index))  # type: ignore[misc]
             run.through(index)
-            writer.write(_part(index), target.stored_layer(index))
+            writer.write(_part(index), stored)
+            del stored
             target.release(index)
             save_hidden(folder, index + 1, run.hidden)
             stage.advance()
@@ -145,7 +167,7 @@ def take_layer(stream: LayerStream, index: int) -> dict[str, Tensor]:
     return state
 
 
-def expected_tensors(stream: LayerStream, target: LayerStream) -> dict[str, tuple[str, tuple[int, ...]]]:
+def expected_tensors(stream: LayerStream, target: LayerStream, change: Change) -> Tensors:
     """Name, dtype and shape of every tensor the new checkpoint must hold, from its empty model and the old headers.
 
     Also hands the source's name conversions over to the target, which has seen no weights of its own.
@@ -154,9 +176,13 @@ def expected_tensors(stream: LayerStream, target: LayerStream) -> dict[str, tupl
     target.model._weight_conversions = stream.model._weight_conversions
     expected = {name: (index[name].dtype, index[name].shape) for name in stream.untouched}
     for number in range(len(target.layers)):
-        for name, tensor in target.stored_layer(number).items():
-            expected[name] = (SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape))
+        expected |= change.expected(target, number)
     return expected
+
+
+def described(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Dtype and shape of tensors, by name."""
+    return {name: (SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def probe_tokens(config: Any) -> Tensor:
@@ -190,6 +216,15 @@ def read_config(source: Checkpoint, folder: Path) -> PretrainedConfig:
     if SECTION in json.loads((folder / "config.json").read_text()):
         return AutoConfig.from_pretrained(folder)  # type: ignore[no-any-return]
     return type(source.config).from_pretrained(folder)
+
+
+def dense_config(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of the configuration for the same model with unpacked weights."""
+    content = config.to_dict()
+    content.pop("quantization_config", None)
+    if SECTION in content:
+        content[SECTION] = {key: value for key, value in content[SECTION].items() if key != PACKED}
+    return type(config).from_dict(content)
 
 
 def open_rewritten(folder: Path, source: Checkpoint) -> Checkpoint:

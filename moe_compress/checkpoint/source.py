@@ -30,6 +30,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.errors import CheckpointError, UnsupportedModelError, UsageError
+from moe_compress.models.layers import PACKED, SECTION
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "checkpoint"
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
@@ -50,8 +51,10 @@ class Checkpoint:
     index: TensorIndex
 
 
-def open_checkpoint(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
-    """Find `model`, download it if need be, and check that it can be read.
+def open_checkpoint(
+    model: str, revision: str | None = None, trust_remote_code: bool = False, *, quantized: bool = False
+) -> Checkpoint:
+    """Find `model`, download it if need be, and check that it can be read; `quantized` ones only when asked for.
 
     Raises `UnsupportedModelError` for what is whole but no source of ours (GGUF, quantized, unknown architecture),
     `UsageError` for a setting that does not fit, `CheckpointError` for everything missing, damaged or out of reach.
@@ -63,7 +66,7 @@ def open_checkpoint(model: str, revision: str | None = None, trust_remote_code: 
             raise UsageError(f"`revision` has no effect for the folder {path}; leave it out, or name a Hub id.")
         folder = path
         names = [file.name for file in folder.iterdir()]
-        config = _checked_config(folder, model, names, trust_remote_code)
+        config = _checked_config(folder, model, names, trust_remote_code, quantized)
         _check_weights(model, names)
     else:
         _refuse_path(path, model)
@@ -71,23 +74,24 @@ def open_checkpoint(model: str, revision: str | None = None, trust_remote_code: 
         folder = _download(model, revision, patterns)
         commit = folder.name
         names = _repository_files(model, folder)
-        config = _checked_config(folder, model, names, trust_remote_code)
+        config = _checked_config(folder, model, names, trust_remote_code, quantized)
         _check_weights(model, names)
         _download(model, commit, patterns + WEIGHTS)
     return Checkpoint(folder, config, model, commit, TensorIndex.from_folder(folder))
 
 
 def open_config(
-    model: str, revision: str | None = None, trust_remote_code: bool = False
+    model: str, revision: str | None = None, trust_remote_code: bool = False, *, quantized: bool = False
 ) -> tuple[PretrainedConfig, TensorIndex | None]:
     """The configuration of `model`, and its tensors' headers if its weights lie in a folder; none are downloaded."""
     path = REFERENCE if model == "reference" else Path(model).expanduser()
     if path.is_dir():
-        config = _checked_config(path, model, [file.name for file in path.iterdir()], trust_remote_code)
+        names = [file.name for file in path.iterdir()]
+        config = _checked_config(path, model, names, trust_remote_code, quantized)
         return config, TensorIndex.from_folder(path) if any(path.glob("*.safetensors")) else None
     _refuse_path(path, model)
     folder = _download(model, revision, SMALL_FILES + (["*.py"] if trust_remote_code else []))
-    return _checked_config(folder, model, _repository_files(model, folder), trust_remote_code), None
+    return _checked_config(folder, model, _repository_files(model, folder), trust_remote_code, quantized), None
 
 
 def small_files(model: str, revision: str | None = None) -> tuple[Path, str | None]:
@@ -158,7 +162,9 @@ def _repository_files(repository: str, folder: Path) -> list[str]:
         return [file.name for file in folder.iterdir()]
 
 
-def _checked_config(folder: Path, model: str, names: list[str], trust_remote_code: bool) -> PretrainedConfig:
+def _checked_config(
+    folder: Path, model: str, names: list[str], trust_remote_code: bool, quantized: bool
+) -> PretrainedConfig:
     """The configuration, read without running any code that was not asked for."""
     if "config.json" not in names:
         if any(name.endswith(".gguf") for name in names):
@@ -170,7 +176,7 @@ def _checked_config(folder: Path, model: str, names: list[str], trust_remote_cod
     except (ValueError, AttributeError):
         raise CheckpointError(f"The config.json of {model} is damaged; download it again.") from None
     method = _quantization(content)
-    if method is not None:
+    if method is not None and not quantized:
         raise UnsupportedModelError(
             f"{model} is quantized ({method}), but only unquantized sources are supported; name the original model, "
             "or dequantize it to bfloat16 first."
@@ -209,6 +215,8 @@ def _check_weights(model: str, names: list[str]) -> None:
 
 def _quantization(content: dict[str, Any]) -> str | None:
     """The method a config says its weights are quantized with."""
+    if PACKED in (content.get(SECTION) or {}):
+        return "by moe-compress"
     for section in (content, content.get("text_config") or {}):
         for key in ("quantization_config", "compression_config"):
             if section.get(key):

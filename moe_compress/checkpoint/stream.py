@@ -8,7 +8,7 @@ final norm, head), and those it does not know (prediction heads, vision towers);
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -156,12 +156,21 @@ class LayerStream:
         """Give the layer's memory back."""
         release(self.layers[index])
 
-    def stored_layer(self, index: int) -> dict[str, Tensor]:
-        """The layer's tensors under the Hub's names, in the source's types; on the meta device if not resident."""
+    def stored_layer(self, index: int, without: Collection[str] = ()) -> dict[str, Tensor]:
+        """The layer's tensors under the Hub's names, in the source's types; on the meta device if not resident.
+
+        `without` names tensors inside the layer that are left out.
+        """
+        state = {name: tensor for name, tensor in self.layers[index].state_dict().items() if name not in without}
+        return {name: self._as_stored(name, tensor) for name, tensor in self.hub_names(index, state).items()}
+
+    def hub_names(self, index: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by name inside the layer, in the model's layout, as the Hub names and divides them."""
         prefix = f"{self.layers_name}.{index}."
-        state = {prefix + name: tensor for name, tensor in self.layers[index].state_dict().items()}
-        hub = revert_weight_conversion(self.model, state)
-        return {name: self._as_stored(name, tensor) for name, tensor in hub.items()}
+        found: dict[str, Tensor] = revert_weight_conversion(
+            self.model, {prefix + name: tensor for name, tensor in state.items()}
+        )
+        return found
 
     def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
         info = self.checkpoint.index.get(name)

@@ -28,18 +28,48 @@ class Observer(Protocol):
         """The routing of all tokens and the gated sum of the experts' outputs."""
 
 
+def projections(experts: Any) -> dict[str, tuple[str, ...]]:
+    """The fused matrices of an experts module, and the projections that each holds one above the other.
+
+    Gate and up projections whose rows alternate cannot be told apart by rows, and are one.
+    """
+    if not experts.has_gate:
+        return {"up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+    apart = experts.is_concatenated and not experts.is_transposed
+    return {"gate_up_proj": ("gate_proj", "up_proj") if apart else ("gate_up_proj",), "down_proj": ("down_proj",)}
+
+
+def matrix_shape(experts: Any, fused: Tensor) -> tuple[int, int]:
+    """Rows and columns [out, in] of one expert's matrix in a fused parameter [E, ...]."""
+    _, first, second = fused.shape
+    return (second, first) if experts.is_transposed else (first, second)
+
+
+def expert_weight(experts: Any, name: str, expert: int, dtype: torch.dtype) -> Tensor:
+    """Matrix [out, in] of one expert in `dtype`, from a fused parameter or as a packed experts module keeps it."""
+    if hasattr(experts, "expert_weight"):
+        packed: Tensor = experts.expert_weight(name, expert, dtype)
+        return packed
+    weight: Tensor = getattr(experts, name)[expert].to(dtype)
+    return weight.T if experts.is_transposed else weight
+
+
 def expert_output(experts: Any, expert: int, hidden_NH: Tensor) -> Tensor:
-    """Raw output [N, H] of one expert of a fused experts module, before its gate value, in the inputs' dtype."""
+    """Raw output [N, H] of one expert of a fused experts module, before its gate value, in the inputs' dtype.
+
+    A `recorder` on the module is called with the expert, its inputs, and the inputs [N, F] of its down projection.
+    """
 
     def linear(inputs: Tensor, name: str) -> Tensor:
-        weight = getattr(experts, name)[expert].to(inputs.dtype)
         bias = getattr(experts, f"{name}_bias")[expert].to(inputs.dtype) if experts.has_bias else None
-        return F.linear(inputs, weight.T if experts.is_transposed else weight, bias)
+        return F.linear(inputs, expert_weight(experts, name, expert, inputs.dtype), bias)
 
     if experts.has_gate:
         inner = experts._apply_gate(linear(hidden_NH, "gate_up_proj"))
     else:
         inner = experts.act_fn(linear(hidden_NH, "up_proj"))
+    if hasattr(experts, "recorder"):
+        experts.recorder(expert, hidden_NH, inner)
     output = linear(inner, "down_proj")
     return experts.post_expert_norm(output) if experts.has_post_expert_norm else output
 
@@ -66,7 +96,7 @@ def experts_forward(experts: Any, hidden_TH: Tensor, index_TK: Tensor, gate_TK: 
     observer: Observer | None = getattr(experts, "observer", None)
     top_k = index_TK.shape[1]
     slots = hidden_TH.new_zeros(index_TK.numel(), hidden_TH.shape[1])
-    num_experts = len(experts.down_proj)
+    num_experts = experts.num_experts if hasattr(experts, "expert_weight") else len(experts.down_proj)
     index_TK = index_TK.masked_fill(gate_TK == 0, num_experts)
     for expert, slot_N in routed_tokens(index_TK, num_experts):
         token_N = slot_N // top_k

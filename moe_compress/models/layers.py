@@ -24,6 +24,7 @@ from moe_compress.models.families import EXPERT_COUNT_KEYS, TOP_K_KEYS
 from moe_compress.models.skeleton import SUPPORTED, build_skeleton
 
 SECTION = "moe_compress"  # in the config.json of a compressed family: how the layers depart from it
+PACKED = "packed"  # in that section: which weights are packed, and how
 
 
 @dataclass(frozen=True)
@@ -144,14 +145,13 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
 
 def counted_tensors(model: PreTrainedModel) -> dict[str, int]:
     """The tensors with an entry per expert, and in which dimension: what grows when there are twice the experts."""
-    config: Any = type(model.config).from_dict(model.config.to_dict())
-    num_experts = _family_num_experts(model)
-    set_num_experts(config, num_experts, 2 * num_experts)
-    counts = expert_counts(config)
-    if counts:
-        set_expert_counts(config, 2 * num_experts, {layer: 2 * count for layer, count in counts.items()})
+    num_experts = family_num_experts(model)
+    counts = expert_counts(model.config)
     possible = {num_experts, *counts.values()}
-    larger = build_skeleton(config).state_dict()
+    doubled = with_expert_counts(
+        model.config, num_experts, 2 * num_experts, {layer: 2 * count for layer, count in counts.items()}
+    )
+    larger = build_skeleton(doubled).state_dict()
     counted = {}
     for name, tensor in model.state_dict().items():
         growth = [new - old for new, old in zip(larger[name].shape, tensor.shape, strict=True)]
@@ -172,17 +172,22 @@ def expert_counts(config: Any) -> dict[int, int]:
     return {int(layer): found["num_experts"] for layer, found in layers.items() if "num_experts" in found}
 
 
-def set_expert_counts(config: Any, num_experts: int, counts: Mapping[int, int]) -> None:
-    """Change what `expert_counts` says in the configuration of a compressed family; `num_experts` is the family's."""
-    section = dict(getattr(config, SECTION))
-    layers = {layer: dict(found) for layer, found in section.get("layers", {}).items()}
-    for layer, count in counts.items():
-        layers.setdefault(str(layer), {})["num_experts"] = count
-    setattr(config, SECTION, section | {"num_experts": num_experts, "layers": layers})
+def with_expert_counts(config: Any, before: int, num_experts: int, counts: Mapping[int, int]) -> Any:
+    """A copy of the configuration with `num_experts` instead of `before` experts per layer.
+
+    `counts` are the new numbers of the layers that it names one by one; those of other layers have no effect.
+    """
+    changed = type(config).from_dict(config.to_dict())
+    section = getattr(changed, SECTION, None)
+    set_num_experts(changed, before, num_experts)
+    if section:
+        layers = {layer: found | {"num_experts": counts[int(layer)]} for layer, found in section["layers"].items()}
+        setattr(changed, SECTION, section | {"num_experts": num_experts, "layers": layers})
+    return changed
 
 
-def _family_num_experts(model: PreTrainedModel) -> int:
-    """Experts per layer as the family's own setting has it."""
+def family_num_experts(model: PreTrainedModel) -> int:
+    """Experts per layer as the family's own setting has it; a compressed family's layers may have fewer."""
     section = getattr(model.config, SECTION, None)
     if section:
         return int(section["num_experts"])

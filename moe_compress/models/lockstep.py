@@ -86,6 +86,14 @@ class Lockstep:
         """
         return [*(tensor for left in self._left for tensor in left), torch.tensor(self._entering)]
 
+    def rehearse(self, index: int) -> None:
+        """Run layer `index` on every batch and forget the outputs; all batches stay before it."""
+        assert index == self._next, "layers are passed in order"
+        with torch.no_grad():
+            for batch, coroutine in enumerate(self._passes):
+                self._batch = batch
+                coroutine.switch(True)
+
     def through(self, index: int) -> list[Tensor]:
         """Pass every batch through layer `index`; returns the hidden states [B, S, H] that came out."""
         assert index == self._next, "layers are passed in order"
@@ -118,7 +126,8 @@ class Lockstep:
 
     def _gated(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def gated(*args: Any, **kwargs: Any) -> Any:
-            self._wait(args, kwargs)
+            while self._wait(args, kwargs):
+                forward(*args, **kwargs)
             batch = self._batch
             if index < self._start:
                 return _output(self._left[batch])
@@ -137,9 +146,10 @@ class Lockstep:
 
         return held
 
-    def _wait(self, *arguments: Any) -> None:
+    def _wait(self, *arguments: Any) -> bool:
+        """Let the others go on; whether the layer is to be rehearsed."""
         self._entering[self._batch] = _checksum(arguments)
-        self._scheduler.switch()
+        return bool(self._scheduler.switch())
 
 
 def _per_batch(tensors: Sequence[Tensor], num_batches: int) -> list[list[Tensor]]:

@@ -1,4 +1,4 @@
-"""What every compressed model has over its family's class: layers that differ from each other."""
+"""What every compressed model has over its family's class: layers that differ from each other, and packed weights."""
 
 from __future__ import annotations
 
@@ -8,28 +8,83 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from moe_compress.models.layers import decoder_layers, expert_counts, set_num_experts
+from moe_compress.models.experts import expert_weight, projections
+from moe_compress.models.layers import (
+    PACKED,
+    SECTION,
+    decoder_layers,
+    expert_counts,
+    is_experts_module,
+    set_num_experts,
+)
+from moe_compress.runtime.packed import (
+    ExpertCache,
+    PackedExperts,
+    PackedLinear,
+    PackedWeight,
+    PlainWeight,
+    pack_experts,
+)
 from moe_compress.runtime.remote_code import HINT, write_remote_code
+from moe_compress.runtime.scheme import Scheme
 
 
 class CompressedModel(PreTrainedModel):
-    """Mixed into a family's causal language model; `config.moe_compress` says how its layers depart from the family."""
+    """Mixed into a family's causal language model; `config.moe_compress` says how its layers depart from the family.
 
-    def __init__(self, config: PretrainedConfig, *inputs: Any, **settings: Any) -> None:
+    `expert_cache_bytes` is how much memory may hold dequantized experts between uses; 0 dequantizes at every use.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, *inputs: Any, expert_cache_bytes: int | None = None, **settings: Any
+    ) -> None:
         super().__init__(config, *inputs, **settings)
         _set_expert_counts(self)
+        runtime = getattr(config, SECTION).get("runtime", {})
+        limit = runtime.get("expert_cache_bytes", 0) if expert_cache_bytes is None else expert_cache_bytes
+        _pack(self, ExpertCache(limit) if limit else None)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, path: Any, *inputs: Any, dequantize: bool = False, **settings: Any
+    ) -> Any:
+        """As in transformers; with `dequantize` all weights are dense in memory, which is the fast path."""
+        loaded = super().from_pretrained(path, *inputs, **settings)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if dequantize:
+            model.dequantize()
+        return loaded
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> None:
+        """Replace every packed weight by its numbers, in the model's dtype; saving then writes a dense checkpoint."""
+        dtype = dtype or self.dtype
+        for module in [module for module in self.modules() if isinstance(module, PackedExperts)]:
+            _unpack_experts(module, dtype)
+        for name, module in [*self.named_modules()]:
+            if isinstance(module, PackedLinear):
+                self.set_submodule(name, _dense_linear(module, dtype))
+        section = dict(getattr(self.config, SECTION))
+        section.pop(PACKED, None)
+        setattr(self.config, SECTION, section)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *inputs: Any, **settings: Any) -> None:
         """As in transformers, with what a reader without this package needs to be told."""
         super().save_pretrained(save_directory, *inputs, **settings)
         file = Path(save_directory) / "config.json"
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         content["architectures"] = [f"{type(self).__name__} ({HINT})"]
-        file.write_text(json.dumps(content, indent=2) + "\n")
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         write_remote_code(file.parent)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Packed weights are never drawn; the family would look for its own parameters in them."""
+        if not isinstance(module, (PackedExperts, PackedWeight, PlainWeight)):
+            super()._init_weights(module)
 
 
 def _set_expert_counts(model: PreTrainedModel) -> None:
@@ -41,7 +96,7 @@ def _set_expert_counts(model: PreTrainedModel) -> None:
     _, layers = decoder_layers(model)
     for count in sorted(set(counts.values())):
         config = copy.deepcopy(model.config)
-        set_num_experts(config, model.config.moe_compress["num_experts"], count)
+        set_num_experts(config, getattr(config, SECTION)["num_experts"], count)
         _, donated = decoder_layers(family(config))
         shared = {id(config): model.config, id(config.get_text_config()): model.config.get_text_config()}
         for index in (index for index, wanted in counts.items() if wanted == count):
@@ -50,3 +105,44 @@ def _set_expert_counts(model: PreTrainedModel) -> None:
                 own: Any = getattr(module, "config", None)
                 if id(own) in shared:
                     setattr(module, "config", shared[id(own)])  # noqa: B010
+
+
+def _pack(model: PreTrainedModel, cache: ExpertCache | None) -> None:
+    """Exchange the modules whose weights are stored packed."""
+    packed = getattr(model.config, SECTION).get(PACKED)
+    if packed is None:
+        return
+    schemes = [Scheme.from_json(content) for content in packed["schemes"]]
+    scale_dtype: torch.dtype = getattr(torch, packed["scale_dtype"])
+    _, layers = decoder_layers(model)
+    for index, table in packed["experts"].items():
+        experts = next(module for module in layers[int(index)].modules() if is_experts_module(module))
+        chosen = {
+            part: [None if number is None else schemes[number] for number in numbers] for part, numbers in table.items()
+        }
+        pack_experts(experts, chosen, scale_dtype, cache)
+    for name, number in packed["linears"].items():
+        linear: Any = layers.get_submodule(name)
+        layers.set_submodule(name, PackedLinear(schemes[number], linear, scale_dtype))
+
+
+def _unpack_experts(experts: Any, dtype: torch.dtype) -> None:
+    """Give a packed experts module its family's fused parameters and class back."""
+    count = experts.num_experts
+    fused = {}
+    for name in projections(experts):
+        matrices = [expert_weight(experts, name, expert, dtype) for expert in range(count)]
+        stacked = torch.stack([matrix.T if experts.is_transposed else matrix for matrix in matrices])
+        fused[name] = nn.Parameter(stacked.contiguous(), requires_grad=False)
+    for expert in range(count):
+        del experts._modules[str(expert)]
+    experts.__class__ = type(experts).__bases__[1]
+    for name, parameter in fused.items():
+        experts.register_parameter(name, parameter)
+
+
+def _dense_linear(packed: PackedLinear, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(packed.weight(dtype), requires_grad=False)
+    linear.bias = packed.bias
+    return linear

@@ -94,7 +94,12 @@ def check_coverage(manifest: dict[str, Any]) -> Check:
     """Every kept expert saw at least the asked number of calibration tokens."""
     listed: list[str] = []
     kept: list[str] = []
+    pooled = [
+        f"layer {layer} expert {expert}" for step in manifest["steps"] for layer, expert in step.get("pooled", [])
+    ]
     for step in manifest["steps"]:
+        if step["op"] == "quantize":
+            continue  # what an expert lacks in tokens, its layer lends it
         for layer, expert in step.get("starved", []):
             (kept if expert in step["keep"][str(layer)] else listed).append(f"layer {layer} expert {expert}")
     if kept:
@@ -103,6 +108,8 @@ def check_coverage(manifest: dict[str, Any]) -> Check:
             f"kept without enough calibration tokens: {_listed(kept)}; raise calibration.num_samples, or lower "
             "calibration.min_tokens_per_expert.",
         )
+    if pooled:
+        return Check(True, f"quantized with statistics pooled over their layer, for want of tokens: {_listed(pooled)}.")
     if listed:
         return Check(True, f"dropped because too few calibration tokens reached them: {_listed(listed)}.")
     return Check(True, "every expert saw calibration tokens." if manifest["steps"] else "no step needed calibration.")
@@ -177,6 +184,14 @@ def check_target(manifest: dict[str, Any], index: TensorIndex) -> Check:
     """Every step kept as many experts as it was asked to."""
     sentences = []
     for step in manifest["steps"]:
+        if step["op"] == "quantize":
+            achieved = step["target"]["achieved"]
+            sentences.append(f"quantize: {achieved['average_bits']:.2f} bits per expert weight")
+            for name, budget in step["target"]["budgets"].items():
+                sentences[-1] += f", {name} {achieved[name]:,.6g} of {budget:,.6g}"
+                if achieved[name] > budget * (1 + TARGET_TOLERANCE):
+                    return Check(False, f"{sentences[-1]}.")
+            continue
         asked, achieved = step["target"]["asked"], step["target"]["achieved"]
         sentences.append(f"{step['op']}: asked to keep {asked:.1%} of the experts, kept {achieved:.1%}")
         if abs(asked - achieved) > max(TARGET_TOLERANCE, step["target"]["rounding"]):

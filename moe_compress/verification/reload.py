@@ -99,6 +99,21 @@ class LayerwiseModel:
                 owner._parameters[leaf] = torch.nn.Parameter(owner._parameters[leaf].float(), requires_grad=False)
 
 
+def to_float32(model: Any, tokens: torch.Tensor, stored: torch.dtype) -> None:
+    """Compute in float32 with the very values that a quantized checkpoint stands for.
+
+    compressed-tensors unpacks linear layers in the first forward pass, here in float32 and so without the rounding to
+    the stored type that experts get on loading.
+    """
+    model(input_ids=tokens[:, :1], use_cache=False)
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            module.weight.data = module.weight.data.to(stored)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+
+
 def main(folder: Path, output: str, mode: str) -> None:
     """Load, run the probe, write its logits."""
     transformers.logging.set_verbosity_error()
@@ -115,6 +130,8 @@ def main(folder: Path, output: str, mode: str) -> None:
     with np.load(folder / "probe.npz") as probe:
         tokens, positions = torch.from_numpy(probe["tokens"]), probe["positions"]
     with torch.no_grad():
+        if getattr(config, "quantization_config", None) is not None:
+            to_float32(model, tokens, config.get_text_config().dtype)
         logits = model.eval()(input_ids=tokens, use_cache=False).logits
     np.save(output, logits[0, positions].float().numpy())
 

@@ -224,6 +224,9 @@ def test_scores_of_another_model_or_calibration(source: Path, texts: Path, score
     assert moe_compress.plan(recipe, scores=scores, overrides=["calibration.batch_size=1"])["warnings"] == []
     with pytest.raises(UsageError, match="holds no scores"):
         moe_compress.run(recipe, tmp_path / "out", scores=twin)
+    quantize = recipe | {"steps": [{"op": "quantize", "method": "rtn", "bits": 4, "group_size": 16}]}
+    with pytest.raises(UsageError, match="`--scores` serves a prune step"):
+        moe_compress.run(quantize, tmp_path / "out", scores=scores)
     with pytest.raises(UsageError, match="`--scores` has no effect"):
         moe_compress.run({"model": str(source), "eval": {"speed": False}}, tmp_path / "out", scores=scores)
 

@@ -30,7 +30,14 @@ COMMON: dict[str, set[str]] = {
     "errors": set(),
     "progress": set(),
     "settings": {"errors"},
-    "recipe": {"errors", "settings", "calibrate.config", "eval.config", "compress.prune.config"},
+    "recipe": {
+        "errors",
+        "settings",
+        "calibrate.config",
+        "eval.config",
+        "compress.prune.config",
+        "compress.quantize.config",
+    },
 }
 RANK = {part: row for row, parts in enumerate(ROWS) for part in parts}
 

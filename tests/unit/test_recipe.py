@@ -16,14 +16,13 @@ from moe_compress.recipe import (
     Recipe,
     check_tier,
     dump_recipe,
-    format_size,
     load_eval_config,
     load_recipe,
     packaged_recipes,
-    parse_size,
     recipe_file,
     recipe_schema,
 )
+from moe_compress.settings import format_size, parse_size
 
 PRUNE = {"op": "prune", "criterion": "reap", "keep": 0.75}
 RECIPE: dict[str, Any] = {"model": "org/model", "calibration": {"dataset": "reference"}, "steps": [PRUNE]}
@@ -107,7 +106,7 @@ def test_mistakes_come_in_the_order_of_the_file(tmp_path: Path) -> None:
 
 def test_an_unknown_op_hides_the_settings_of_that_op() -> None:
     found = mistakes(RECIPE | {"steps": [{"op": "prun", "bits": 4}]})
-    assert found == {"steps.0.op": (None, "unknown value `prun`; did you mean `prune`? (one of: prune)")}
+    assert found == {"steps.0.op": (None, "unknown value `prun`; did you mean `prune`? (one of: prune, quantize)")}
 
 
 def test_a_step_needs_its_op() -> None:

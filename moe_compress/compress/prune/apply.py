@@ -6,18 +6,20 @@ next best of the kept ones.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_compress.checkpoint.rewrite import Change
 from moe_compress.compress.prune.plan import PrunePlan
 from moe_compress.models.families import EXPERT_COUNT_KEYS, OTHER_TOWERS
 from moe_compress.models.layers import SECTION, MoELayer
 from moe_compress.runtime.families import plugin_config, plugin_section
 
 
-class PruneChange:
+class PruneChange(Change):
     """Applies a plan; a checkpoint whose layers keep different numbers of experts is one of the tier `plugin`."""
 
     def __init__(self, plan: PrunePlan) -> None:
@@ -25,27 +27,31 @@ class PruneChange:
         self.before = plan.layers[0].num_experts
 
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """`config.json` with the new expert counts: in the family's own keys, or layer by layer."""
-        counts = {layer: len(keep) for layer, keep in self.keep.items()}
-        if SECTION in config or len(set(counts.values())) > 1:
-            section = config.get(SECTION) or plugin_section(self.before)
-            layers = {**section["layers"]}
-            for layer, count in counts.items():
-                layers[str(layer)] = {**layers.get(str(layer), {}), "num_experts": count}
-            return plugin_config(config, section | {"layers": layers})
-        return self._family_config(config, next(iter(counts.values())))
-
-    def _family_config(self, config: dict[str, Any], count: int) -> dict[str, Any]:
-        """The language model's expert count replaced under every name it has, at any depth."""
-        return {
-            key: count
-            if key in EXPERT_COUNT_KEYS and value == self.before
-            else self._family_config(value, count)
-            if isinstance(value, dict) and key not in OTHER_TOWERS
-            else value
-            for key, value in config.items()
-        }
+        return with_counts(config, self.before, {layer: len(keep) for layer, keep in self.keep.items()})
 
     def layer(self, moe: MoELayer, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The layer's tensors with only the kept experts."""
         return moe.select(state, self.keep[moe.layer])
+
+
+def with_counts(config: dict[str, Any], before: int, counts: Mapping[int, int]) -> dict[str, Any]:
+    """`config.json` with these experts per layer instead of `before`: in the family's own keys, or layer by layer."""
+    if SECTION in config or len(set(counts.values())) > 1:
+        section = config.get(SECTION) or plugin_section(before)
+        layers = {**section["layers"]}
+        for layer, count in counts.items():
+            layers[str(layer)] = {**layers.get(str(layer), {}), "num_experts": count}
+        return plugin_config(config, section | {"layers": layers})
+    return _with_count(config, before, next(iter(counts.values())))
+
+
+def _with_count(config: dict[str, Any], before: int, count: int) -> dict[str, Any]:
+    """The language model's expert count replaced under every name it has, at any depth."""
+    return {
+        key: count
+        if key in EXPERT_COUNT_KEYS and value == before
+        else _with_count(value, before, count)
+        if isinstance(value, dict) and key not in OTHER_TOWERS
+        else value
+        for key, value in config.items()
+    }

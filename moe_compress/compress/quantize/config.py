@@ -1,0 +1,138 @@
+"""The settings of `op: quantize`.
+
+What needs no model is checked here; what needs the sizes of the experts is checked in `plan.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from moe_compress.settings import Size
+
+BITSANDBYTES = ("nf4", "fp4", "int8")
+INTEGER_METHODS = ("gptq", "rtn")
+BUDGETS = ("average_bits", "stored_bytes", "active_bytes")
+
+Bits = Annotated[int, Field(ge=1, le=8)]
+
+
+def _check_group_size(value: Any) -> Any:
+    """One sentence for every wrong group size."""
+    if value != "channel" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"should be a number of weights such as 128, or `channel` for one per row, got `{value}`")
+    return value
+
+
+GroupSize = Annotated[int | Literal["channel"], BeforeValidator(_check_group_size)]
+
+
+class Pmq(BaseModel):
+    """Predicted loss frequency^alpha * weight^beta * error^gamma of PMQ (arXiv 2410.06270)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    alpha: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="Exponent of the routing frequency.")
+    beta: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="Exponent of the mean routing weight.")
+    gamma: float = Field(default=2.0, ge=0, allow_inf_nan=False, description="Exponent of the quantization error.")
+
+
+# `pmq_as_released`: the authors' code has beta 1.5 and raises the error to alpha, so that gamma is never used.
+COSTS = {"pmq": Pmq(), "pmq_as_released": Pmq(alpha=1.0, beta=1.5, gamma=1.0)}
+
+
+class PartConfig(BaseModel):
+    """How the linear layers of a part outside the routed experts are quantized."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bits: Bits | None = Field(
+        default=None, description="Bits per weight; null: as the experts, where all have the same."
+    )
+    group_size: GroupSize | None = Field(default=None, description="Weights that share a scale; null: as the experts.")
+
+
+class QuantizeConfig(BaseModel):
+    """Quantize the routed experts, and other linear layers if asked.
+
+    Either one width for all experts (`bits`, or a `method` of bitsandbytes), or a budget, for which the widths are
+    chosen by an integer program over the measured costs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    op: Literal["quantize"] = Field(description="Store weights in few bits.")
+    method: Literal["gptq", "rtn", "nf4", "fp4", "int8"] = Field(
+        default="gptq",
+        description="gptq: error compensation on the calibration tokens (arXiv 2210.17323). rtn: rounding to nearest. "
+        "nf4, fp4, int8: the formats of bitsandbytes.",
+    )
+    bits: Bits | None = Field(default=None, description="Bits per weight of every routed expert.")
+    average_bits: float | None = Field(
+        default=None, gt=0, le=16, description="Budget: mean bits per routed expert weight, without scales."
+    )
+    stored_bytes: Size | None = Field(default=None, description="Budget: size of the whole checkpoint, as `12GB`.")
+    active_bytes: Size | None = Field(
+        default=None, description="Budget: bytes of routed experts read per token, on average."
+    )
+    options: list[Bits] = Field(default=[1, 2, 3, 4], min_length=1, description="The bits a budget chooses from.")
+    keep_option: bool = Field(default=False, description="A budget may also leave an expert as it is.")
+    allow_drop: bool = Field(default=False, description="A budget may also drop an expert.")
+    granularity: Literal["expert", "projection", "layer"] = Field(
+        default="expert", description="What gets bits of its own."
+    )
+    allocation: Literal["optimal", "frequency", "layer", "random"] = Field(
+        default="optimal",
+        description="optimal: the integer program. frequency, layer, random: rules to compare with.",
+    )
+    cost: Literal["output_error", "pmq", "pmq_as_released", "fisher"] | Pmq = Field(
+        default="output_error",
+        description="The predicted loss: squared error of the block's output; PMQ's product (or {alpha, beta, gamma}); "
+        "the error weighted by the loss gradient.",
+    )
+    minimum_counts: dict[Bits, Annotated[int, Field(ge=1)]] = Field(
+        default={}, description="At least so many experts of every layer at a width, as {3: 1, 2: 1} in PMQ."
+    )
+    protect_super_experts: bool = Field(
+        default=True, description="Experts with extreme activations get 8 bits or stay as they are."
+    )
+    group_size: GroupSize = Field(default=128, description="Input weights that share a scale, or `channel`.")
+    symmetric: bool = Field(default=True, description="Without zero points; plain transformers loads no others.")
+    act_order: bool = Field(default=False, description="gptq: columns in the order of their activations' size.")
+    damping: float = Field(default=0.01, gt=0, lt=1, description="gptq: share of the Hessian's mean diagonal added.")
+    scale_search: int = Field(
+        default=20, ge=1, le=200, description="Scales tried for every group; 1 takes the extremes as they are."
+    )
+    attention: PartConfig | None = Field(default=None, description="Linear layers of the attention.")
+    shared_experts: PartConfig | None = Field(default=None, description="Linear layers of shared experts.")
+    dense_mlp: PartConfig | None = Field(default=None, description="Linear layers of MLPs without experts.")
+    max_tokens_per_expert: int = Field(
+        default=1024, ge=1, description="Calibration tokens an expert's cost is measured on, at most."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of `allocation: random`.")
+
+    @model_validator(mode="after")
+    def _one_target(self) -> QuantizeConfig:
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        if self.method in BITSANDBYTES and (self.bits is not None or budgets):
+            raise ValueError(f"method {self.method} has its own width; leave out {', '.join(budgets) or 'bits'}")
+        if self.method in INTEGER_METHODS and (self.bits is None) == (not budgets):
+            raise ValueError("give either `bits`, the same for all experts, or a budget such as `average_bits: 2.5`")
+        unset = [name for name, part in self.parts.items() if part.bits is None]
+        if unset and self.has_budget:
+            raise ValueError(f"{unset[0]} needs `bits` of its own where the experts' are chosen by a budget")
+        if self.allow_drop and self.granularity == "layer":
+            raise ValueError("allow_drop needs `granularity: expert` or `projection`; a whole layer cannot be dropped")
+        return self
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether bits are chosen, not given."""
+        return any(getattr(self, name) is not None for name in BUDGETS)
+
+    @property
+    def parts(self) -> dict[str, PartConfig]:
+        """The parts besides the routed experts that are quantized."""
+        found = {name: getattr(self, name) for name in ("attention", "shared_experts", "dense_mlp")}
+        return {name: part for name, part in found.items() if part is not None}

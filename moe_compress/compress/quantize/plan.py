@@ -1,0 +1,361 @@
+"""Which routed experts get how many bits, and which are dropped: numbers in, numbers out.
+
+One width for all is written down as it is; a budget is an integer program over the measured costs (`allocate`).
+Predicted losses, with n tokens routed to an expert, N tokens in all, g gate values, f an expert's raw output:
+
+* output error: sum of |g (f - f_b)|^2 over the expert's tokens when it alone has b bits, or sum of |y - y_without|^2
+  when it is dropped, both over the squared norm of the residual stream that leaves the layer.
+* PMQ (arXiv 2410.06270, eq. 4): phi^alpha w^beta eps^gamma, where phi = n / N and w = sum of g / N are normalised over
+  the layer's experts, and eps is the square root of the output error before that division.
+* fisher: as the output error, every channel weighted by the mean squared gradient of the loss there.
+
+An expert with fewer than `FEW_TOKENS` tokens has no cost worth the name: it takes the prior, the error per token of the
+whole layer times its tokens plus one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_compress.calibrate.scores import LayerScores, Scores
+from moe_compress.compress.allocate import (
+    Allocation,
+    Budget,
+    Item,
+    Option,
+    Rules,
+    by_frequency,
+    random_allocation,
+    solve,
+    uniform_by_layer,
+)
+from moe_compress.compress.prune.plan import super_experts
+from moe_compress.compress.quantize.config import BITSANDBYTES, COSTS, Pmq, QuantizeConfig
+from moe_compress.errors import DataError, UsageError
+
+FORMAT = 1
+FEW_TOKENS = 16
+KEEP, DROP, WHOLE = "keep", "drop", "expert"
+SUPER_EXPERT_BITS = 8
+BITSANDBYTES_BLOCK = 64  # weights that share a float32 maximum
+REST = "all but the routed experts"
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ExpertShapes:
+    """Sizes of the routed experts of one MoE layer, as they are stored."""
+
+    layer: int
+    num_experts: int
+    top_k: int
+    projections: Mapping[str, tuple[int, int]]  # name -> rows, columns
+    weight_bytes: int  # of one weight, and of one scale
+    other_bytes: int  # what an expert has besides: biases, its rows of the router
+
+    @property
+    def weights(self) -> int:
+        """Weights of one expert."""
+        return sum(rows * columns for rows, columns in self.projections.values())
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """One MoE layer: the experts that stay (ascending), and each one's option by projection."""
+
+    layer: int
+    num_experts: int
+    keep: tuple[int, ...]
+    options: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """What a quantize step does to every MoE layer; `allocation` says how a budget was met."""
+
+    config: QuantizeConfig
+    layers: tuple[QuantizedLayer, ...]
+    average_bits: float
+    expert_bytes: int
+    allocation: dict[str, Any] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON-able values."""
+        return {
+            "format": FORMAT,
+            "config": self.config.model_dump(mode="json"),
+            "average_bits": self.average_bits,
+            "expert_bytes": self.expert_bytes,
+            "allocation": self.allocation,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    @property
+    def num_dropped(self) -> int:
+        """Experts of all layers that are dropped."""
+        return sum(layer.num_experts - len(layer.keep) for layer in self.layers)
+
+
+def plan_quantize(
+    config: QuantizeConfig,
+    shapes: Sequence[ExpertShapes],
+    scores: Scores | None,
+    *,
+    fixed_bytes: int,
+    num_decoder_layers: int,
+    num_groups: int = 1,
+    tier: str = "plugin",
+) -> QuantizePlan:
+    """Choose every expert's bits.
+
+    `fixed_bytes` is what the checkpoint holds besides routed experts; `num_groups` the router's expert groups. Raises
+    `UsageError` for a group size that does not divide a matrix or a budget that cannot be met, `DataError` for costs
+    that are not finite.
+    """
+    for layer in shapes:
+        check_shapes(config, layer)
+    if not config.has_budget:
+        name = config.method if config.method in BITSANDBYTES else str(config.bits)
+        everywhere = {s.layer: {part: [name] * s.num_experts for part in s.projections} for s in shapes}
+        return _plan(config, shapes, everywhere, None)
+    assert scores is not None, "a budget needs measured costs"
+    if config.allow_drop and num_groups > 1:
+        raise UsageError(
+            f"allow_drop: the router limits its choice to {num_groups} groups, which must stay equal; prune first."
+        )
+    protected = super_experts(scores, num_decoder_layers) if config.protect_super_experts else set()
+    items = _items(config, shapes, scores, protected)
+    stored_bytes = config.stored_bytes
+    if stored_bytes is not None and tier == "stock":  # one scheme for all items, so none may stand for the rest
+        stored_bytes -= fixed_bytes
+        if stored_bytes <= 0:
+            raise UsageError(
+                f"stored_bytes: what is not routed experts takes {fixed_bytes:,} bytes, so {config.stored_bytes:,} "
+                "cannot be reached; raise it, or quantize `attention` too."
+            )
+    elif stored_bytes is not None:
+        items.append(Item(REST, None, 1, (Option(KEEP, config.average_bits or 0.0, fixed_bytes, 0.0, 0.0),)))
+    rules = Rules(
+        minimum_counts={str(bits): count for bits, count in config.minimum_counts.items()},
+        max_drops_per_layer={layer.layer: layer.num_experts - layer.top_k for layer in shapes},
+        equal_drops=tier == "stock",
+        same_option=tier == "stock",
+    )
+    budget = Budget(config.average_bits, stored_bytes, config.active_bytes)
+    found = _allocate(config, items, budget, rules, scores)
+    chosen = dict(zip((item.name for item in items), found.chosen, strict=True))
+    return _plan(config, shapes, _by_expert(config, shapes, chosen), found)
+
+
+def check_shapes(config: QuantizeConfig, shapes: ExpertShapes) -> None:
+    """Raise `UsageError` when the group size does not divide an expert's matrix."""
+    size = config.group_size
+    for name, (_, columns) in shapes.projections.items():
+        if size != "channel" and config.method not in BITSANDBYTES and columns % int(size):
+            fitting = [divisor for divisor in range(8, columns + 1) if columns % divisor == 0]
+            raise UsageError(
+                f"group_size: {size} does not divide the {columns} inputs of {name} in layer {shapes.layer}; choose "
+                f"one of {', '.join(map(str, fitting))}, or `channel`."
+            )
+
+
+def option_bits(option: str) -> float:
+    """Bits per weight, without scales; 16 for an expert that stays, 0 for one that is dropped."""
+    named = {KEEP: 16.0, DROP: 0.0, "nf4": 4.0, "fp4": 4.0, "int8": 8.0}
+    return named[option] if option in named else float(option)
+
+
+def matrix_bytes(option: str, rows: int, columns: int, config: QuantizeConfig, weight_bytes: int) -> int:
+    """Stored bytes of one matrix, scales and zero points included."""
+    if option == DROP:
+        return 0
+    if option == KEEP:
+        return rows * columns * weight_bytes
+    if option == "int8":
+        return rows * columns + 4 * rows
+    if option in BITSANDBYTES:
+        return ceil(rows * columns / 2) + 4 * ceil(rows * columns / BITSANDBYTES_BLOCK)
+    bits = int(option)
+    groups = 1 if config.group_size == "channel" else columns // int(config.group_size)
+    symmetric = config.symmetric or bits == 1
+    zeros = 0 if symmetric else 4 * ceil(rows * bits / 32) * groups
+    return 4 * rows * ceil(columns * bits / 32) + weight_bytes * rows * groups + zeros
+
+
+def expert_costs(config: QuantizeConfig, scores: LayerScores, part: str, option: str) -> tuple[Array, list[int]]:
+    """Predicted loss [E] of one option for a part (a projection, or `WHOLE`), and the experts that took the prior."""
+    statistics = scores.statistics
+    kind = "fisher" if config.cost == "fisher" else "error"
+    if option == KEEP:
+        return np.zeros(scores.num_experts), []
+    try:
+        error = statistics[f"{kind}.{part}.{option}"]
+    except KeyError:
+        raise UsageError(
+            f"the scores hold no {kind} for {option} bits of {part}; score again with this recipe."
+        ) from None
+    if not np.isfinite(error).all():
+        expert = int(np.flatnonzero(~np.isfinite(error))[0])
+        raise DataError(f"the cost of layer {scores.layer}, expert {expert} is not finite; its weights are damaged.")
+    tokens = statistics["tokens"]
+    few = np.flatnonzero(tokens < FEW_TOKENS)
+    if few.size:
+        error = error.copy()
+        error[few] = error.sum() / max(1.0, tokens.sum()) * (tokens[few] + 1)
+    pmq = COSTS.get(config.cost) if isinstance(config.cost, str) else config.cost
+    if isinstance(pmq, Pmq):
+        frequency, weight = (_shares(statistics[name]) for name in ("tokens", "gate_sum"))
+        return frequency**pmq.alpha * weight**pmq.beta * np.sqrt(error) ** pmq.gamma, few.tolist()
+    return error / (scores.stream_energy if kind == "error" else 1.0), few.tolist()
+
+
+def _shares(values: Array) -> Array:
+    shares: Array = values / max(values.sum(), np.finfo(np.float64).tiny)
+    return shares
+
+
+def _items(
+    config: QuantizeConfig,
+    shapes: Sequence[ExpertShapes],
+    scores: Scores,
+    protected: set[tuple[int, int]],
+) -> list[Item]:
+    """What the program chooses for."""
+    items = []
+    for shape, measured in zip(shapes, scores.layers, strict=True):
+        assert shape.layer == measured.layer
+        used = measured.statistics["tokens"] / max(1, measured.num_tokens)
+        parts = list(shape.projections) if config.granularity == "projection" else [WHOLE]
+        for part in parts:
+            matrices = list(shape.projections.values()) if part == WHOLE else [shape.projections[part]]
+            names = [str(bits) for bits in dict.fromkeys(config.options)]
+            names += [KEEP] if config.keep_option else []
+            costs = {name: expert_costs(config, measured, part, name)[0] for name in names}
+            if config.allow_drop:  # of an expert's projections, the first answers for the drop of them all
+                drop = expert_costs(config, measured, WHOLE, DROP)[0]
+                costs[DROP] = drop if part == parts[0] else np.zeros(shape.num_experts)
+            if any(layer == shape.layer for layer, _ in protected):
+                costs[str(SUPER_EXPERT_BITS)] = expert_costs(config, measured, part, str(SUPER_EXPERT_BITS))[0]
+            options = []
+            for expert in range(shape.num_experts):
+                allowed = names + ([DROP] if config.allow_drop else [])
+                if (shape.layer, expert) in protected:
+                    allowed = [str(SUPER_EXPERT_BITS)]
+                options.append(
+                    [_option(name, matrices, costs[name][expert], used[expert], shape, config) for name in allowed]
+                )
+            weights = sum(rows * columns for rows, columns in matrices)
+            if config.granularity == "layer":
+                items.append(_layer_item(shape, options, weights))
+                continue
+            for expert, found in enumerate(options):
+                items.append(Item(_name(shape.layer, expert, part), shape.layer, weights, tuple(found), expert))
+    return items
+
+
+def _option(
+    name: str,
+    matrices: Sequence[tuple[int, int]],
+    loss: float,
+    used: float,
+    shape: ExpertShapes,
+    config: QuantizeConfig,
+) -> Option:
+    stored = sum(matrix_bytes(name, rows, columns, config, shape.weight_bytes) for rows, columns in matrices)
+    other = 0 if name == DROP or config.granularity == "projection" else shape.other_bytes
+    return Option(name, option_bits(name), stored + other, stored * float(used), float(loss))
+
+
+def _layer_item(shape: ExpertShapes, options: Sequence[Sequence[Option]], weights: int) -> Item:
+    """All experts of a layer as one item; one that is a super expert adds its own bytes and loss to every option."""
+    names = [option.name for option in max(options, key=len)]
+    summed = []
+    for position, name in enumerate(names):
+        column = [found[position] if len(found) == len(names) else found[0] for found in options]
+        summed.append(
+            Option(
+                name,
+                option_bits(name),
+                sum(option.stored_bytes for option in column),
+                sum(option.active_bytes for option in column),
+                sum(option.loss for option in column),
+            )
+        )
+    return Item(_name(shape.layer, None, WHOLE), shape.layer, weights * shape.num_experts, tuple(summed))
+
+
+def _name(layer: int, expert: int | None, part: str) -> str:
+    name = f"layer {layer}" if expert is None else f"layer {layer} expert {expert}"
+    return name if part == WHOLE else f"{name} {part}"
+
+
+def _allocate(
+    config: QuantizeConfig, items: Sequence[Item], budget: Budget, rules: Rules, scores: Scores
+) -> Allocation:
+    if config.allocation == "optimal":
+        return solve(items, budget, rules)
+    if config.allocation == "random":
+        return random_allocation(items, budget, rules, config.seed)
+    if config.allocation == "layer":
+        return uniform_by_layer(items, budget, rules)
+    tokens = {(layer.layer, e): float(n) for layer in scores.layers for e, n in enumerate(layer.statistics["tokens"])}
+    usage = [tokens.get((item.layer or 0, item.expert or 0), 0.0) for item in items]
+    return by_frequency(items, usage, budget, rules)
+
+
+def _by_expert(
+    config: QuantizeConfig, shapes: Sequence[ExpertShapes], chosen: Mapping[str, str]
+) -> dict[int, dict[str, list[str]]]:
+    """Layer -> projection -> option of every expert, from the items' options."""
+    tables = {}
+    for shape in shapes:
+        table = {}
+        for part in shape.projections:
+            names = []
+            for expert in range(shape.num_experts):
+                if config.granularity == "layer":
+                    key = _name(shape.layer, None, WHOLE)
+                else:
+                    key = _name(shape.layer, expert, part if config.granularity == "projection" else WHOLE)
+                names.append(chosen[key])
+            table[part] = names
+        tables[shape.layer] = table
+    return tables
+
+
+def _plan(
+    config: QuantizeConfig,
+    shapes: Sequence[ExpertShapes],
+    tables: Mapping[int, Mapping[str, Sequence[str]]],
+    found: Allocation | None,
+) -> QuantizePlan:
+    layers = []
+    bits = weights = stored = 0.0
+    for shape in shapes:
+        table = tables[shape.layer]
+        first = next(iter(table.values()))
+        keep = tuple(expert for expert in range(shape.num_experts) if first[expert] != DROP)
+        options = {part: tuple(names[expert] for expert in keep) for part, names in table.items()}
+        layers.append(QuantizedLayer(shape.layer, shape.num_experts, keep, options))
+        weights += shape.weights * shape.num_experts
+        stored += shape.other_bytes * len(keep)
+        for part, names in options.items():
+            rows, columns = shape.projections[part]
+            bits += sum(option_bits(name) for name in names) * rows * columns
+            stored += sum(matrix_bytes(name, rows, columns, config, shape.weight_bytes) for name in names)
+    return QuantizePlan(
+        config, tuple(layers), bits / weights, int(stored), None if found is None else _described(found)
+    )
+
+
+def _described(found: Allocation) -> dict[str, Any]:
+    described = asdict(found)
+    described.pop("chosen")
+    described.pop("seconds")  # plans of the same numbers are the same
+    return described

@@ -1,0 +1,170 @@
+"""What it costs to quantize one expert, measured on its own tokens: every expert alone, every width, every projection.
+
+The costs land in the scores as `error.<part>.<option>` and, with channel weights, `fisher.<part>.<option>`, each [E]:
+the sum over an expert's tokens of |g (f - f_b)|^2, f its raw output, f_b the output with b bits (rounded to nearest),
+g the value that multiplies it. The part is a projection, or `expert` for all of them. `error.expert.drop` is the sum of
+|y - y_without|^2 over the same tokens, y the block's routed output, y_without the same when the router has lost the
+expert: other experts take its place, with the gate values that the model gives them.
+
+At most `max_tokens_per_expert` tokens of an expert are kept, those seen first; its sums are scaled up to all of them.
+Not covered: what the loss of an expert changes for tokens that were not routed to it (where gates are shares of all).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from moe_compress.compress.quantize.config import QuantizeConfig
+from moe_compress.compress.quantize.plan import DROP, SUPER_EXPERT_BITS, WHOLE
+from moe_compress.compress.quantize.rtn import rtn
+from moe_compress.errors import UnsupportedModelError
+from moe_compress.models.experts import IMPLEMENTATION, expert_output, expert_weight, experts_forward, projections
+from moe_compress.models.layers import MoELayer, family_num_experts, find_moe_layers, with_expert_counts
+from moe_compress.models.skeleton import build_skeleton
+from moe_compress.runtime.grid import Grid
+
+Array = NDArray[np.float64]
+
+
+class Sensitivity:
+    """Collects the inputs of one layer's experts during the sweep, then measures every option on them."""
+
+    def __init__(
+        self,
+        config: QuantizeConfig,
+        moe: MoELayer,
+        scale_dtype: torch.dtype,
+        *,
+        routers: ReducedRouters | None = None,
+        channel_weights: Tensor | None = None,
+    ) -> None:
+        self.config, self.moe, self.scale_dtype = config, moe, scale_dtype
+        self.routers, self.channel_weights = routers, channel_weights
+        self.kept: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(moe.num_experts)]
+        self.seen = [0] * moe.num_experts
+
+    def add(self, expert: int, input_NH: Tensor, block_input_NH: Tensor, gate_N: Tensor) -> None:
+        """Keep what came to an expert, as far as there is room."""
+        room = max(0, self.config.max_tokens_per_expert - self.seen[expert])
+        if room:
+            block_NH = block_input_NH[:room] if self.routers is not None else block_input_NH[:0]
+            self.kept[expert].append((input_NH[:room], block_NH, gate_N[:room]))
+        self.seen[expert] += len(gate_N)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, Array]:
+        """The costs by name, each float64 [E]."""
+        experts = self.moe.experts
+        parts = [WHOLE] + (self._parts() if self.config.granularity == "projection" else [])
+        options = sorted({*self.config.options, SUPER_EXPERT_BITS})
+        names = [f"{part}.{bits}" for part in parts for bits in options]
+        names += [f"{WHOLE}.{DROP}"] if self.routers is not None else []
+        kinds = ["error"] + (["fisher"] if self.channel_weights is not None else [])
+        costs = {f"{kind}.{name}": np.zeros(self.moe.num_experts) for kind in kinds for name in names}
+        for expert, kept in enumerate(self.kept):
+            if not kept:
+                continue
+            input_NH, block_NH, gate_N = (torch.cat(tensors) for tensors in zip(*kept, strict=True))
+            gate_N1 = self.moe.output_scale * gate_N[:, None]
+            exact_NH = expert_output(experts, expert, input_NH)
+            for bits in options:
+                rounded = self._rounded(expert, bits)
+                for part in parts:
+                    output_NH = expert_output(_Rounded(experts, rounded, part), expert, input_NH)
+                    self._enter(costs, f"{part}.{bits}", expert, gate_N1 * (output_NH - exact_NH))
+            if self.routers is not None:
+                self._enter(costs, f"{WHOLE}.{DROP}", expert, self.routers.change(self.moe, expert, block_NH))
+        return costs
+
+    def _parts(self) -> list[str]:
+        return [part for parts in projections(self.moe.experts).values() for part in parts]
+
+    def _rounded(self, expert: int, bits: int) -> dict[str, Tensor]:
+        """The expert's fused matrices [out, in] rounded to `bits`."""
+        size = self.config.group_size
+        grid = Grid(bits, None if size == "channel" else size, self.config.symmetric or bits == 1)
+        return {
+            name: rtn(
+                expert_weight(self.moe.experts, name, expert, torch.float32),
+                grid,
+                scale_dtype=self.scale_dtype,
+                search_steps=self.config.scale_search,
+                what=f"`{self.moe.experts_name}.{name}` of expert {expert}",
+            ).dequantize()
+            for name in projections(self.moe.experts)
+        }
+
+    def _enter(self, costs: dict[str, Array], name: str, expert: int, change_NH: Tensor) -> None:
+        squares_NH = change_NH.double().square()
+        scale = self.seen[expert] / len(change_NH)
+        costs[f"error.{name}"][expert] = float(squares_NH.sum()) * scale
+        if self.channel_weights is not None:
+            costs[f"fisher.{name}"][expert] = float((squares_NH * self.channel_weights).sum()) * scale
+
+
+class _Rounded:
+    """An experts module with the rounded matrices of one expert, all of them or one projection's rows."""
+
+    def __init__(self, experts: Any, rounded: dict[str, Tensor], part: str) -> None:
+        self._experts, self._rounded, self._part = experts, rounded, part
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._experts, name)
+
+    def expert_weight(self, name: str, expert: int, dtype: torch.dtype) -> Tensor:
+        parts = projections(self._experts)[name]
+        if self._part == WHOLE or parts == (self._part,):
+            return self._rounded[name]
+        exact = expert_weight(self._experts, name, expert, dtype)
+        pieces = zip(parts, self._rounded[name].chunk(len(parts)), exact.chunk(len(parts)), strict=True)
+        return torch.cat([new if part == self._part else old for part, new, old in pieces])
+
+
+class ReducedRouters:
+    """The MoE blocks of the same model with one expert less, whose routers say who takes a lost expert's place."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        model = build_skeleton(config)
+        num_experts = family_num_experts(model)
+        counts = {moe.layer: moe.num_experts - 1 for moe in find_moe_layers(model)}
+        fewer = with_expert_counts(config, num_experts, num_experts - 1, counts)
+        self._layers = {
+            moe.layer: moe for moe in find_moe_layers(build_skeleton(fewer, experts_implementation=IMPLEMENTATION))
+        }
+
+    def change(self, moe: MoELayer, expert: int, block_input_NH: Tensor) -> Tensor:
+        """Routed output of the block [N, H] without `expert` less that with it, for the same inputs [N, H]."""
+        if not moe.block_path:
+            raise UnsupportedModelError(f"allow_drop: the router of `{moe.block_name}` cannot be run by itself.")
+        reduced = self._layers[moe.layer]
+        left = torch.tensor([other for other in range(moe.num_experts) if other != expert])
+        state = moe.block.state_dict()
+        for name, (tensor, dimension) in moe.router_tensors().items():
+            beyond = torch.arange(moe.num_experts, tensor.shape[dimension])
+            state[name] = tensor.detach().index_select(dimension, torch.cat([left, beyond]).to(tensor.device))
+        experts = {name for name in state if name in moe.expert_tensors()}
+        reduced.block.load_state_dict({k: v for k, v in state.items() if k not in experts}, strict=False, assign=True)
+
+        def routed(block: nn.Module, module: nn.Module, numbers: Tensor | None) -> Tensor:
+            found: list[Tensor] = []
+
+            def forward(hidden_TH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
+                index_TK = index_TK if numbers is None else numbers.to(index_TK.device)[index_TK]
+                found.append(experts_forward(moe.experts, hidden_TH, index_TK, gate_TK))
+                return found[0]
+
+            original, module.forward = module.forward, forward
+            try:
+                block(block_input_NH[None])
+            finally:
+                module.forward = original
+            return found[0]
+
+        without = routed(reduced.block, reduced.experts, left)
+        return moe.output_scale * (without - routed(moe.block, moe.experts, None))
