@@ -39,15 +39,19 @@ def score(
     work: str | Path,
     *,
     overrides: Sequence[str] = (),
+    force: bool = False,
     device: str = "auto",
     progress: Progress | None = None,
     **settings: Any,
 ) -> Scores:
-    """Measure every expert on the calibration tokens and keep the scores in the folder `work`."""
+    """Measure every expert on the calibration tokens and keep the scores in the folder `work`.
+
+    What an interrupted call measured is continued, unless `force` starts over.
+    """
     from moe_compress import pipeline
 
     loaded = load_recipe(recipe, overrides, settings)
-    return pipeline.score(loaded, Path(work), device=device, progress=progress)
+    return pipeline.score(loaded, Path(work), force=force, device=device, progress=progress)
 
 
 def plan(
@@ -69,12 +73,14 @@ def run(
     force: bool = False,
     work: str | Path | None = None,
     keep_steps: bool = False,
+    scores: str | Path | None = None,
     device: str = "auto",
     progress: Progress | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Compress, verify, evaluate and report; returns the report that is written to `out/report.json`.
 
+    `scores` is a folder that `score` wrote for the same model and calibration: the first step takes them as they are.
     Raises `RecipeError` before anything is read, `ResumeError` when `resume` finds another run's state, and
     `VerificationError` when a check fails (`out` does not appear then).
     """
@@ -87,6 +93,7 @@ def run(
         force=force,
         work=None if work is None else Path(work),
         keep_steps=keep_steps,
+        scores=None if scores is None else Path(scores),
         device=device,
         progress=progress,
     )
@@ -99,6 +106,7 @@ def evaluate(
     config: EvalConfig | Mapping[str, Any] | None = None,
     output: str | Path | None = None,
     device: str = "auto",
+    progress: Progress | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Measure a checkpoint, and its original beside it; `config` and keywords are settings of a recipe's `eval`."""
@@ -111,11 +119,12 @@ def evaluate(
         config=load_eval_config(given | settings),
         output=None if output is None else Path(output),
         device=device,
+        progress=progress,
     )
 
 
-def verify(out: str | Path) -> dict[str, dict[str, Any]]:
+def verify(out: str | Path, *, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
     """Check a folder that `run` wrote; `VerificationError` when a check fails."""
     from moe_compress import pipeline
 
-    return pipeline.verify(Path(out))
+    return pipeline.verify(Path(out), progress=progress)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 
 from moe_compress import __version__
-from moe_compress.errors import MoECompressError, RecipeError, UsageError
+from moe_compress.errors import MoECompressError, RecipeError, UsageError, VerificationError
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
@@ -60,10 +60,8 @@ def guarded(verb: Verb) -> Verb:
             elif isinstance(error, MoECompressError):
                 complain(str(error))
             else:
-                complain(
-                    f"unexpected error: {str(error).strip() or type(error).__name__} "
-                    "(run again with --debug for the traceback)"
-                )
+                advice = " (run again with --debug for the traceback)" if "debug" in options else ""
+                complain(f"unexpected error: {str(error).strip() or type(error).__name__}{advice}")
             raise typer.Exit(getattr(error, "exit_code", 1)) from None
 
     return call  # type: ignore[return-value]
@@ -99,6 +97,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue where an interrupted run stopped.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT; the old one stays until the new one is complete.")]
+ScoresOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder that `score` wrote for this model and calibration; nothing is measured anew."),
+]
 Work = Annotated[Path | None, typer.Option(help="Folder for intermediate results.", show_default="OUT.work")]
 
 
@@ -205,7 +207,7 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug =
     epilog=examples(
         "moe-compress score prune-reap-25 scores",
         "moe-compress score mine.yaml scores calibration.num_samples=512",
-        "moe-compress plan mine.yaml --scores scores steps.0.keep=0.5",
+        "moe-compress run mine.yaml out --scores scores steps.0.keep=0.5",
     ),
 )
 @guarded
@@ -213,15 +215,25 @@ def score(
     recipe: RecipeArgument,
     work: Annotated[Path, typer.Argument(help="Folder for the scores.", metavar="WORK")],
     overrides: Overrides = None,
+    force: Annotated[bool, typer.Option("--force", help="Start over, whatever scores are in WORK.")] = False,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Measure every expert on the calibration tokens, once for all later plans."""
+    """Measure every expert on the calibration tokens, once for all later plans and runs."""
     from moe_compress import console, pipeline
     from moe_compress.progress import progress_for_terminal
     from moe_compress.recipe import load_recipe
 
-    scores = pipeline.score(load_recipe(recipe, overrides or ()), work, device=device, progress=progress_for_terminal())
+    loaded = load_recipe(recipe, overrides or ())
+    try:
+        scores = pipeline.score(loaded, work, force=force, device=device, progress=progress_for_terminal())
+    except KeyboardInterrupt:
+        again = ["moe-compress", "score", recipe, str(work), *(overrides or ())] + ["--device", device] * (
+            device != "auto"
+        )
+        kept = f"what is done is kept in {work}; continue with: {shlex.join(again)}"
+        complain(f"interrupted; {kept if work.exists() else 'nothing was written yet.'}")
+        raise typer.Exit(130) from None
     console.print_score_summary(scores.summary())
     command = shlex.join(["moe-compress", "plan", recipe, "--scores", str(work), *(overrides or ())])
     typer.echo(f"scores are in {work}; next: {command}")
@@ -259,7 +271,7 @@ def plan(
         "moe-compress run prune-reap-25 out",
         "moe-compress run prune-reap-25 out model=./checkpoint steps.0.keep=0.5",
         "moe-compress run prune-reap-25 out 'eval.tasks=[gsm8k, arc_easy]'",
-        "moe-compress run mine.yaml out --dry-run",
+        "moe-compress run mine.yaml out --scores scores --dry-run",
         "moe-compress run mine.yaml out --resume",
     ),
 )
@@ -275,6 +287,7 @@ def run(
     keep_steps: Annotated[
         bool, typer.Option("--keep-steps", help="Keep the checkpoint after each step in the work folder.")
     ] = False,
+    scores: ScoresOption = None,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
@@ -282,16 +295,17 @@ def run(
     from moe_compress.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or (), runnable=True)
+    options: dict[str, Any] = {"resume": resume, "force": force, "keep_steps": keep_steps, "scores": scores}
     if dry_run:
         from moe_compress import console, pipeline
 
-        console.print_plan(pipeline.plan(loaded))
+        console.print_plan(pipeline.dry_run(loaded, out, work=work, **options))
         typer.echo(f"a dry run: nothing was written to {out}.")
         return
     again = ["moe-compress", "run", recipe, str(out), *(overrides or ()), "--resume", *["--force"] * force]
     again += ["--work", str(work)] * (work is not None) + ["--keep-steps"] * keep_steps
-    again += ["--device", device] * (device != "auto")
-    run_recipe(loaded, out, again, resume=resume, force=force, work=work, keep_steps=keep_steps, device=device)
+    again += ["--scores", str(scores)] * (scores is not None) + ["--device", device] * (device != "auto")
+    run_recipe(loaded, out, again, work=work, **options, device=device)
 
 
 def run_recipe(loaded: Any, out: Path, again: list[str], *, work: Path | None = None, **options: Any) -> None:
@@ -308,6 +322,9 @@ def run_recipe(loaded: Any, out: Path, again: list[str], *, work: Path | None = 
         kept = f"what is done is kept in {state}; continue with: {shlex.join(again)}"
         complain(f"interrupted; {kept if state.exists() else 'nothing was written yet.'}")
         raise typer.Exit(130) from None
+    except VerificationError as error:
+        console.print_checks(error.checks)
+        raise
     console.print_report(report)
     typer.echo(f"checkpoint: {out}\nreport: {out / 'report.md'}")
 
@@ -359,12 +376,16 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: accuracy, size and speed, beside its original's."""
     from moe_compress import console, pipeline
+    from moe_compress.progress import progress_for_terminal
     from moe_compress.recipe import load_eval_config
 
     named = {"tasks": tasks and [task.strip() for task in tasks.split(",") if task.strip()], "limit": limit}
     config = load_eval_config({key: value for key, value in named.items() if value is not None}, overrides or ())
+    progress = progress_for_terminal()
     console.print_report(
-        pipeline.evaluate_checkpoint(ckpt, baseline=baseline, config=config, output=output, device=device)
+        pipeline.evaluate_checkpoint(
+            ckpt, baseline=baseline, config=config, output=output, device=device, progress=progress
+        )
     )
 
 
@@ -375,11 +396,11 @@ def verify(
 ) -> None:
     """Check a result again: hashes, keys, logits in a fresh process, coverage, target."""
     from moe_compress import console, pipeline
-    from moe_compress.errors import VerificationError
+    from moe_compress.progress import progress_for_terminal
 
     try:
-        checks = pipeline.verify(out)
+        checks = pipeline.verify(out, progress=progress_for_terminal())
     except VerificationError as error:
-        console.print_checks(getattr(error, "checks", {}))
+        console.print_checks(error.checks)
         raise
     console.print_checks(checks)

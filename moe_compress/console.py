@@ -102,6 +102,8 @@ def print_plan(planned: Mapping[str, Any]) -> None:
             rows.append([label, show(before), show(after), format_percent(after / before)])
     print_table(rows)
     print(f"disk needed while it runs: {format_bytes(planned['disk_needed'])}")
+    for warning in planned["warnings"]:
+        print(f"warning: {warning}")
 
 
 def print_report(report: Mapping[str, Any]) -> None:

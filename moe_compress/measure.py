@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.cost import cost
+from moe_compress.manifest import describe_source, library_versions
 from moe_compress.models.layers import PACKED, SECTION, find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
+from moe_compress.progress import Stage
 from moe_compress.recipe import Recipe
 from moe_compress.steps import Surroundings, apply, plan_step
 
@@ -34,14 +37,13 @@ def measure(
     measured: dict[str, dict[str, Any]] = {"baseline": {}, "compressed": {}}
     for name, checkpoint in wanted.items():
         if checkpoint is not None:
-            kept = folder / f"{name}.json" if folder is not None else None
-            if kept is not None and kept.exists():
-                measured[name] = json.loads(kept.read_text())
-            else:
-                measured[name] = evaluate(checkpoint, config, around, name)
-                if kept is not None:
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(kept, measured[name])
+            file = folder / f"{name}.json" if folder is not None else None
+            subject = evaluated(checkpoint, config, around)
+            found = known(file, subject)
+            if found is None:
+                found = evaluate(checkpoint, config, around, name)
+                keep(file, subject, found)
+            measured[name] = found
     if config.speed:
         from moe_compress.eval.speed import measure_speed
 
@@ -53,26 +55,54 @@ def measure(
     return [measured["baseline"], measured["compressed"]]
 
 
+def known(file: Path | None, subject: dict[str, Any]) -> dict[str, Any] | None:
+    """What `keep` wrote to `file`, if it was found on the same subject."""
+    content = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.exists() else None
+    if not isinstance(content, dict) or content.get("subject") != json.loads(json.dumps(subject)):
+        return None
+    found: dict[str, Any] = content["found"]
+    return found
+
+
+def keep(file: Path | None, subject: dict[str, Any], found: dict[str, Any]) -> None:
+    """Note what was found, and on what."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"subject": subject, "found": found})
+
+
+def evaluated(checkpoint: Checkpoint, config: EvalConfig, around: Surroundings) -> dict[str, Any]:
+    """All that decides the results of `evaluate`."""
+    versions = library_versions()
+    return {
+        "checkpoint": describe_source(checkpoint),
+        "eval": config.model_dump(mode="json", exclude={"baseline", "random_baselines", "speed"}),
+        "device": around.device,
+        "versions": {name: versions[name] for name in ("torch", "transformers", "lm_eval")},
+    }
+
+
 def evaluate(checkpoint: Checkpoint, config: EvalConfig, around: Surroundings, name: str) -> dict[str, Any]:
     """Tasks and settings as the harness returns them; nothing when there are no tasks."""
     from moe_compress.eval.harness import evaluate as run_tasks
 
     if not config.tasks:
         return {}
-    with around.progress.stage(f"eval {name}", 100, "percent") as stage:
-        shown = 0
+    stage: Stage | None = None
+    shown = announced = 0
+    with ExitStack() as opened:
 
         def tell(done: int, total: int) -> None:
-            nonlocal shown
-            while shown < 100 * done // total:
+            nonlocal stage, shown, announced
+            if total > announced:  # requests of another kind begin, at another speed
+                opened.close()
+                stage = opened.enter_context(around.progress.stage(f"eval {name}", total - announced, "request"))
+                announced = total
+            while stage is not None and shown < done:
                 shown += 1
-                stage.advance(f"{done}/{total} requests")
+                stage.advance()
 
-        found = run_tasks(checkpoint.folder, config, around.device, tell)
-        while shown < 100:
-            shown += 1
-            stage.advance()
-    return found
+        return run_tasks(checkpoint.folder, config, around.device, tell)
 
 
 def model_figures(checkpoint: Checkpoint, measured: dict[str, Any]) -> dict[str, Any]:
@@ -117,9 +147,12 @@ def random_baselines(recipe: Recipe, source: Checkpoint, work: Path, around: Sur
 
     Which experts are super experts is known from the scores of the first step.
     """
+    steps = {"steps": [step.model_dump(mode="json") for step in recipe.steps]}
+    subject = evaluated(source, recipe.eval, around) | steps
     for seed in range(recipe.eval.random_baselines):
         file = work / "eval" / f"random-{seed}.json"
-        if not file.exists():
+        figures = known(file, subject)
+        if figures is None:
             current, scores = source, Scores.load(work / "step-0" / "scores")
             for number, step in enumerate(recipe.steps):
                 assert isinstance(step, PruneConfig), "recipes with other steps have no random baselines"
@@ -133,7 +166,8 @@ def random_baselines(recipe: Recipe, source: Checkpoint, work: Path, around: Sur
                 current = open_rewritten(folder, current)
             settings = recipe.eval.model_copy(update={"speed": False})
             found = evaluate(current, settings, around, f"random seed {seed}")
-            write_json(file, {"seed": seed} | model_figures(current, found))
+            figures = {"seed": seed} | model_figures(current, found)
+            keep(file, subject, figures)
             for folder in work.glob(f"random-{seed}-*"):
                 shutil.rmtree(folder)
-        yield json.loads(file.read_text())
+        yield figures

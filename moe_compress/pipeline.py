@@ -7,52 +7,89 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from transformers import PretrainedConfig
 
 from moe_compress import __version__
 from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.rewrite import PROBE_FILE
-from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
+from moe_compress.checkpoint.source import REFERENCE, Checkpoint, open_checkpoint, open_config, small_files
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.quantize.config import BITSANDBYTES, BUDGETS
-from moe_compress.errors import UsageError
+from moe_compress.errors import UsageError, VerificationError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.manifest import describe_source, hardware, library_versions
 from moe_compress.measure import measure, model_figures, random_baselines
 from moe_compress.models.layers import find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
-from moe_compress.preview import disk_needed, expert_counts, inspect, plan
+from moe_compress.preview import (
+    calibration_differences,
+    disk_needed,
+    expert_counts,
+    inspect,
+    plan,
+    require_same_model,
+    task_warnings,
+)
 from moe_compress.progress import Progress, SilentProgress
 from moe_compress.recipe import Recipe, check_tier, dump_recipe
 from moe_compress.report.build import build_report
 from moe_compress.report.card import model_card
 from moe_compress.report.markdown import report_markdown
-from moe_compress.steps import Surroundings, load_record, run_identity, run_step, score_step
+from moe_compress.steps import (
+    Surroundings,
+    is_calibrated,
+    load_record,
+    read_calibration,
+    run_identity,
+    run_step,
+    score_step,
+)
 from moe_compress.verification import checks as verification
 from moe_compress.workspace import (
+    TOOL,
     discarded_if_empty,
     explained_disk_errors,
+    is_workspace,
+    locked,
     open_workspace,
     place,
     refuse_existing,
+    refuse_overlap,
     remove_leftovers,
     remove_workspace,
     require_space,
     same_disk,
 )
 
-__all__ = ["evaluate_checkpoint", "inspect", "plan", "run", "score", "verify"]
+FIRST_SCORES = "step-0/scores"  # in the work folder
+
+__all__ = ["dry_run", "evaluate_checkpoint", "inspect", "plan", "run", "score", "verify"]
 
 
-def score(recipe: Recipe, work: Path, *, device: str = "auto", progress: Progress | None = None) -> Scores:
-    """Measure the experts of the recipe's model; the scores in `work` serve any later plan of the same model."""
-    source = open_checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
+def score(
+    recipe: Recipe, work: Path, *, force: bool = False, device: str = "auto", progress: Progress | None = None
+) -> Scores:
+    """Measure the experts of the recipe's model; the scores in `work` serve any later plan of the same model.
+
+    An interrupted measurement is continued, unless `force` starts it over.
+    """
     around = _surroundings(recipe, device, progress)
-    identity = {"source": describe_source(source), "calibration": recipe.calibration.model_dump(mode="json")}
-    open_workspace(work, identity, resume=True, force=False)
-    with explained_disk_errors(work):
-        return score_step(source, work, around, "score")
+    config, folder = _look(recipe, {"WORK": work})
+    if force or not (work / "scores.json").exists():
+        around = replace(around, data=read_calibration(folder, config, recipe.calibration))
+    source = open_checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
+    identity = _made_by(around) | {
+        "source": describe_source(source),
+        "calibration": recipe.calibration.model_dump(mode="json"),
+    }
+    with locked(work, option=""):
+        open_workspace(work, identity, resume=not force, force=force, option="")
+        with discarded_if_empty(work), explained_disk_errors(work, "run the same command again"):
+            return score_step(source, work, around, "score")
 
 
 def run(
@@ -63,34 +100,65 @@ def run(
     force: bool = False,
     work: Path | None = None,
     keep_steps: bool = False,
+    scores: Path | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compress, verify, evaluate and report; returns what is written to `out/report.json`.
 
+    `scores` is a folder that `score` wrote for this model and calibration; the first step takes them as they are.
     Raises `UsageError` before any work when `out` exists (without `force`), `ResumeError` when `resume` finds another
     run, and `VerificationError` when a check fails: the checkpoint then stays in the work folder. Resuming a run that
-    was complete returns its report.
+    was complete returns its report; one that was not takes the `eval` of this recipe.
     """
     check_tier(recipe)
-    out = out.absolute()
-    work = (work or out.with_name(f"{out.name}.work")).absolute()
+    out, work = _places(out, work)
     if not resume:
         refuse_existing(out, force)
-    source = open_checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
-    expert_counts(recipe, source.config, find_moe_layers(build_skeleton(source.config))[0])
     around = _surroundings(recipe, device, progress)
-    identity = {"version": __version__, "source": describe_source(source), "recipe": _json(recipe)}
-    if resume and _is_result(out, identity):
-        _tidy(out, None if keep_steps else work)
-        report: dict[str, Any] = json.loads((out / "report.json").read_text())
-        return report
+    folders = {"OUT": out, "the work folder": work} | ({"--scores": scores} if scores else {})
+    config, folder = _look(recipe, folders)
+    if resume and out.exists():
+        report = _finished(recipe, out)
+        if report is not None:
+            _tidy(out, None if keep_steps else work)
+            return report
     refuse_existing(out, force)
+    given = _given_scores(recipe, scores)
+    for warning in task_warnings(recipe):
+        around.progress.note(f"warning: {warning}")
+    if recipe.eval.tasks:
+        from moe_compress.eval.harness import check_tasks
+
+        check_tasks(folder, recipe.eval)
+    if given is not None or (
+        any(map(is_calibrated, recipe.steps)) and not (work / FIRST_SCORES / "scores.json").exists()
+    ):
+        around = replace(around, data=read_calibration(folder, config, recipe.calibration))
+    source = open_checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
+    identity = _identity(recipe, source)
+    if given is not None and scores is not None:
+        require_same_model(given, identity["source"]["revision"], identity["source"]["fingerprint"], scores)
+        _require_same_calibration(given, around, scores)
     if not work.exists():
-        require_space(work, disk_needed(recipe, source.config, source.index.nbytes))
+        require_space(work, disk_needed(recipe, source.config, source.index.nbytes, keep_steps=keep_steps))
         if not same_disk(work, out):
             require_space(out, source.index.nbytes)
-    open_workspace(work, identity, resume=resume, force=force)
+    # What is evaluated changes no bit of the checkpoint, so another evaluation goes on from the same state.
+    identity |= {"recipe": recipe.model_dump(mode="json", exclude={"eval"})} | _made_by(around)
+    with locked(work):
+        open_workspace(work, identity, resume=resume, force=force)
+        if given is not None and not (work / FIRST_SCORES / "scores.json").exists():
+            given.save(work / FIRST_SCORES)
+        report = _run(recipe, source, out, work, around, keep_steps)
+    _tidy(out, None if keep_steps else work)
+    return report
+
+
+def _run(
+    recipe: Recipe, source: Checkpoint, out: Path, work: Path, around: Surroundings, keep_steps: bool
+) -> dict[str, Any]:
+    """All the work of `run`, in a work folder that is open; OUT is there when it returns."""
     with discarded_if_empty(work), explained_disk_errors(work):
         finished, records = _run_steps(recipe, source, work, around, keep_steps)
         plans = [json.loads((work / f"step-{number}" / "plan.json").read_text()) for number in range(len(records))]
@@ -106,31 +174,68 @@ def run(
             randoms = list(random_baselines(recipe, source, work, around))
         report = _report(recipe, source, finished, records, measured, randoms, checks, manifest)
         _write_report(finished.folder, report, recipe, plans, source)
-        verification.raise_on_failure(checks)
+        try:
+            verification.raise_on_failure(checks)
+        except VerificationError as error:
+            raise VerificationError(f"{error}; the checkpoint is kept in {finished.folder}.", checks) from None
         place(finished.folder, out)
-    _tidy(out, None if keep_steps else work)
     return report
 
 
-def verify(out: Path) -> dict[str, dict[str, Any]]:
+def dry_run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    work: Path | None = None,
+    keep_steps: bool = False,
+    scores: Path | None = None,
+) -> dict[str, Any]:
+    """The plan of a run, after everything that would keep the run from beginning; writes nothing."""
+    check_tier(recipe)
+    out, work = _places(out, work)
+    if not resume:
+        refuse_existing(out, force)
+    _look(recipe, {"OUT": out, "the work folder": work} | ({"--scores": scores} if scores else {}))
+    _given_scores(recipe, scores)
+    planned = plan(recipe, scores=scores, keep_steps=keep_steps)
+    if not work.exists():
+        require_space(work, planned["disk_needed"])
+    return planned
+
+
+def verify(out: Path, *, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
     """Check a finished folder again; raises `VerificationError` when a check fails."""
     if not out.is_dir():
         raise UsageError(f"{out} is not a folder.")
-    checks = verification.verify(out, SilentProgress())
+    checks = verification.verify(out, progress or SilentProgress())
     verification.raise_on_failure(checks)
     return checks
 
 
 def evaluate_checkpoint(
-    ckpt: str, *, baseline: str | None, config: EvalConfig, output: Path | None, device: str = "auto"
+    ckpt: str,
+    *,
+    baseline: str | None,
+    config: EvalConfig,
+    output: Path | None,
+    device: str = "auto",
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint, and its original beside it when one is named; nothing is verified."""
+    if output is not None:
+        refuse_overlap({"--output": output} | _folder_of("the checkpoint", ckpt))
     compressed = open_checkpoint(ckpt, quantized=True)
     original = open_checkpoint(baseline, quantized=True) if baseline is not None else None
     recipe = Recipe(model=ckpt, eval=config)
-    around = _surroundings(recipe, device, None)
+    around = _surroundings(recipe, device, progress)
     measured = measure(original, compressed, config, output, around)
-    settings = {"model": baseline or ckpt, "eval": _without_tasks(measured[1]), "versions": library_versions()}
+    settings = {
+        "model": baseline or ckpt,
+        "eval": dict(measured[1].get("settings", {})),
+        "versions": library_versions(),
+    }
     figures = [
         model_figures(one, found) if one else {} for one, found in zip((original, compressed), measured, strict=True)
     ]
@@ -140,23 +245,97 @@ def evaluate_checkpoint(
     return report
 
 
-def _is_result(out: Path, identity: dict[str, Any]) -> bool:
-    """Whether OUT is what the run of this identity makes: it was killed after OUT appeared."""
+def _places(out: Path, work: Path | None) -> tuple[Path, Path]:
+    """OUT and the work folder, in full."""
+    out = out.absolute()
+    return out, (work or out.with_name(f"{out.name}.work")).absolute()
+
+
+def _look(recipe: Recipe, folders: dict[str, Path]) -> tuple[PretrainedConfig, Path]:
+    """The model's configuration and the folder of its tokenizer, and all refusals that need no weights."""
+    refuse_overlap(folders | _folder_of("the model", recipe.model))
+    config, _ = open_config(recipe.model, recipe.revision, recipe.trust_remote_code)
+    expert_counts(recipe, config, find_moe_layers(build_skeleton(config))[0])
+    return config, small_files(recipe.model, recipe.revision)[0]
+
+
+def _folder_of(name: str, model: str) -> dict[str, Path]:
+    """The model's folder under this name; nothing for a Hub id."""
+    path = REFERENCE if model == "reference" else Path(model).expanduser()
+    return {name: path} if path.is_dir() else {}
+
+
+def _given_scores(recipe: Recipe, folder: Path | None) -> Scores | None:
+    """The scores in `folder`, judged by this recipe's least number of tokens."""
+    if folder is None:
+        return None
+    if not recipe.steps:
+        raise UsageError("`--scores` has no effect: the recipe has no steps.")
+    if recipe.steps[0].op != "prune":
+        raise UsageError("`--scores` serves a prune step, and the first step of this recipe is none; leave it out.")
+    return replace(Scores.load(folder), min_tokens_per_expert=recipe.calibration.min_tokens_per_expert)
+
+
+def _require_same_calibration(scores: Scores, around: Surroundings, folder: Path) -> None:
+    """Raise `UsageError` when the scores were measured on other tokens than this run would calibrate with."""
+    assert around.data is not None
+    if scores.fingerprint.get("tokens") != around.data.fingerprint:
+        differences = calibration_differences(scores, around.calibration)
+        what = "; ".join(differences) or "the texts themselves changed"
+        raise UsageError(
+            f"the scores in {folder} were measured on other calibration tokens ({what}); give the same `calibration`, "
+            "or leave out --scores."
+        )
+
+
+def _made_by(around: Surroundings) -> dict[str, Any]:
+    """What else decides the bits of a result: it is not continued on another device or with other libraries."""
+    versions = library_versions()
+    return {"device": around.device, "versions": {name: versions[name] for name in ("torch", "transformers")}}
+
+
+def _calibration(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first step's calibration, and under `step 2` and so on what differs in the later ones."""
+    if not records:
+        return None
+    found: dict[str, Any] = records[0]["coverage"] | records[0]["calibration"]
+    for number, record in enumerate(records[1:], start=2):
+        coverage = dict(record["coverage"])
+        if not coverage:
+            continue
+        starved = coverage.pop("starved")
+        coverage["experts with fewer tokens than the minimum"] = [
+            f"layer {layer} expert {expert}" for layer, expert in starved
+        ]
+        found[f"step {number}"] = coverage
+    return found or None
+
+
+def _identity(recipe: Recipe, source: Checkpoint) -> dict[str, Any]:
+    """What a run is made of."""
+    return {"version": __version__, "source": describe_source(source), "recipe": recipe.model_dump(mode="json")}
+
+
+def _finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
+    """The report in OUT when it is what this recipe makes: the run was killed after OUT appeared."""
     file = out / verification.MANIFEST_FILE
     if not file.exists():
-        return False
+        return None
     manifest = json.loads(file.read_text())
-    return bool(
-        manifest["tool"] == _tool(identity["version"])
-        and all(manifest[key] == identity[key] for key in ("source", "recipe"))
+    identity = _identity(recipe, open_checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code))
+    same = manifest["tool"] == f"{TOOL} {identity['version']}" and all(
+        manifest[key] == identity[key] for key in ("source", "recipe")
     )
+    report: dict[str, Any] | None = json.loads((out / "report.json").read_text()) if same else None
+    return report
 
 
 def _tidy(out: Path, work: Path | None) -> None:
     """Remove what a complete run no longer needs."""
     remove_leftovers(out)
-    if work is not None and work.exists():
-        remove_workspace(work)
+    if work is not None and is_workspace(work):
+        with locked(work):
+            remove_workspace(work)
 
 
 def _run_steps(
@@ -194,8 +373,8 @@ def _report(
         "revision": source.revision,
         "criterion": [method_name(record["config"]) for record in records],
         "steps": [record["config"] for record in records],
-        "calibration": records[0]["coverage"] | records[0]["calibration"] or None if records else None,
-        "eval": _without_tasks(measured[1]),
+        "calibration": _calibration(records),
+        "eval": dict(measured[1].get("settings", {})),
         "versions": manifest["versions"],
         "hardware": manifest["hardware"],
     }
@@ -219,9 +398,9 @@ def _manifest(
 ) -> dict[str, Any]:
     return {
         "format": 1,
-        "tool": _tool(__version__),
+        "tool": f"{TOOL} {__version__}",
         "source": describe_source(source),
-        "recipe": _json(recipe),
+        "recipe": recipe.model_dump(mode="json"),
         "steps": records,
         "stored_bytes": source.index.nbytes - sum(step["dropped_bytes"] for step in records),
         "versions": library_versions(),
@@ -250,15 +429,3 @@ def method_name(config: dict[str, Any]) -> Any:
         return config["criterion"]
     bits = next((f"{name} {config[name]}" for name in BUDGETS if config[name] is not None), f"{config['bits']} bits")
     return config["method"] if config["method"] in BITSANDBYTES else f"{config['method']}, {bits}"
-
-
-def _tool(version: str) -> str:
-    return f"moe-compress {version}"
-
-
-def _without_tasks(measured: dict[str, Any]) -> dict[str, Any]:
-    return dict(measured.get("settings", {}))
-
-
-def _json(model: Recipe) -> dict[str, Any]:
-    return model.model_dump(mode="json")

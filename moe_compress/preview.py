@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from moe_compress.calibrate.config import CalibrationConfig
+from moe_compress.calibrate.data import share
 from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.rewrite import dense_config
-from moe_compress.checkpoint.source import open_config
+from moe_compress.checkpoint.source import Checkpoint, open_config, small_files
 from moe_compress.compress.prune.plan import keep_count, plan_prune
 from moe_compress.compress.quantize.config import QuantizeConfig
 from moe_compress.compress.quantize.plan import check_shapes, plan_quantize
 from moe_compress.compress.quantize.shapes import expert_shapes
 from moe_compress.errors import UsageError
 from moe_compress.eval.cost import Cost, cost
+from moe_compress.manifest import describe_source
 from moe_compress.measure import cost_figures
 from moe_compress.models.layers import MoELayer, find_moe_layers, routing_groups, set_num_experts
 from moe_compress.models.skeleton import build_skeleton
@@ -24,6 +27,8 @@ SPARE_DISK = 1.05  # of the weights, for what lies beside them
 
 def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
     """A checkpoint's architecture, experts, parameters, bytes and FLOPs per token, from its configuration alone."""
+    if revision is not None and (model == "reference" or Path(model).expanduser().is_dir()):
+        raise UsageError(f"`--revision` has no effect: {model} is no Hub id; leave it out.")
     config, index = open_config(model, revision, trust_remote_code, quantized=True)
     config = dense_config(config)
     layers = find_moe_layers(build_skeleton(config))
@@ -53,29 +58,40 @@ def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool 
     }
 
 
-def plan(recipe: Recipe, *, scores: Path | None = None) -> dict[str, Any]:
+def plan(recipe: Recipe, *, scores: Path | None = None, keep_steps: bool = False) -> dict[str, Any]:
     """What each step would do, and the sizes it leads to.
 
-    With scores, the first step's experts are named; without, only counts are known. Reads no weights.
+    With scores, the first step's experts are named; without, only counts are known. Reads no weights. `warnings` are
+    sentences about what may not be as it seems.
     """
     config, index = open_config(recipe.model, recipe.revision, recipe.trust_remote_code)
     before = cost(config, stored_bytes=index.nbytes if index is not None else None)
     layers = find_moe_layers(build_skeleton(config))
     text: Any = config.get_text_config()
     num_experts, *counts_after = expert_counts(recipe, config, layers[0])
-    planned = []
+    planned, warnings = [], task_warnings(recipe)
+    measured = None
+    if scores is not None:
+        measured = Scores.load(scores)
+        folder, commit = small_files(recipe.model, recipe.revision)
+        source = None
+        if index is not None:
+            source = describe_source(Checkpoint(folder, config, recipe.model, commit, index))["fingerprint"]
+        require_same_model(measured, commit, source, scores)
+        warnings += [
+            f"the scores in {scores} were measured with other calibration settings: {difference}."
+            for difference in calibration_differences(measured, recipe.calibration)
+        ]
     for number, (step, after) in enumerate(zip(recipe.steps, counts_after, strict=True)):
         if isinstance(step, QuantizeConfig):
-            planned.append(_plan_quantize(step, config, layers, before, scores, recipe.export.tier))
+            planned.append(_plan_quantize(step, config, layers, before, measured, recipe.export.tier))
             continue
         entry: dict[str, Any] = {
             "op": step.op,
             "criterion": step.model_dump(mode="json")["criterion"],
             "keep": step.keep,
         }
-        if scores is not None and number == 0:
-            measured = Scores.load(scores)
-            _require_same_layers(measured, {layer.layer: layer.num_experts for layer in layers}, scores)
+        if measured is not None and number == 0:
             found = plan_prune(step, measured, num_decoder_layers=text.num_hidden_layers, **routing_limits(config))
             counts = [len(layer.keep) for layer in found.layers]
             entry["layers"] = [
@@ -99,7 +115,8 @@ def plan(recipe: Recipe, *, scores: Path | None = None) -> dict[str, Any]:
         "steps": planned,
         "baseline": cost_figures(before.to_dict()),
         "predicted": cost_figures(predicted),
-        "disk_needed": disk_needed(recipe, config, before.stored_bytes),
+        "disk_needed": disk_needed(recipe, config, before.stored_bytes, keep_steps=keep_steps),
+        "warnings": warnings,
     }
 
 
@@ -124,13 +141,17 @@ def routing_limits(config: Any) -> dict[str, Any]:
     }
 
 
-def disk_needed(recipe: Recipe, config: Any, source_bytes: int) -> int:
-    """Bytes on disk at the worst moment.
+def disk_needed(recipe: Recipe, config: Any, source_bytes: int, *, keep_steps: bool = False) -> int:
+    """Bytes on disk at the worst moment, every checkpoint taken for as large as the source.
 
-    Two checkpoints when there are several steps or random baselines, and the float32 hidden states of all calibration
-    tokens twice, entering and leaving a layer.
+    A step needs the checkpoint before it (all of them with `keep_steps`) and its own; a random baseline has one for
+    each step, beside the result. The float32 hidden states of all calibration tokens lie there twice, entering and
+    leaving a layer.
     """
-    copies = 2 if len(recipe.steps) > 1 or recipe.eval.random_baselines else 1
+    steps = len(recipe.steps)
+    copies = max(1, steps if keep_steps else min(steps, 2))
+    if recipe.eval.random_baselines:
+        copies = max(copies, (steps if keep_steps else 1) + steps)
     calibration = recipe.calibration
     tokens = calibration.num_samples * calibration.sequence_length if recipe.steps else 0
     hidden_size: int = config.get_text_config().hidden_size
@@ -138,19 +159,15 @@ def disk_needed(recipe: Recipe, config: Any, source_bytes: int) -> int:
 
 
 def _plan_quantize(
-    step: QuantizeConfig, config: Any, layers: list[MoELayer], before: Cost, scores: Path | None, tier: str
+    step: QuantizeConfig, config: Any, layers: list[MoELayer], before: Cost, measured: Scores | None, tier: str
 ) -> dict[str, Any]:
     """A quantize step with its widths where they are known: given, or chosen by the scores."""
     entry: dict[str, Any] = step.model_dump(mode="json", exclude_unset=True)
-    if step.has_budget and scores is None:
+    if step.has_budget and measured is None:
         return entry | {"note": "the bits of every expert are chosen when its costs are measured"}
     dtype = {4: "F32", 2: "BF16"}[config.get_text_config().dtype.itemsize]
     shapes = [expert_shapes(layer, {}, dtype) for layer in layers]
     experts = sum(shape.num_experts * (shape.weights * shape.weight_bytes + shape.other_bytes) for shape in shapes)
-    measured = None
-    if scores is not None:
-        measured = Scores.load(scores)
-        _require_same_layers(measured, {layer.layer: layer.num_experts for layer in layers}, scores)
     found = plan_quantize(
         step,
         shapes,
@@ -176,6 +193,47 @@ def _bytes_after(before: Cost, kept: float) -> int:
     return round(before.stored_bytes * (1 - share * (1 - kept)))
 
 
-def _require_same_layers(scores: Scores, layers: dict[int, int], folder: Path) -> None:
-    if {layer.layer: layer.num_experts for layer in scores.layers} != layers:
-        raise UsageError(f"the scores in {folder} were measured on another model; score this one first.")
+def require_same_model(scores: Scores, commit: str | None, fingerprint: str | None, folder: Path) -> None:
+    """Raise `UsageError` when the scores in `folder` are of another checkpoint than this.
+
+    `commit` is that of a Hub id, None for a folder; `fingerprint` that of `describe_source`, None before the weights
+    are there (a commit says as much).
+    """
+    measured = scores.fingerprint.get("source", {})
+    if measured.get("revision") != commit or fingerprint not in (None, measured.get("fingerprint")):
+        raise UsageError(
+            f"the scores in {folder} were measured on another model ({measured.get('model', 'unknown')}), or on files "
+            "that have changed since; score this one first."
+        )
+
+
+def calibration_differences(scores: Scores, calibration: CalibrationConfig) -> list[str]:
+    """What the calibration settings say and the scores were not measured with, a few words each."""
+    measured = scores.fingerprint
+    if measured.get("seed") != calibration.seed:
+        return [f"calibration.seed {measured.get('seed')}, not {calibration.seed}"]
+    counts = share(calibration.parts, calibration.num_samples)
+    asked = [
+        part.model_dump() | {"sequences": count, "tokens": count * calibration.sequence_length}
+        for part, count in zip(calibration.parts, counts, strict=True)
+    ]
+    found = [{key: value for key, value in part.items() if key != "documents"} for part in measured.get("data", [])]
+    if len(asked) != len(found):
+        return [f"{len(found)} data sets, not {len(asked)}"]
+    return [
+        f"{key} {one.get(key)}, not {two[key]}"
+        for one, two in zip(found, asked, strict=True)
+        for key in two
+        if one.get(key) != two[key]
+    ]
+
+
+def task_warnings(recipe: Recipe) -> list[str]:
+    """A sentence where evaluation tasks say nothing about this model."""
+    own = [task for task in recipe.eval.tasks if task == "reference" or task.startswith("reference_")]
+    if recipe.model == "reference" or not own:
+        return []
+    return [
+        f"the task `{own[0]}` asks for what the built-in model was trained on, so it says little about {recipe.model}; "
+        "name other tasks in `eval.tasks`."
+    ]

@@ -83,8 +83,11 @@ def load_recipe(
         document.problem(path, why)
     for path, why in _idle(document.values):
         document.problem(path, f"has no effect: {why}")
-    for path, why in _beyond_tier(document.values) if runnable else ():
-        document.problem(path, why)
+    if runnable:
+        for path, why in _beyond_tier(document.values):
+            document.problem(path, why)
+        for path, why in _uncalibrated(document.values):
+            document.problem(path, f"has no effect: {why}")
     recipe = document.validate(Recipe)
     document.check()
     assert recipe is not None
@@ -95,6 +98,8 @@ def load_eval_config(settings: Mapping[str, Any], overrides: Sequence[str] = ())
     """An `EvalConfig` of `settings` with `key=value` overrides on top; `RecipeError` with every mistake."""
     document = Document(plain(settings))
     document.override(overrides)
+    for path, why in _idle_evaluation(document.values, prunes=False):
+        document.problem(path[1:], f"has no effect: {why}")
     config = document.validate(EvalConfig)
     document.check()
     assert config is not None
@@ -132,7 +137,7 @@ def recipe_schema() -> dict[str, Any]:
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every default that has an effect written out; `load_recipe` reads it back equal."""
     values = recipe.model_dump(mode="json")
-    for path, _ in dict.fromkeys(_idle(values)):
+    for path, _ in dict.fromkeys([*_idle(values), *_uncalibrated(values)]):
         parent: Any = values
         for key in path[:-1]:
             parent = parent[key]
@@ -225,6 +230,12 @@ def _idle_evaluation(evaluation: Mapping[str, Any], prunes: bool) -> Iterator[tu
             yield ("eval", "random_baselines"), "`eval.tasks` is empty"
     if draws_some and not prunes:
         yield ("eval", "random_baselines"), "there is no prune step to compare with random ones"
+
+
+def _uncalibrated(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
+    """The calibration of a run that measures nothing; `score` needs no steps."""
+    if "calibration" in values and not values.get("steps") and not set(values) - set(Recipe.model_fields):
+        yield ("calibration",), "there are no steps, so no expert is measured"
 
 
 def _beyond_tier(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from moe_compress.compress.quantize.storage import linear_scheme
 from moe_compress.manifest import describe_source
 from moe_compress.models.layers import MoELayer, routing_groups
 from moe_compress.progress import Progress
+from moe_compress.verification.checks import check_coverage, raise_on_failure
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,14 @@ class Surroundings:
     device: str
     progress: Progress
     tier: str = "stock"
+    data: Calibration | None = None  # when it was read before
+
+
+def read_calibration(folder: Path, config: Any, calibration: CalibrationConfig) -> Calibration:
+    """The calibration tokens for the model whose tokenizer lies in `folder`."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return load_calibration(calibration, tokenizer, max_length=longest)
 
 
 def score_step(
@@ -62,7 +71,8 @@ def score_step(
     if (folder / "scores.json").exists():
         return Scores.load(folder)
     data = calibration_data(source, around)
-    fingerprint = {"source": describe_source(source), "tokens": data.fingerprint, "data": data.sources}
+    fingerprint: dict[str, Any] = {"source": describe_source(source), "tokens": data.fingerprint, "data": data.sources}
+    fingerprint["seed"] = around.calibration.seed
     stream = LayerStream(source, around.device)
     measurement = None
     if quantize is not None and quantize.has_budget:
@@ -92,9 +102,13 @@ def score_step(
 
 
 def calibration_data(source: Checkpoint, around: Surroundings) -> Calibration:
-    """The calibration tokens, by the checkpoint's own tokenizer."""
-    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    return load_calibration(around.calibration, AutoTokenizer.from_pretrained(source.folder), max_length=longest)
+    """The calibration tokens, by the checkpoint's own tokenizer, unless they were read before."""
+    return around.data or read_calibration(source.folder, source.config, around.calibration)
+
+
+def is_calibrated(step: PruneConfig | QuantizeConfig) -> bool:
+    """Whether a step runs calibration tokens through the model."""
+    return isinstance(step, PruneConfig) or step.has_budget or step.method == "gptq"
 
 
 def plan_step(step: PruneConfig, scores: Scores, source: Checkpoint) -> PrunePlan:
@@ -123,9 +137,17 @@ def run_step(
         write_json(folder / "plan.json", plan.to_json())
         stream = LayerStream(source, around.device)
         dropped = dropped_bytes(plan, stream)
+        done = record(plan, scores, dropped)
+        require_coverage(done)
         apply(plan, source, checkpoint, around, title)
-        write_json(folder / "step.json", record(plan, scores, dropped))
+        write_json(folder / "step.json", done)
     return open_rewritten(checkpoint, source)
+
+
+def require_coverage(done: dict[str, Any]) -> None:
+    """Raise `VerificationError` when what this step is about to write would fail the check `coverage`."""
+    coverage = check_coverage({"steps": [done]})
+    raise_on_failure({"coverage": asdict(coverage)})
 
 
 def apply(plan: PrunePlan, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> None:
@@ -215,8 +237,7 @@ def quantize_step(
     """Score (where a budget or gptq needs tokens), plan and apply a quantize step; what `step.json` says of it."""
     folder.mkdir(parents=True, exist_ok=True)
     stream = LayerStream(source, around.device)
-    calibrated = config.has_budget or config.method == "gptq"
-    scores = score_step(source, folder / "scores", around, title, config) if calibrated else None
+    scores = score_step(source, folder / "scores", around, title, config) if is_calibrated(config) else None
     plan = plan_quantize_step(config, scores, source, stream, around.tier)
     write_json(folder / "plan.json", plan.to_json())
     change = QuantizeChange(

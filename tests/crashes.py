@@ -27,7 +27,7 @@ from moe_compress.recipe import load_recipe
 from moe_compress.verification import checks
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
-OLD = {"model": b"an older result"}
+OLD = {"model": b"an older result", "manifest.json": b'{"tool": "moe-compress 0.0.1"}'}
 
 
 def in_child(action: Callable[[], Any]) -> int:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,12 +53,25 @@ def load_calibration(
     sequences: list[list[int]] = []
     sources = []
     for position, (part, count) in enumerate(zip(parts, share(parts, config.num_samples), strict=True)):
-        tokens, num_documents = _pack(part, tokenizer, count, config, config.seed + position)
+        with quiet_readers():
+            tokens, num_documents = _pack(part, tokenizer, count, config, config.seed + position)
         sequences += [tokens[i : i + config.sequence_length] for i in range(0, len(tokens), config.sequence_length)]
         sources.append(part.model_dump() | {"sequences": count, "documents": num_documents, "tokens": len(tokens)})
     random.Random(config.seed).shuffle(sequences)
     tensor = torch.LongTensor(sequences)
     return Calibration(tensor, fingerprint(tensor, config), sources)
+
+
+@contextmanager
+def quiet_readers() -> Iterator[None]:
+    """Keep `datasets` from logging what it also raises: we say it in one sentence."""
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def share(parts: list[DatasetPart], num_samples: int) -> list[int]:

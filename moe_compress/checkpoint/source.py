@@ -94,6 +94,15 @@ def open_config(
     return _checked_config(folder, model, _repository_files(model, folder), trust_remote_code, quantized), None
 
 
+def small_files(model: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """The folder with the configuration and the tokenizer of `model`, and the commit of a Hub id; no weights travel."""
+    path = REFERENCE if model == "reference" else Path(model).expanduser()
+    if path.is_dir():
+        return path, None
+    folder = _download(model, revision, SMALL_FILES)
+    return folder, folder.name
+
+
 def _refuse_path(path: Path, model: str) -> None:
     """Say what is wrong with a path that is no folder; a Hub id passes."""
     if model == "reference":

@@ -96,6 +96,19 @@ def evaluate(
     return {"tasks": flatten(results), "settings": settings}
 
 
+def check_tasks(folder: Path, config: EvalConfig) -> None:
+    """Raise what `evaluate` would raise about the tasks of `config`, without the weights of the model in `folder`.
+
+    The tasks' data is read (and downloaded), the model's configuration and tokenizer too.
+    """
+    if config.tasks:
+        with _quiet():
+            loaded, _ = _load_tasks(config)
+            from moe_compress.eval._lm import WithoutWeights
+
+            _check(loaded, WithoutWeights(folder), config)
+
+
 def flatten(results: Mapping[str, Any]) -> dict[str, Metrics]:
     """lm-eval's results as {task: {metric: {"value", "stderr", "higher_is_better"}}}."""
     tasks: dict[str, Metrics] = {}

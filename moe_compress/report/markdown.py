@@ -149,7 +149,8 @@ def limits(report: Mapping[str, Any]) -> list[str]:
     if starved:
         experts = "1 expert" if len(starved) == 1 else f"{len(starved)} experts"
         found.append(f"{experts} saw too few calibration tokens for a score that means much.")
-    found.append("Scores come from the calibration text; on text unlike it, other experts may matter.")
+    if report["settings"].get("calibration"):
+        found.append("Scores come from the calibration text; on text unlike it, other experts may matter.")
     return found
 
 

@@ -18,6 +18,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.hub_server import Hub, serve
+from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 CLIENT = """
@@ -213,3 +214,39 @@ print("ANSWERS", len(tokenizer), sum(p.numel() for p in model.parameters()))
     tokens, parameters = client(code, "", surroundings(hub, tmp_path / "home")).split()
     assert int(tokens) == 2
     assert int(parameters) == sum(p.numel() for p in Qwen3MoeForCausalLM(config).parameters())
+
+
+def test_refused_before_weights_travel(hub: Hub, tmp_path: Path) -> None:
+    """Impossible budgets, missing texts and misspelt tasks are known from the small files."""
+    folder = tiny_checkpoint(tmp_path / "model")
+    hub.repository("org/tiny").commit({path.name: path.read_bytes() for path in folder.iterdir()})
+    texts = write_texts(tmp_path / "texts.txt")
+    recipes = {
+        "keep": tiny_recipe(Path("org/tiny"), texts, 9),
+        "text": tiny_recipe(Path("org/tiny"), tmp_path / "absent.txt", 0.5),
+        "task": tiny_recipe(Path("org/tiny"), texts, 0.5, eval={"tasks": ["reference_smus"]}),
+    }
+    code = """
+import json, sys
+import moe_compress
+from moe_compress.errors import MoECompressError
+
+given = json.load(sys.stdin)
+answers = {}
+for name, recipe in given["recipes"].items():
+    for verb in ("run",) if name == "task" else ("score", "run"):
+        try:
+            getattr(moe_compress, verb)(recipe, given["out"])
+        except MoECompressError as error:
+            answers[f"{name} {verb}"] = str(error)
+print("ANSWERS" + json.dumps(answers))
+"""
+    given = json.dumps({"recipes": recipes, "out": str(tmp_path / "out")})
+    answers = json.loads(client(code, given, surroundings(hub, tmp_path / "home")))
+    fragments = {"keep": "more experts than the 8", "text": "does not exist", "task": "did you mean `reference_sums`"}
+    assert set(answers) == {"keep score", "keep run", "text score", "text run", "task run"}
+    for name, message in answers.items():
+        assert fragments[name.split()[0]] in message
+    shards = [path.name for path in folder.glob("*.safetensors")]
+    assert shards and all(hub.gets(name) == [] for name in shards)
+    assert hub.gets("config.json")

@@ -191,10 +191,14 @@ def test_existing_out(source: Path, texts: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(source, texts, 0.75)
     with pytest.raises(UsageError, match="--force"):
         moe_compress.run(recipe, out)
+    for resume in (False, True):
+        with pytest.raises(UsageError, match="not made by moe-compress"):
+            moe_compress.run(recipe, out, force=True, resume=resume)
     assert content(tmp_path) == {"out/old": b"precious"}
+    (out / "manifest.json").write_text('{"tool": "moe-compress 0.0.1"}')
     with interrupted_at(LAYERS + 2) as progress:
         moe_compress.run(recipe, out, force=True, progress=progress)
-    assert content(out) == {"old": b"precious"}, "the old one stays until the new one is complete"
+    assert content(out)["old"] == b"precious", "the old one stays until the new one is complete"
     moe_compress.run(recipe, out, force=True, resume=True)
     assert "old" not in content(out) and [entry.name for entry in tmp_path.iterdir()] == ["out"]
 

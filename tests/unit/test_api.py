@@ -38,8 +38,10 @@ def test_verbs_reach_the_pipeline_with_loaded_recipes(calls: dict[str, Any], tmp
     (recipe, out), options = calls["run"]
     assert (recipe.steps[0].keep, recipe.trust_remote_code, recipe.model, out) == (0.5, True, str(tmp_path), tmp_path)
     assert (options["force"], options["resume"], options["work"], options["device"]) == (True, False, None, "auto")
-    moe_compress.score({"model": "a"}, "work")
-    assert calls["score"][0][1] == Path("work")
+    moe_compress.run("demo", tmp_path, scores="work")
+    assert (options["scores"], calls["run"][1]["scores"]) == (None, Path("work"))
+    moe_compress.score({"model": "a"}, "work", force=True)
+    assert (calls["score"][0][1], calls["score"][1]["force"]) == (Path("work"), True)
     moe_compress.plan("demo", scores="work", overrides=["steps.0.scope=global"])
     assert calls["plan"][1] == {"scores": Path("work")}
     moe_compress.inspect("reference")

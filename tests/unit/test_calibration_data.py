@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections import Counter
 from pathlib import Path
@@ -203,9 +204,14 @@ def test_dataset_the_hub_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "gated" in message and "Second" not in message
 
 
-def test_unreadable_files(tmp_path: Path) -> None:
+def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = logged.append  # type: ignore[method-assign]
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [handler])
     (tmp_path / "a.jsonl").write_text('{"text": ')
     assert "cannot be read" in refusal(str(tmp_path / "a.jsonl"))
+    assert not logged, "the readers' own complaints are not shown beside ours"
     (tmp_path / "a.parquet").write_bytes(b"PAR")
     assert "a.parquet" in refusal(str(tmp_path / "a.parquet"))
     (tmp_path / "a.docx").write_bytes(b"PK")

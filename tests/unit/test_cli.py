@@ -50,6 +50,7 @@ PLAN = {
     "baseline": FIGURES,
     "predicted": FIGURES | {"stored_bytes": 1500},
     "disk_needed": 3_000_000,
+    "warnings": ["the scores are old."],
 }
 FACTS = {
     "model": "reference",
@@ -199,10 +200,24 @@ def test_score(pipeline: Fakes, tmp_path: Path) -> None:
     calls = pipeline(score=SimpleNamespace(summary=lambda: SUMMARY))
     done = invoke("score", "demo", str(tmp_path), "steps.0.scope=global", "--device", "cpu")
     (recipe, work), options = calls["score"]
-    assert (recipe.steps[0].scope, work, options["device"]) == ("global", tmp_path, "cpu")
+    assert (recipe.steps[0].scope, work) == ("global", tmp_path)
+    assert (options["device"], options["force"], options["progress"] is not None) == ("cpu", False, True)
     assert "128 experts in 8 layers, 32,768 calibration tokens" in done.stdout
     assert "0/7 and 2 more" in done.stdout
     assert f"moe-compress plan demo --scores {tmp_path} steps.0.scope=global" in done.stdout
+    invoke("score", "demo", str(tmp_path), "--force")
+    assert calls["score"][1]["force"]
+
+
+def test_an_interrupted_score_is_continued_by_the_same_command(pipeline: Fakes, tmp_path: Path) -> None:
+    pipeline(score=KeyboardInterrupt())
+    done = invoke("score", "demo", str(tmp_path), "calibration.seed=1", "--force", "--device", "cpu")
+    again = f"moe-compress score demo {tmp_path} calibration.seed=1 --device cpu"
+    assert (done.exit_code, done.stderr) == (
+        130,
+        f"error: interrupted; what is done is kept in {tmp_path}; continue with: {again}\n",
+    )
+    assert "nothing was written" in invoke("score", "demo", str(tmp_path / "no")).stderr
 
 
 def test_plan(pipeline: Fakes, tmp_path: Path) -> None:
@@ -210,7 +225,15 @@ def test_plan(pipeline: Fakes, tmp_path: Path) -> None:
     done = invoke("plan", "demo", "steps.0.scope=global", "--scores", str(tmp_path))
     (recipe,), options = calls["plan"]
     assert (recipe.steps[0].scope, options) == ("global", {"scores": tmp_path})
-    for text in ("steps.1: prune, criterion reap, keep 2", "0 2", "1.5 kB", "75.0 %", "3 experts stay", "3 MB"):
+    for text in (
+        "steps.1: prune, criterion reap, keep 2",
+        "0 2",
+        "1.5 kB",
+        "75.0 %",
+        "3 experts stay",
+        "3 MB",
+        "warning: the scores",
+    ):
         assert text in done.stdout
     assert json.loads(invoke("plan", "demo", "--json").stdout) == PLAN
     assert calls["plan"][1] == {"scores": None}
@@ -218,24 +241,28 @@ def test_plan(pipeline: Fakes, tmp_path: Path) -> None:
 
 def test_run_passes_everything_on_and_prints_the_table(pipeline: Fakes, tmp_path: Path) -> None:
     calls = pipeline(run=REPORT)
-    out, work = tmp_path / "out", tmp_path / "work"
+    out, work, scores = tmp_path / "out", tmp_path / "work", tmp_path / "scores"
     done = invoke(
         *("run", "demo", str(out), "steps.0.keep=0.5", "--force", "--resume", "--keep-steps", "--work", str(work)),
-        *("--device", "cpu"),
+        *("--device", "cpu", "--scores", str(scores)),
     )
     assert done.exit_code == 0
     (recipe, folder), options = calls["run"]
     assert (recipe.steps[0].keep, folder, options.pop("progress") is not None) == (0.5, out, True)
-    assert options == {"force": True, "resume": True, "keep_steps": True, "work": work, "device": "cpu"}
+    given = {"force": True, "resume": True, "keep_steps": True, "work": work, "scores": scores}
+    assert options == given | {"device": "cpu"}
     for text in ("stored size", "1.5 kB", "code · bpb ↓", "93.8 %", "1.9", "12 tensors", "passed", "report.md"):
         assert text in done.stdout
 
 
 def test_a_dry_run_plans_and_writes_nothing(pipeline: Fakes, tmp_path: Path) -> None:
-    calls = pipeline(plan=PLAN)
-    done = invoke("run", "demo", str(tmp_path / "out"), "--dry-run")
-    assert (done.exit_code, list(calls), list(tmp_path.iterdir())) == (0, ["plan"], [])
-    assert "nothing was written" in done.stdout
+    calls = pipeline(dry_run=PLAN)
+    done = invoke("run", "demo", str(tmp_path / "out"), "--dry-run", "--keep-steps", "--work", str(tmp_path / "work"))
+    assert (done.exit_code, list(calls), list(tmp_path.iterdir())) == (0, ["dry_run"], [])
+    (_, out), options = calls["dry_run"]
+    given = {"resume": False, "force": False, "keep_steps": True, "work": tmp_path / "work", "scores": None}
+    assert (out, options) == (tmp_path / "out", given)
+    assert "nothing was written" in done.stdout and "disk needed while it runs: 3 MB" in done.stdout
     assert invoke("run", "demo", str(tmp_path / "out"), "--dry-run", "steps.0.scope=global").exit_code == 2
 
 
@@ -280,6 +307,7 @@ def test_eval(pipeline: Fakes, tmp_path: Path) -> None:
     assert "recovery" in done.stdout
     (ckpt,), options = calls["evaluate_checkpoint"]
     config = options.pop("config")
+    assert options.pop("progress") is not None
     assert (ckpt, options) == ("out", {"baseline": "org/model", "output": tmp_path, "device": "auto"})
     assert (config.tasks, config.limit, config.num_fewshot) == (["gsm8k", "arc_easy"], 10, 5)
     wrong = invoke("eval", "out", "num_fewshots=5")
@@ -288,17 +316,22 @@ def test_eval(pipeline: Fakes, tmp_path: Path) -> None:
 
 
 def test_verify_shows_the_checks_and_exits_3_when_one_fails(pipeline: Fakes, tmp_path: Path) -> None:
-    pipeline(verify=CHECKS)
+    calls = pipeline(verify=CHECKS)
     done = invoke("verify", str(tmp_path))
-    assert done.exit_code == 0
+    assert done.exit_code == 0 and calls["verify"][1]["progress"] is not None
     assert "12 of 16" in done.stdout
-    failure = VerificationError("check `keys` failed: a tensor is missing.")
-    failure.checks = {"keys": {"passed": False, "detail": "a tensor is missing"}}  # type: ignore[attr-defined]
-    pipeline(verify=failure)
-    done = invoke("verify", str(tmp_path))
-    assert done.exit_code == 3
-    assert "FAILED" in done.stdout
-    assert done.stderr == "error: check `keys` failed: a tensor is missing.\n"
+    failed = {"keys": {"passed": False, "detail": "a tensor is missing"}}
+    failure = VerificationError("check `keys` failed: a tensor is missing.", failed)
+    pipeline(verify=failure, run=failure)
+    for arguments in (
+        ("verify", str(tmp_path)),
+        ("run", "demo", str(tmp_path / "out")),
+        ("demo", str(tmp_path / "out")),
+    ):
+        done = invoke(*arguments)
+        assert done.exit_code == 3
+        assert "FAILED" in done.stdout
+        assert done.stderr == "error: check `keys` failed: a tensor is missing.\n"
 
 
 @pytest.mark.parametrize(
@@ -322,11 +355,14 @@ def test_errors_are_one_sentence_with_their_exit_code(
     assert traced.stderr.endswith(f"error: {error}\n")
 
 
-def test_an_unexpected_error_is_a_sentence_too(pipeline: Fakes) -> None:
+def test_an_unexpected_error_is_a_sentence_too(pipeline: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline(inspect=ZeroDivisionError("division by zero"))
     done = invoke("inspect", "x")
     assert done.exit_code == 1
     assert done.stderr == "error: unexpected error: division by zero (run again with --debug for the traceback)\n"
+    monkeypatch.setattr("moe_compress.recipe.packaged_recipes", lambda: 1 / 0)
+    done = invoke("recipes", "ls")
+    assert (done.exit_code, done.stderr) == (1, "error: unexpected error: division by zero\n"), "it has no --debug"
     pipeline(inspect=AssertionError())
     assert "unexpected error: AssertionError" in invoke("inspect", "x").stderr
 

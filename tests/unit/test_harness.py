@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moe_compress.errors import CheckpointError, DataError, UsageError
 from moe_compress.eval import harness, precision
 from moe_compress.eval.config import EvalConfig
-from moe_compress.eval.harness import batch_size, evaluate, flatten
+from moe_compress.eval.harness import batch_size, check_tasks, evaluate, flatten
 from tests.byte_tokenizer import byte_tokenizer
 
 PROMPTS = [f"Say the {word} again:" for word in ("red", "green", "blue", "seventh")]
@@ -177,8 +179,10 @@ def test_the_same_again_silently_with_progress(
     again = evaluate(tiny.folder, config, progress=lambda done, total: seen.append((done, total)))
     assert again == found
     assert capfd.readouterr() == ("", "")
-    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
-    assert seen[-1] == (3 + 4 * 3 + 4, 3 + 4 * 3 + 4)
+    sizes = [3, 4 * 3, 4]
+    ends = [sum(sizes[:number]) for number in range(4)]
+    # each kind of request begins by raising the total, before its first answer
+    assert seen == [(done, end) for start, end in pairwise(ends) for done in range(start, end + 1)]
     assert vars(tqdm.tqdm)["__init__"] is create and logging.getLogger("lm_eval").level == level
 
 
@@ -225,6 +229,24 @@ def test_mistakes_are_one_sentence(tiny: Tiny, changes: dict[str, Any], error: t
     with pytest.raises(error, match=message) as raised:
         evaluate(tiny.folder, settings(tiny, **changes))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["chioce"]}, "did you mean `choice`"),
+        ({"tasks": ["missing"]}, "Task `missing` cannot be loaded"),
+        ({"tasks": ["choice"], "apply_chat_template": True}, "no chat template"),
+        ({"tasks": ["echo"], "max_gen_toks": 64}, "context of the model is 64"),
+    ],
+)
+def test_mistakes_are_known_without_weights(tiny: Tiny, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    for file in tiny.folder.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, tmp_path / file.name)
+    check_tasks(tmp_path, settings(tiny, tasks=["everything"]))
+    with pytest.raises((DataError, UsageError), match=message):
+        check_tasks(tmp_path, settings(tiny, **changes))
 
 
 def test_a_folder_without_a_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:

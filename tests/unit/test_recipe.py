@@ -49,6 +49,7 @@ def test_packaged_recipes_are_valid_described_and_survive_a_round_trip(name: str
     assert load_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
     assert len(dict(packaged_recipes())[name]) > 20
     assert recipe_file(name).read_text().splitlines()[1].startswith("# yaml-language-server: $schema=")
+    assert recipe.eval.tasks == (["reference"] if name == "demo" else []), "its tasks fit no other model"
 
 
 def test_demo_is_what_the_command_promises() -> None:
@@ -144,12 +145,21 @@ def test_a_revision_of_a_folder_has_no_effect(tmp_path: Path) -> None:
         {"calibration": {"dataset": [{"dataset": "a", "weight": 2}, {"dataset": "b", "split": "test"}]}},
         {"eval": {"tasks": ["a"], "random_baselines": 3, "limit": 10}},
         {"eval": {"random_baselines": 0}},
-        {"steps": []},
     ],
 )
 def test_the_same_settings_are_welcome_where_they_act(changes: dict[str, Any]) -> None:
     recipe = load_recipe(RECIPE | changes, runnable=True)
     assert load_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
+
+
+def test_a_calibration_without_steps_serves_scores_but_no_run() -> None:
+    idle = {"calibration": (None, "has no effect: there are no steps, so no expert is measured")}
+    recipe = RECIPE | {"steps": []}
+    assert mistakes(recipe, runnable=True) == idle
+    assert load_recipe(recipe).calibration.dataset == "reference"
+    assert set(mistakes(recipe | {"step": [PRUNE]}, runnable=True)) == {"step"}
+    identity = load_recipe({"model": "org/model", "steps": []}, runnable=True)
+    assert load_recipe(yaml.safe_load(dump_recipe(identity)), runnable=True) == identity
 
 
 def test_a_misspelt_setting_does_not_make_others_useless() -> None:
@@ -276,6 +286,10 @@ def test_eval_settings_alone() -> None:
     assert (config.tasks, config.num_fewshot) == (["a"], 5)
     with pytest.raises(RecipeError, match="did you mean `num_fewshot`"):
         load_eval_config({"tasks": ["a"]}, ["num_fewshots=5"])
+    with pytest.raises(RecipeError, match=r"^random_baselines: has no effect: there is no prune step"):
+        load_eval_config({"tasks": ["a"]}, ["random_baselines=3"])
+    with pytest.raises(RecipeError, match=r"^limit: has no effect"):
+        load_eval_config({"limit": 10})
 
 
 @pytest.mark.parametrize(

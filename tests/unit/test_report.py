@@ -215,6 +215,13 @@ def test_one_seed_has_no_spread() -> None:
     assert any("1 random seed " in limit for limit in limits(report))
 
 
+def test_only_what_was_calibrated_depends_on_the_calibration_text() -> None:
+    for calibration in (None, {"tokens": "abc", "starved": []}):
+        report = build_report(model(), model(), (), CHECKS, SETTINGS | {"calibration": calibration})
+        said = any(limit.startswith("Scores come from the calibration text") for limit in limits(report))
+        assert said == bool(calibration)
+
+
 def test_equal_to_random_does_not_beat_it() -> None:
     tasks = {"qa": {"acc": metric(0.5)}}
     summary = build_report({}, {"tasks": tasks}, [{"tasks": tasks}] * 3)["random_summary"]["qa"]["acc"]

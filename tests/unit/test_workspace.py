@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,12 @@ from moe_compress.workspace import (
     differences,
     discarded_if_empty,
     explained_disk_errors,
+    is_workspace,
+    locked,
     open_workspace,
     place,
     refuse_existing,
+    refuse_overlap,
     remove_workspace,
     require_space,
 )
@@ -54,7 +59,7 @@ def refusal(error: type[Exception], function: Any, *args: Any, **options: Any) -
 def test_new_folder(resume: bool, tmp_path: Path) -> None:
     work = tmp_path / "a" / "work"
     open_workspace(work, RUN, resume=resume, force=False)
-    assert json.loads((work / "run.json").read_text()) == RUN
+    assert json.loads((work / "moe-compress.json").read_text()) == {"tool": "moe-compress", "run": RUN}
 
 
 def test_unfinished_run_needs_resume_or_force(tmp_path: Path) -> None:
@@ -66,7 +71,7 @@ def test_unfinished_run_needs_resume_or_force(tmp_path: Path) -> None:
     open_workspace(work, RUN, resume=True, force=False)
     assert files(work) == before
     open_workspace(work, RUN, resume=False, force=True)
-    assert list(files(work)) == ["run.json"]
+    assert list(files(work)) == ["moe-compress.json"]
 
 
 def test_resume_wins_over_force(tmp_path: Path) -> None:
@@ -95,22 +100,58 @@ def test_differences() -> None:
     assert list(differences({"a": {"b": 1}}, {"a": 1, "c": 2})) == ['a: {"b": 1} -> 1', "c: null -> 2"]
 
 
+@pytest.mark.parametrize("marks", [{}, {"run.json": "{}"}, {"moe-compress.json": "{}"}, {"moe-compress.json": "x"}])
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"force": True}])
-def test_foreign_folder_is_never_touched(options: dict[str, bool], tmp_path: Path) -> None:
+def test_foreign_folder_is_never_touched(marks: dict[str, str], options: dict[str, bool], tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
-    (work / "thesis.tex").write_text("years of work")
+    for name, text in (marks | {"thesis.tex": "years of work"}).items():
+        (work / name).write_text(text)
+    before = files(work)
     message = refusal(UsageError, open_workspace, work, RUN, **{"resume": False, "force": False} | options)
-    assert "--work" in message and files(work) == {"thesis.tex": "years of work"}
+    assert "--work" in message and files(work) == before and not is_workspace(work)
+    with pytest.raises(UsageError, match="choose another with --work"), locked(work):
+        pass
+    assert files(work) == before
+
+
+def test_two_processes_do_not_share_a_work_folder(tmp_path: Path) -> None:
+    """The second one is told which the first one is; the lock goes with that, even when it is killed."""
+    work = begun(tmp_path / "work")
+    code = "import sys, time; from pathlib import Path; from moe_compress.workspace import locked\n"
+    code += "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(600)"
+    line = [sys.executable, "-c", code, str(work)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "locked\n"
+        for option, advice in ((" with --work", "another folder with --work."), ("", "choose another folder.")):
+            message = f"in use by process {other.pid};.*{advice}"
+            with pytest.raises(UsageError, match=message), locked(work, option=option):
+                pass
+        other.kill()
+    with locked(work):
+        open_workspace(work, RUN, resume=False, force=True)
+        assert set(files(work)) == {"moe-compress.json", "moe-compress.lock"}
+        remove_workspace(work)
+    assert not work.exists()
+
+
+def test_folders_inside_one_another_are_refused(tmp_path: Path) -> None:
+    inside, link = tmp_path / "a" / "b", tmp_path / "link"
+    inside.mkdir(parents=True)
+    link.symlink_to(tmp_path / "a")
+    refuse_overlap({"OUT": tmp_path / "a", "the model": tmp_path / "ab"})
+    for other in (tmp_path / "a", inside, tmp_path, link, link / "b" / "c", inside / ".."):
+        message = refusal(UsageError, refuse_overlap, {"OUT": tmp_path / "a", "the model": other})
+        assert message.startswith("OUT (") and "the model (" in message
 
 
 def test_killed_while_it_was_made(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
     open_workspace(work, RUN, resume=True, force=False)
-    (work / "run.json").rename(work / "run.json.part")
+    (work / "moe-compress.json").rename(work / "moe-compress.json.part")
     open_workspace(work, RUN, resume=True, force=False)
-    assert list(files(work)) == ["run.json"]
+    assert list(files(work)) == ["moe-compress.json"]
 
 
 def test_killed_while_it_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,8 +182,8 @@ def test_killed_while_it_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyP
             else:
                 break
         open_workspace(work, RUN, resume=False, force=True)
-        assert list(files(work)) == ["run.json"]
-    assert stop == 6 and not work.exists()
+        assert list(files(work)) == ["moe-compress.json"]
+    assert stop == 7 and not work.exists()
 
 
 def test_existing_out_is_refused(tmp_path: Path) -> None:
@@ -151,7 +192,14 @@ def test_existing_out_is_refused(tmp_path: Path) -> None:
     out.mkdir()
     assert "--force" in refusal(UsageError, refuse_existing, out, force=False)
     refuse_existing(out, force=True)
-    out.rmdir()
+    (out / "thesis.tex").write_text("years of work")
+    for manifest in (None, "{}", '{"tool": "another 1.0"}', "damaged"):
+        if manifest is not None:
+            (out / "manifest.json").write_text(manifest)
+        assert "not made by moe-compress" in refusal(UsageError, refuse_existing, out, force=True)
+    (out / "manifest.json").write_text('{"tool": "moe-compress 0.1.0"}')
+    refuse_existing(out, force=True)
+    shutil.rmtree(out)
     out.write_text("")
     assert "--force" in refusal(UsageError, refuse_existing, out, force=False)
     assert "not a folder" in refusal(UsageError, refuse_existing, out, force=True)
@@ -230,6 +278,8 @@ FULL = "Error while serializing: I/O error: No space left on device (os error 28
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "x"), OSError(errno.EDQUOT, "x"), SafetensorError(FULL)])
 def test_full_disk_is_a_sentence(error: Exception, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is full; .*--resume"), explained_disk_errors(tmp_path):
+        raise error
+    with pytest.raises(CheckpointError, match=r"space and do so\.$"), explained_disk_errors(tmp_path, "do so"):
         raise error
 
 
