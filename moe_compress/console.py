@@ -103,6 +103,9 @@ def print_report(report: Mapping[str, Any]) -> None:
 
     rows = [[row.label, row.baseline, row.compressed, row.ratio, row.recovery] for row in summary_rows(report)]
     print_table([["", "baseline", "compressed", "ratio", "recovery"], *rows])
+    for side in ("baseline", "compressed"):
+        for what, reason in report[side].get("not_measured", {}).items():
+            print(f"{what} of the {side} model: not measured: {reason}")
     if report.get("random_summary"):
         print_table(_random_rows(report))
     if report.get("checks"):

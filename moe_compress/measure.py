@@ -13,6 +13,7 @@ from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.rewrite import open_rewritten
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.writer import write_json
+from moe_compress.errors import MeasurementError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.cost import cost
 from moe_compress.recipe import Recipe
@@ -22,7 +23,10 @@ from moe_compress.steps import Surroundings, apply, plan_step
 def measure(
     original: Checkpoint | None, compressed: Checkpoint, config: EvalConfig, folder: Path | None, around: Surroundings
 ) -> list[dict[str, Any]]:
-    """Tasks and speed of the original (when wanted) and the compressed checkpoint; kept in `folder` and reused."""
+    """Tasks and speed of the original (when wanted) and the compressed checkpoint; kept in `folder` and reused.
+
+    What cannot be measured costs no result: `not_measured` says why, {"tasks": why, "speed": why}.
+    """
     wanted = {"baseline": original if config.baseline else None, "compressed": compressed}
     measured: dict[str, dict[str, Any]] = {"baseline": {}, "compressed": {}}
     for name, checkpoint in wanted.items():
@@ -32,7 +36,7 @@ def measure(
                 measured[name] = json.loads(kept.read_text())
             else:
                 measured[name] = evaluate(checkpoint, config, around, name)
-                if kept is not None:
+                if kept is not None and "not_measured" not in measured[name]:
                     kept.parent.mkdir(parents=True, exist_ok=True)
                     write_json(kept, measured[name])
     if config.speed:
@@ -41,13 +45,14 @@ def measure(
         folders = {name: checkpoint.folder for name, checkpoint in wanted.items() if checkpoint is not None}
         with around.progress.stage("speed", 1, "measurement") as stage:
             for name, speed in measure_speed(folders, device=around.device).items():
-                measured[name] |= speed
+                reasons = measured[name].get("not_measured", {}) | speed.get("not_measured", {})
+                measured[name] |= speed | ({"not_measured": reasons} if reasons else {})
             stage.advance()
     return [measured["baseline"], measured["compressed"]]
 
 
 def evaluate(checkpoint: Checkpoint, config: EvalConfig, around: Surroundings, name: str) -> dict[str, Any]:
-    """Tasks and settings as the harness returns them; nothing when there are no tasks."""
+    """Tasks and settings as the harness returns them, or why there are none; nothing when no task is wanted."""
     from moe_compress.eval.harness import evaluate as run_tasks
 
     if not config.tasks:
@@ -61,7 +66,10 @@ def evaluate(checkpoint: Checkpoint, config: EvalConfig, around: Surroundings, n
                 shown += 1
                 stage.advance(f"{done}/{total} requests")
 
-        found = run_tasks(checkpoint.folder, config, around.device, tell)
+        try:
+            found = run_tasks(checkpoint.folder, config, around.device, tell)
+        except MeasurementError as error:
+            found = {"not_measured": {"tasks": str(error)}}
         while shown < 100:
             shown += 1
             stage.advance()

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from moe_compress.eval.precision import compute_dtype
+from moe_compress.models.skeleton import model_class
 
 STATUS = Path("/proc/self/status")
 
@@ -51,7 +52,7 @@ def main() -> None:
     device, batch, prompt, new = (settings[key] for key in ("device", "batch_size", "prompt_tokens", "new_tokens"))
     config = AutoConfig.from_pretrained(settings["folder"])
     dtype = compute_dtype(config, device)
-    model: Any = AutoModelForCausalLM.from_pretrained(settings["folder"], dtype=dtype).to(device).eval()
+    model: Any = model_class(config).from_pretrained(settings["folder"], dtype=dtype).to(device).eval()
     vocabulary = int(config.get_text_config().vocab_size)
     ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(settings["seed"]))
     ids = ids.to(device)

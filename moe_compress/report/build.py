@@ -5,7 +5,7 @@ Measures nothing itself, and invents nothing: a figure that is missing on either
 Model figures M (every key may be missing): `total_params`, `active_params`, `stored_bytes`, `active_bytes_per_token`,
 `flops_per_token`, `expert_flops_per_token`, `experts_per_token_mean`, `peak_rss_bytes`, further numbers of the cost
 model, `speed` {`prefill_tokens_per_s`, `decode_tokens_per_s`} and `tasks` {task: {metric: {`value`, `stderr`,
-`higher_is_better`}}}.
+`higher_is_better`}}}. `not_measured` {"tasks": why, "speed": why} says what could not be measured.
 
 Settings (every key may be missing): `model`, `revision`, `criterion`, `steps`, `calibration` (the scores' summary and
 fingerprint), `eval` (few-shot, batch size, limit, ...), `versions`, `hardware`; anything else is carried along.
@@ -150,6 +150,8 @@ def _provenance(report: Mapping[str, Any], overrides: Mapping[str, str]) -> dict
     kinds: dict[str, str] = {}
     for figures in (report["baseline"], report["compressed"]):
         for key, value in figures.items():
+            if key == "not_measured":
+                continue
             if _is_number(value) or (isinstance(value, dict) and value):
                 kinds[key] = overrides.get(key, "measured" if key in MEASURED else "derived")
     computed = ("ratio", "recovery", "recovery_by_metric", "random_summary")

@@ -125,6 +125,11 @@ def limits(report: Mapping[str, Any]) -> list[str]:
     found = []
     evaluation = report["settings"].get("eval") or {}
     metrics = {name.partition(",")[0] for task in report["compressed"].get("tasks", {}).values() for name in task}
+    found += [
+        f"{what.capitalize()} of the {side} model: not measured: {reason}"
+        for side in ("baseline", "compressed")
+        for what, reason in report[side].get("not_measured", {}).items()
+    ]
     if not metrics:
         found.append("No task was evaluated: nothing is known about quality.")
     elif not metrics & GENERATIVE_METRICS:
