@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_compress.calibrate.scores import LayerScores, Scores
+from moe_compress.checkpoint.durable import replace_durably
 from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, save_hidden
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
@@ -185,7 +186,7 @@ def _save_layer(folder: Path, scores: LayerScores) -> None:
     described = json.dumps(meta | {"cosine": scores.cosine})
     temporary = folder / "scores.part"
     save_file({k: torch.from_numpy(v) for k, v in scores.statistics.items()}, temporary, {"layer": described})
-    temporary.rename(folder / f"layer-{scores.layer:05d}.safetensors")
+    replace_durably(temporary, folder / f"layer-{scores.layer:05d}.safetensors")
 
 
 def _load_layer(folder: Path, layer: int) -> LayerScores:

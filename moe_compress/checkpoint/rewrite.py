@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from moe_compress.checkpoint.durable import sync
 from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, save_hidden
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.source import Checkpoint
@@ -134,6 +135,8 @@ def rewrite(
     shards = writer.finish(["rest", *(_part(index) for index in range(len(stream.layers)))])
     forget_hidden(folder)
     ledger = Ledger(source.index.nbytes, copied, transformed, expected, shards)
+    for entry in folder.rglob("*"):
+        sync(entry)
     write_json(folder / LEDGER_FILE, ledger.to_json())
     return ledger
 
