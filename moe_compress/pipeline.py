@@ -16,7 +16,7 @@ from moe_compress.checkpoint.rewrite import PROBE_FILE
 from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.prune.config import PruneConfig
-from moe_compress.errors import UsageError
+from moe_compress.errors import MeasurementError, UsageError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.manifest import describe_source, hardware, library_versions
 from moe_compress.measure import measure, model_figures, random_baselines
@@ -130,6 +130,9 @@ def evaluate_checkpoint(
     recipe = Recipe(model=ckpt, eval=config)
     around = _surroundings(recipe, device, None)
     measured = measure(original, compressed, config, output, around)
+    for found in measured:
+        if "tasks" in found.get("not_measured", {}):
+            raise MeasurementError(found["not_measured"]["tasks"])
     settings = {"model": baseline or ckpt, "eval": _without_tasks(measured[1]), "versions": library_versions()}
     figures = [
         model_figures(one, found) if one else {} for one, found in zip((original, compressed), measured, strict=True)

@@ -71,6 +71,7 @@ class Ledger:
     source_bytes: int
     copied: dict[str, str]  # tensor name -> sha256 of its bytes
     transformed: list[str]  # source tensors that passed through a layer
+    unchanged: dict[str, str]  # those of them that must come out as they went in -> sha256 of their bytes
     expected: dict[str, tuple[str, tuple[int, ...]]]  # output tensor name -> dtype and shape
     shards: list[Shard]
 
@@ -134,7 +135,8 @@ def rewrite(
     transformed = sorted(set(source.index) - set(copied))
     shards = writer.finish(["rest", *(_part(index) for index in range(len(stream.layers)))])
     forget_hidden(folder)
-    ledger = Ledger(source.index.nbytes, copied, transformed, expected, shards)
+    unchanged = {name: tensor_sha256(source.index[name]) for name in stream.passing()}
+    ledger = Ledger(source.index.nbytes, copied, transformed, unchanged, expected, shards)
     for entry in folder.rglob("*"):
         sync(entry)
     write_json(folder / LEDGER_FILE, ledger.to_json())

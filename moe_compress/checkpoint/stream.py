@@ -114,6 +114,18 @@ class LayerStream:
                 dtypes = sources[f"{found.block_name}.{name}"]
                 dtype = TORCH_DTYPES.get(min(dtypes), torch.float32) if len(dtypes) == 1 else torch.float32
                 _retype(found.block, name, dtype)
+                if dtype == torch.float64:
+                    del sources[f"{found.block_name}.{name}"]
+        self._refuse_rounding(sources)
+
+    def _refuse_rounding(self, sources: Mapping[str, set[str]]) -> None:
+        """Refuse what float32, the type of all but the experts, does not hold exactly."""
+        for target, dtypes in sources.items():
+            if "F64" in dtypes:
+                raise CheckpointError(
+                    f"`{target}` is stored as F64 and would be rounded on its way through the model; convert the "
+                    "checkpoint to F32 first."
+                )
 
     def _ends(self) -> list[nn.Module]:
         return [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
@@ -155,6 +167,15 @@ class LayerStream:
     def release(self, index: int) -> None:
         """Give the layer's memory back."""
         release(self.layers[index])
+
+    def passing(self) -> list[str]:
+        """The stored tensors of the layers that have no entry per expert, which nothing changes on their way."""
+        names: list[str] = []
+        for index, targets in enumerate(self.layer_names):
+            moe = self.moe_layers.get(index)
+            counted = {f"{self.layers_name}.{index}.{name}" for name in (moe.counted if moe is not None else ())}
+            names += [name for target, stored in targets.items() if target not in counted for name in stored]
+        return names
 
     def stored_layer(self, index: int) -> dict[str, Tensor]:
         """The layer's tensors under the Hub's names, in the source's types; on the meta device if not resident."""

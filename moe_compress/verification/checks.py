@@ -1,7 +1,8 @@
 """The five checks that end every run. Each looks at what lies on disk, not at what the run believes it wrote.
 
 1. coverage: every kept expert saw calibration tokens; the ones that did not were dropped, and are listed.
-2. bytes: every source tensor was copied (same bytes) or passed through a layer; layers shrank by what the plan drops.
+2. bytes: every source tensor was copied (same bytes) or passed through a layer, where what does not belong to an
+   expert kept its bytes too; layers shrank by what the plan drops.
 3. keys: names, types and shapes on disk are those the new configuration calls for; every shard has its recorded hash.
 4. logits: a fresh process that cannot import this package loads the folder and gives the same logits.
 5. target: the size asked for was reached.
@@ -116,10 +117,11 @@ def _listed(items: list[str]) -> str:
 def check_bytes(folder: Path, ledger: Ledger, manifest: dict[str, Any]) -> Check:
     """Nothing lost, nothing invented: bytes add up, and copied tensors are the same bytes."""
     index = TensorIndex.from_folder(folder)
-    lost = [name for name in ledger.copied if name not in index]
+    same = ledger.copied | ledger.unchanged
+    lost = [name for name in same if name not in index]
     if lost:
         return Check(False, f"`{lost[0]}` was to be copied and is not there ({len(lost)} such tensors).")
-    changed = [name for name, digest in ledger.copied.items() if tensor_sha256(index[name]) != digest]
+    changed = [name for name, digest in same.items() if tensor_sha256(index[name]) != digest]
     if changed:
         return Check(False, f"`{changed[0]}` was to be copied and has other bytes ({len(changed)} such tensors).")
     dropped = sum(step["dropped_bytes"] for step in manifest["steps"][-1:])
@@ -127,7 +129,8 @@ def check_bytes(folder: Path, ledger: Ledger, manifest: dict[str, Any]) -> Check
         return Check(
             False, f"{ledger.source_bytes:,} bytes less {dropped:,} dropped by the plan are not {index.nbytes:,}."
         )
-    parts = f"{len(ledger.copied)} tensors copied, {len(ledger.transformed)} through the layers"
+    parts = f"{len(ledger.copied)} tensors copied, {len(ledger.transformed)} through the layers, "
+    parts += f"{len(ledger.unchanged)} of these unchanged"
     return Check(True, f"{parts}; {ledger.source_bytes:,} - {dropped:,} dropped = {index.nbytes:,} bytes.")
 
 

@@ -6,10 +6,12 @@ next best of the kept ones.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.compress.prune.plan import PrunePlan
 from moe_compress.models.families import EXPERT_COUNT_KEYS, OTHER_TOWERS
@@ -36,11 +38,27 @@ class PruneChange:
         return self._family_config(config, next(iter(counts.values())))
 
     def _family_config(self, config: dict[str, Any], count: int) -> dict[str, Any]:
+        """`config.json` with another expert count, which it may so far have left to its class's default."""
+        new = self._replaced(config, count)
+        found = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(new))
+        text = found.get_text_config()
+        known = text.to_dict()
+        unsaid = {
+            key: count for key in EXPERT_COUNT_KEYS if key in known and getattr(text, key) == self.before != count
+        }
+        if unsaid:
+            section = next((name for name in found.sub_configs if getattr(found, name, None) is text), None)
+            new = new | (unsaid if section is None else {section: (new.get(section) or {}) | unsaid})
+            text = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(new)).get_text_config()
+        assert any(getattr(text, key, None) == count for key in EXPERT_COUNT_KEYS), config["model_type"]
+        return new
+
+    def _replaced(self, config: dict[str, Any], count: int) -> dict[str, Any]:
         """The language model's expert count replaced under every name it has, at any depth."""
         return {
             key: count
             if key in EXPERT_COUNT_KEYS and value == self.before
-            else self._family_config(value, count)
+            else self._replaced(value, count)
             if isinstance(value, dict) and key not in OTHER_TOWERS
             else value
             for key, value in config.items()
