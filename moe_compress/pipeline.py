@@ -16,9 +16,9 @@ from moe_compress.checkpoint.rewrite import PROBE_FILE
 from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.prune.config import PruneConfig
-from moe_compress.errors import MeasurementError, UsageError
+from moe_compress.errors import CheckpointError, MeasurementError, UsageError
 from moe_compress.eval.config import EvalConfig
-from moe_compress.manifest import describe_source, hardware, library_versions
+from moe_compress.manifest import FORMAT, describe_source, file_hashes, hardware, identity_digest, library_versions
 from moe_compress.measure import measure, model_figures, random_baselines
 from moe_compress.models.layers import find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
@@ -26,8 +26,9 @@ from moe_compress.preview import disk_needed, expert_counts, inspect, plan
 from moe_compress.progress import Progress, SilentProgress
 from moe_compress.recipe import Recipe, check_tier, dump_recipe
 from moe_compress.report.build import build_report
-from moe_compress.report.card import model_card
+from moe_compress.report.card import license_fields, model_card
 from moe_compress.report.markdown import report_markdown
+from moe_compress.report.paths import without_local_paths
 from moe_compress.steps import Surroundings, load_record, run_identity, run_step, score_step
 from moe_compress.verification import checks as verification
 from moe_compress.workspace import (
@@ -94,18 +95,21 @@ def run(
     with discarded_if_empty(work), explained_disk_errors(work):
         finished, records = _run_steps(recipe, source, work, around, keep_steps)
         plans = [json.loads((work / f"step-{number}" / "plan.json").read_text()) for number in range(len(records))]
-        manifest = _manifest(recipe, source, records, around)
-        write_json(finished.folder / verification.MANIFEST_FILE, manifest)
-        (finished.folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        (finished.folder / "recipe.yaml").write_text(_published_recipe(recipe), encoding="utf-8")
         write_json(finished.folder / "plan.json", {"steps": plans})
+        manifest = _manifest(recipe, source, records, around) | {"identity": identity_digest(identity)}
+        manifest = without_local_paths(manifest) | {"files": file_hashes(finished.folder)}
+        write_json(finished.folder / verification.MANIFEST_FILE, manifest)
         checks = verification.verify(finished.folder, around.progress)
         measured: list[dict[str, Any]] = [{}, {}]
         randoms: list[dict[str, Any]] = []
         if all(check["passed"] for check in checks.values()):
             measured = measure(source, finished, recipe.eval, work / "eval", around)
             randoms = list(random_baselines(recipe, source, work, around))
-        report = _report(recipe, source, finished, records, measured, randoms, checks, manifest)
+        report = without_local_paths(_report(recipe, source, finished, records, measured, randoms, checks, manifest))
         _write_report(finished.folder, report, recipe, plans, source)
+        manifest |= {"files": file_hashes(finished.folder)}
+        write_json(finished.folder / verification.MANIFEST_FILE, manifest)
         verification.raise_on_failure(checks)
         place(finished.folder, out)
     _tidy(out, None if keep_steps else work)
@@ -145,14 +149,13 @@ def evaluate_checkpoint(
 
 def _is_result(out: Path, identity: dict[str, Any]) -> bool:
     """Whether OUT is what the run of this identity makes: it was killed after OUT appeared."""
-    file = out / verification.MANIFEST_FILE
-    if not file.exists():
+    if not (out / verification.MANIFEST_FILE).exists():
         return False
-    manifest = json.loads(file.read_text())
-    return bool(
-        manifest["tool"] == _tool(identity["version"])
-        and all(manifest[key] == identity[key] for key in ("source", "recipe"))
-    )
+    try:
+        manifest = verification.load_manifest(out)
+    except CheckpointError:
+        return False
+    return bool(manifest["identity"] == identity_digest(identity))
 
 
 def _tidy(out: Path, work: Path | None) -> None:
@@ -210,18 +213,29 @@ def _write_report(
     folder: Path, report: dict[str, Any], recipe: Recipe, plans: list[dict[str, Any]], source: Checkpoint
 ) -> None:
     write_json(folder / "report.json", report)
-    (folder / "report.md").write_text(report_markdown(report, dump_recipe(recipe), plans))
+    text = _published_recipe(recipe)
+    (folder / "report.md").write_text(report_markdown(report, text, plans), encoding="utf-8")
     card = model_card(
-        report, dump_recipe(recipe), base_model=source.model_id, revision=source.revision, tier=recipe.export.tier
+        report,
+        text,
+        base_model=source.model_id,
+        revision=source.revision,
+        license_fields=license_fields(source.folder),
+        ops=[step.op for step in recipe.steps],
+        tier=recipe.export.tier,
     )
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _published_recipe(recipe: Recipe) -> str:
+    return dump_recipe(Recipe.model_validate(without_local_paths(recipe.model_dump())))
 
 
 def _manifest(
     recipe: Recipe, source: Checkpoint, records: list[dict[str, Any]], around: Surroundings
 ) -> dict[str, Any]:
     return {
-        "format": 1,
+        "format": FORMAT,
         "tool": _tool(__version__),
         "source": describe_source(source),
         "recipe": _json(recipe),

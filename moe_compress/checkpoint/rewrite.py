@@ -32,6 +32,7 @@ from moe_compress.checkpoint.writer import (
     tensor_sha256,
     write_json,
 )
+from moe_compress.errors import CheckpointError
 from moe_compress.models.layers import SECTION, MoELayer
 from moe_compress.models.lockstep import Lockstep
 from moe_compress.progress import Stage
@@ -77,10 +78,16 @@ class Ledger:
 
     @classmethod
     def load(cls, folder: Path) -> Ledger:
-        content = json.loads((folder / LEDGER_FILE).read_text())
-        content["shards"] = [Shard(**shard) for shard in content["shards"]]
-        content["expected"] = {name: (dtype, tuple(shape)) for name, (dtype, shape) in content["expected"].items()}
-        return cls(**content)
+        """The ledger in `folder`; `CheckpointError` when it is damaged, or none that this version wrote."""
+        try:
+            content = json.loads((folder / LEDGER_FILE).read_text(encoding="utf-8"))
+            content["shards"] = [Shard(**shard) for shard in content["shards"]]
+            content["expected"] = {name: (dtype, tuple(shape)) for name, (dtype, shape) in content["expected"].items()}
+            return cls(**content)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(
+                f"{folder / LEDGER_FILE} is damaged, or was written by another version; run again."
+            ) from None
 
     def to_json(self) -> dict[str, Any]:
         return self.__dict__ | {"shards": [shard.__dict__ for shard in self.shards]}

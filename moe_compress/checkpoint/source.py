@@ -32,7 +32,7 @@ from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.errors import CheckpointError, UnsupportedModelError, UsageError
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "checkpoint"
-SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
 WEIGHTS = ["*.safetensors"]
 # Second copies of the same weights in other layouts.
 IGNORED = ["*/*.safetensors", "consolidated*.safetensors"]

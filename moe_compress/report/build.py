@@ -30,12 +30,10 @@ def build_report(
     random: Sequence[Mapping[str, Any]] = (),
     checks: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
-    *,
-    provenance: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The content of `report.json`, free of NaN and infinity (they become null).
 
-    `random` are the M of random prunings, each with its `seed`. `provenance` overrides, by key of M, what is taken as
+    `random` are the M of random prunings, each with its `seed`. `provenance` says of every key of M whether it is
     "measured" (`MEASURED`) or "derived" (all else). `ratio` is compressed / baseline. `recovery` is, per task and for
     its headline metric, compressed / baseline where higher is better and baseline / compressed where lower is; null
     where the divisor is 0 or the direction unknown. Its standard error follows from the two by first-order
@@ -66,7 +64,7 @@ def build_report(
         "checks": dict(checks or {}),
         "settings": _finite(settings or {}),
     }
-    report["provenance"] = _provenance(report, provenance or {})
+    report["provenance"] = _provenance(report)
     return report
 
 
@@ -144,16 +142,15 @@ def _random_summary(compressed: Mapping[str, Any], draws: Sequence[Mapping[str, 
     return summary
 
 
-def _provenance(report: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, str]:
+def _provenance(report: Mapping[str, Any]) -> dict[str, str]:
     """ "measured" or "derived" for every kind of figure that the report holds."""
-    assert set(overrides.values()) <= {"measured", "derived"}, overrides
     kinds: dict[str, str] = {}
     for figures in (report["baseline"], report["compressed"]):
         for key, value in figures.items():
             if key == "not_measured":
                 continue
             if _is_number(value) or (isinstance(value, dict) and value):
-                kinds[key] = overrides.get(key, "measured" if key in MEASURED else "derived")
+                kinds[key] = "measured" if key in MEASURED else "derived"
     computed = ("ratio", "recovery", "recovery_by_metric", "random_summary")
     return (
         kinds
