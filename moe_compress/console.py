@@ -55,8 +55,11 @@ def print_inspection(facts: Mapping[str, Any]) -> None:
     flops = format_flops(sum(facts["flops_per_token"].values()))
     rows.append(["all", format_count(facts["total_params"]), format_bytes(facts["stored_bytes"]), flops])
     print_table(rows)
+    print(f"FLOPs hold for a prompt of {facts['context']:,} tokens; stored bytes by part are {facts['bytes_are']}")
     print(f"active parameters per token: {format_count(facts['active_params'])}")
     print(f"KV cache per token: {format_bytes(facts['kv_bytes_per_token'])}")
+    for note in facts["notes"]:
+        print(f"of the derived costs: {note}")
     for sentence in facts["tiers"]:
         print(sentence)
 
@@ -75,7 +78,7 @@ def print_score_summary(summary: Mapping[str, Any]) -> None:
 
 def print_plan(planned: Mapping[str, Any]) -> None:
     """What `pipeline.plan` decided for each layer, and the sizes it predicts."""
-    from moe_compress.report.tables import FIGURES, format_bytes, format_percent
+    from moe_compress.report.tables import FIGURES, figure_label, format_bytes, format_percent
 
     for index, step in enumerate(planned["steps"]):
         print(f"steps.{index}: {step['op']}, criterion {_word(step['criterion'])}, keep {step['keep']}")
@@ -92,8 +95,11 @@ def print_plan(planned: Mapping[str, Any]) -> None:
     for path, label, show in FIGURES:
         before, after = (planned[side].get(path[0]) for side in ("baseline", "predicted"))
         if len(path) == 1 and before and after is not None:
+            label = figure_label(path, label, planned["predicted"])
             rows.append([label, show(before), show(after), format_percent(after / before)])
     print_table(rows)
+    for note in planned["baseline"].get("notes", ()):
+        print(f"of the derived costs: {note}")
     print(f"disk needed while it runs: {format_bytes(planned['disk_needed'])}")
 
 

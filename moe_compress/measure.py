@@ -85,7 +85,7 @@ def model_figures(checkpoint: Checkpoint, measured: dict[str, Any]) -> dict[str,
 def cost_figures(costs: dict[str, Any]) -> dict[str, Any]:
     """The costs that `report.json` holds of a model."""
     keys = ("total_params", "active_params", "stored_bytes", "active_bytes_per_token", "flops_per_token",
-            "decode_flops_per_token", "expert_flops_per_token", "kv_bytes_per_token")  # fmt: skip
+            "decode_flops_per_token", "expert_flops_per_token", "kv_bytes_per_token", "context", "notes")  # fmt: skip
     return {key: costs[key] for key in keys} | {"experts_per_token_mean": costs["experts_per_token"]}
 
 

@@ -48,7 +48,7 @@ __all__ = ["evaluate_checkpoint", "inspect", "plan", "run", "score", "verify"]
 
 def score(recipe: Recipe, work: Path, *, device: str = "auto", progress: Progress | None = None) -> Scores:
     """Measure the experts of the recipe's model; the scores in `work` serve any later plan of the same model."""
-    source = open_checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
+    source = open_checkpoint(recipe.model, recipe.revision)
     around = _surroundings(recipe, device, progress)
     identity = {"source": describe_source(source), "calibration": recipe.calibration.model_dump(mode="json")}
     open_workspace(work, identity, resume=True, force=False)
@@ -78,7 +78,7 @@ def run(
     work = (work or out.with_name(f"{out.name}.work")).absolute()
     if not resume:
         refuse_existing(out, force)
-    source = open_checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
+    source = open_checkpoint(recipe.model, recipe.revision)
     expert_counts(recipe, source.config, find_moe_layers(build_skeleton(source.config))[0])
     around = _surroundings(recipe, device, progress)
     identity = {"version": __version__, "source": describe_source(source), "recipe": _json(recipe)}

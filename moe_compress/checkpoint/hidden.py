@@ -21,7 +21,7 @@ def save_hidden(folder: Path, layer: int, hidden: Sequence[Tensor]) -> None:
 
 
 def load_hidden(folder: Path) -> tuple[int, list[Tensor]]:
-    """The layer an interrupted sweep has to go on with, and what enters it; `(0, [])` when nothing readable was kept."""
+    """The layer an interrupted sweep has to go on with, and what enters it; `(0, [])` when nothing readable is."""
     for kept in sorted(folder.glob("hidden-*.safetensors"), reverse=True):
         try:
             stored = load_file(kept)

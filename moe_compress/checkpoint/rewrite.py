@@ -22,7 +22,7 @@ from transformers import AutoConfig, PretrainedConfig
 from moe_compress.checkpoint.durable import sync
 from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, save_hidden
 from moe_compress.checkpoint.index import TensorIndex
-from moe_compress.checkpoint.source import Checkpoint
+from moe_compress.checkpoint.source import WEIGHT_SUFFIXES, Checkpoint
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import (
     SAFETENSORS_DTYPES,
@@ -42,7 +42,7 @@ PROBE_TOKENS = 32
 PROBE_POSITIONS = 8  # logits are kept for this many of them
 PROBE_FILE = "probe.npz"
 LEDGER_FILE = "ledger.json"
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+TEMPLATES = "additional_chat_templates"  # the one subfolder that belongs to a checkpoint
 
 
 class Change(Protocol):
@@ -178,23 +178,49 @@ def probe_tokens(config: Any) -> Tensor:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer, templates, code and generation settings: every file of the source that is no weight."""
+    """Copy tokenizer, templates, code and generation settings: every file of the source that is no weight.
+
+    What their `auto_map` names and is not there, because code is not downloaded, is left out of it.
+    """
     own = {"config.json", "README.md", "recipe.yaml", "plan.json", "manifest.json", "report.json", "report.md"}
     own |= {LEDGER_FILE, PROBE_FILE}
     for file in source.iterdir():
         weight = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
         if file.is_file() and not weight and file.name not in own and not file.name.startswith("."):
             shutil.copyfile(file, folder / file.name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, folder / TEMPLATES, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    for file in folder.glob("*_config.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and (whole := without_dangling(content, folder)) != content:
+            file.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def without_dangling(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The content of a configuration file without the `auto_map` entries whose code is not in `folder`."""
+
+    def leads_somewhere(reference: Any) -> bool:
+        named = reference if isinstance(reference, list) else [reference]
+        files = [folder / f"{name.rpartition('.')[0]}.py" for name in named if name is not None and "--" not in name]
+        return all(file.exists() for file in files)
+
+    auto_map = content.get("auto_map")
+    if not isinstance(auto_map, dict):
+        return dict(content)
+    kept = {name: reference for name, reference in auto_map.items() if leads_somewhere(reference)}
+    rest = {key: value for key, value in content.items() if key != "auto_map"}
+    return dict(content) if kept == auto_map else rest | ({"auto_map": kept} if kept else {})
 
 
 def write_config(source: Path, folder: Path, new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
     """Write `config.json`; an unchanged one keeps its very bytes."""
+    if SECTION in new:
+        write_remote_code(folder)
+    new = without_dangling(new, folder)
     if new == old:
         shutil.copyfile(source / "config.json", folder / "config.json")
     else:
-        (folder / "config.json").write_text(json.dumps(new, indent=2) + "\n")
-    if SECTION in new:
-        write_remote_code(folder)
+        (folder / "config.json").write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
 
 
 def read_config(source: Checkpoint, folder: Path) -> PretrainedConfig:

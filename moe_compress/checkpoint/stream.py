@@ -8,7 +8,7 @@ final norm, head), and those it does not know (prediction heads, vision towers);
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,16 @@ def read_tensor(info: TensorInfo) -> Tensor:
     return torch.from_numpy(raw).view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
 
 
+def stored_targets(model: Any, mapping: list[Any], names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each stored tensor's name with that of the model's tensor it is for, or goes into; empty where there is none."""
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known = model.state_dict()
+    for name in names:
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        yield name, target if target in known else name if name in known else ""
+
+
 class LayerStream:
     """The layers of one checkpoint.
 
@@ -81,9 +91,6 @@ class LayerStream:
 
     def _sort_names(self) -> None:
         """Which stored tensor belongs to which layer, to the rest of the forward pass, or to neither."""
-        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
-        known = self.model.state_dict()
         prefix = f"{self.layers_name}."
         trunk = f"{self.layers_name.rpartition('.')[0]}."
         ends = {name: module for name, module in self.model.named_modules() if module in self._ends()}
@@ -92,10 +99,7 @@ class LayerStream:
         self.end_names: dict[nn.Module, list[str]] = {module: [] for module in ends.values()}
         self.untouched: list[str] = []
         sources: dict[str, set[str]] = defaultdict(set)
-        for name in self.checkpoint.index:
-            target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, known)
-            if target not in known:
-                target = name if name in known else ""
+        for name, target in stored_targets(self.model, self._mapping, self.checkpoint.index):
             if target.startswith(prefix):
                 layer_names[int(target[len(prefix) :].split(".")[0])][target].append(name)
                 sources[target].add(self.checkpoint.index[name].dtype)

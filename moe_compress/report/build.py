@@ -5,7 +5,8 @@ Measures nothing itself, and invents nothing: a figure that is missing on either
 Model figures M (every key may be missing): `total_params`, `active_params`, `stored_bytes`, `active_bytes_per_token`,
 `flops_per_token`, `expert_flops_per_token`, `experts_per_token_mean`, `peak_rss_bytes`, further numbers of the cost
 model, `speed` {`prefill_tokens_per_s`, `decode_tokens_per_s`} and `tasks` {task: {metric: {`value`, `stderr`,
-`higher_is_better`}}}. `not_measured` {"tasks": why, "speed": why} says what could not be measured.
+`higher_is_better`}}}. `context` is the prompt's length that FLOPs hold for, `notes` what the costs leave out, and
+`not_measured` {"tasks": why, "speed": why} says what could not be measured.
 
 Settings (every key may be missing): `model`, `revision`, `criterion`, `steps`, `calibration` (the scores' summary and
 fingerprint), `eval` (few-shot, batch size, limit, ...), `versions`, `hardware`; anything else is carried along.
@@ -110,6 +111,8 @@ def _ratios(baseline: Mapping[str, Any], compressed: Mapping[str, Any]) -> dict[
     ratios: dict[str, Any] = {}
     for key, value in compressed.items():
         other = baseline.get(key)
+        if key == "context":
+            continue
         if _is_number(value) and _is_number(other):
             ratios[key] = value / other if other else None
         elif key not in ("tasks", "speed_settings") and isinstance(value, dict) and isinstance(other, dict):
@@ -147,7 +150,7 @@ def _provenance(report: Mapping[str, Any]) -> dict[str, str]:
     kinds: dict[str, str] = {}
     for figures in (report["baseline"], report["compressed"]):
         for key, value in figures.items():
-            if key == "not_measured":
+            if key in ("not_measured", "context"):
                 continue
             if _is_number(value) or (isinstance(value, dict) and value):
                 kinds[key] = "measured" if key in MEASURED else "derived"

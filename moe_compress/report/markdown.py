@@ -149,6 +149,8 @@ def limits(report: Mapping[str, Any]) -> list[str]:
         found.append("Speed was not compared; fewer FLOPs are not by themselves a speed-up.")
     else:
         found.append("Speed and memory hold for the machine they were measured on; elsewhere the ratio may differ.")
+    notes = (note for side in ("baseline", "compressed") for note in report[side].get("notes", ()))
+    found += [f"Of the derived costs: {note}." for note in dict.fromkeys(notes)]
     starved = (report["settings"].get("calibration") or {}).get("starved")
     if starved:
         experts = "1 expert" if len(starved) == 1 else f"{len(starved)} experts"

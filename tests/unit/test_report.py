@@ -335,7 +335,8 @@ def test_local_paths_are_shortened_and_nothing_else(tmp_path: Path, monkeypatch:
     (tmp_path / "private" / "my chats").mkdir(parents=True)
     home = "/home/someone/secret"
     assert without_local_paths({
-        "model": f"{home}/model", "datasets": [str(tmp_path / "private" / "my chats"), "./my/x.jsonl", "../up", "~/x/y.txt"],
+        "model": f"{home}/model",
+        "datasets": [str(tmp_path / "private" / "my chats"), "./my/x.jsonl", "../up", "~/x/y.txt"],
         "relative": "private/my chats", "said": f"The shard `{home}/model/a.safetensors` is missing ({home}/b).",
     }) == {
         "model": "model", "datasets": ["my chats", "x.jsonl", "up", "y.txt"],

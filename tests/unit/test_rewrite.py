@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def retype(folder: Path, part: str, dtype: torch.dtype) -> None:
         save_file(tensors, shard, {"format": "pt"})
 
 
-# ---------------------------------------------------------------------------------------------------------- number types
+# --------------------------------------------------------------------------------------------------------- number types
 
 
 @pytest.mark.parametrize("part", ["layers.0.self_attn.q_proj", "layers.1.mlp.gate.", "layers.1.input_layernorm"])
@@ -74,6 +75,36 @@ def test_ledger_names_what_a_layer_hands_through(tmp_path: Path) -> None:
     expected = {name for name in index if ".layers." in name and ".mlp." not in name}
     assert set(ledger.unchanged) == expected and Ledger.load(tmp_path / "out") == ledger
     assert all(digest == tensor_sha256(index[name]) for name, digest in ledger.unchanged.items())
+
+
+# ---------------------------------------------------------------------------------------------------- what is no weight
+
+
+def test_what_belongs_to_a_checkpoint_is_copied_and_strays_are_not(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "model")
+    for name in ("adapter_model.safetensors", "optimizer.pt", "state.ckpt", "args.pkl", "model.onnx_data"):
+        (source / name).write_bytes(b"another kind of weights")
+    (source / "LICENSE").write_text("text")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    (source / "runs").mkdir()
+    (source / "runs" / "events").write_text("of the training")
+    (source / "code.py").write_text("")
+    config = json.loads((source / "config.json").read_text())
+    auto_map = {"AutoConfig": "gone.Config", "AutoModel": "code.Model", "AutoModelForCausalLM": "org/other--gone.Model"}
+    (source / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    tokenizer = json.loads((source / "tokenizer_config.json").read_text())
+    code = {"AutoTokenizer": ["gone.Slow", None]}
+    (source / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"auto_map": code}))
+    identity(source, tmp_path / "out")
+    found = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert {name for name in found if not name.startswith("model-")} == {
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE", "code.py",
+        "additional_chat_templates/tool_use.jinja", "model.safetensors.index.json", "ledger.json", "probe.npz",
+    }  # fmt: skip
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == config | {"auto_map": {name: auto_map[name] for name in ("AutoModel", "AutoModelForCausalLM")}}
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == tokenizer
 
 
 # --------------------------------------------------------------------------------------------------------- config.json
