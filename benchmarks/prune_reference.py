@@ -135,7 +135,7 @@ def main() -> None:
         folder = Path(name)
         sets = calibration_sets(folder)
         made_with = header(source, sets)
-        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
         same = all(found.get(key) == value for key, value in made_with.items())
         rows: list[Row] = found["rows"] if same else []
         wanted: list[tuple[str | None, str, int | None]] = [(None, "original", None)]
@@ -155,7 +155,7 @@ def main() -> None:
             rows.append(row | {"seconds": round(time.monotonic() - started, 1)})
             elapsed = round(sum(row["seconds"] for row in rows), 1)
             result = made_with | {"random": summary(rows), "elapsed_seconds": elapsed, "rows": rows}
-            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+            RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             print(f"row {len(rows)}/{len(wanted)}: {json.dumps(rows[-1])}", flush=True)
     print(f"\n{table(rows)}")
 
