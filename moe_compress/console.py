@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moe_compress.text import listed
+
 PIPE_WIDTH = 200  # columns where no terminal says its own
 FIGURE_WIDTH = 24  # characters; a longer cell is no figure
 MAX_LISTED = 8  # starved experts named one by one
@@ -72,8 +74,7 @@ def print_score_summary(summary: Mapping[str, Any]) -> None:
     )
     starved = [f"{layer}/{expert}" for layer, expert in summary["starved"]]
     if starved:
-        more = f" and {len(starved) - MAX_LISTED} more" if len(starved) > MAX_LISTED else ""
-        print(f"starved (layer/expert): {', '.join(starved[:MAX_LISTED])}{more}; calibrate on more tokens")
+        print(f"starved (layer/expert): {listed(starved, MAX_LISTED)}; calibrate on more tokens")
 
 
 def print_plan(planned: Mapping[str, Any]) -> None:

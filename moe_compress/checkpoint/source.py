@@ -30,6 +30,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.checkpoint.index import INDEX_FILE, SINGLE_FILE, TensorIndex, shard_names
 from moe_compress.errors import CheckpointError, UnsupportedModelError, UsageError
+from moe_compress.text import first_line
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "checkpoint"
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
@@ -133,7 +134,7 @@ def _download(repository: str, revision: str | None, patterns: list[str]) -> Pat
         raise CheckpointError(message) from error
     except Exception as error:  # the HTTP library's own exceptions are no part of the Hub client's interface
         raise CheckpointError(
-            f"The download of {repository}{at} failed ({_first_line(error)}); start again, "
+            f"The download of {repository}{at} failed ({first_line(error)}); start again, "
             "files that are complete are kept."
         ) from error
 
@@ -173,7 +174,7 @@ def _checked_config(folder: Path, model: str, names: list[str]) -> PretrainedCon
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # every architecture checks its own settings
-        raise CheckpointError(f"The config.json of {model} is not accepted: {_first_line(error)}.") from error
+        raise CheckpointError(f"The config.json of {model} is not accepted: {first_line(error)}.") from error
     assert isinstance(config, PretrainedConfig)
     return config
 
@@ -219,7 +220,3 @@ def _unknown_architecture(model: str, model_type: str | None) -> str:
 
 def _gguf(model: str) -> str:
     return f"{model} is a GGUF, a format for running models; name the safetensors checkpoint it was made from."
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")

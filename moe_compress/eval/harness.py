@@ -30,6 +30,7 @@ from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.memory import require_memory
 from moe_compress.eval.precision import compute_dtype
 from moe_compress.models.skeleton import model_class
+from moe_compress.text import first_line
 
 REFERENCE_TASKS = Path(__file__).parents[1] / "reference" / "tasks"
 LOGITS_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}  # of one batch in float32, for `batch_size: auto`
@@ -262,11 +263,7 @@ def _own_errors(what: str, kind: type[MoECompressError] = DataError) -> Iterator
     except MoECompressError:
         raise
     except Exception as error:
-        raise kind(f"{what}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise kind(f"{what}: {first_line(error)}.") from error
 
 
 @contextmanager

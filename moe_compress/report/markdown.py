@@ -16,6 +16,7 @@ from moe_compress.report.tables import (
     metric_label,
     summary_rows,
 )
+from moe_compress.text import listed
 
 CHECKS = ("coverage", "bytes", "keys", "logits", "target")
 GENERATIVE_METRICS = frozenset({"exact_match", "pass@1", "pass_at_1", "f1", "bleu", "rouge1", "rougeL", "chrf"})
@@ -197,7 +198,7 @@ def _plan_lines(index: int, plan: Mapping[str, Any]) -> list[str]:
         lines.append(f"  Each of {len(counts)} layers keeps {span} experts.")
     protected = [f"layer {layer['layer']} expert {expert}" for layer in plan["layers"] for expert in layer["protected"]]
     if protected:
-        lines.append(f"  Protected super experts: {_listed(protected)}.")
+        lines.append(f"  Protected super experts: {listed(protected, LISTED)}.")
     return lines
 
 
@@ -206,7 +207,7 @@ def _calibration_lines(calibration: Mapping[str, Any] | None) -> list[str]:
         return ["No calibration was needed or recorded."]
     lines = _settings_lines({key: value for key, value in calibration.items() if key != "starved"})
     starved = [f"layer {layer} expert {expert}" for layer, expert in calibration.get("starved", ())]
-    found = f"{len(starved)}: {_listed(starved)}" if starved else "none"
+    found = f"{len(starved)}: {listed(starved, LISTED)}" if starved else "none"
     return [*lines, f"* experts with fewer tokens than the minimum: {found}"]
 
 
@@ -235,15 +236,10 @@ def _inline(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_inline(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list | tuple):
-        return _listed([_inline(item) for item in value]) or "none"
+        return listed([_inline(item) for item in value], LISTED) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value is None else str(value)
-
-
-def _listed(items: Sequence[str]) -> str:
-    more = f", and {len(items) - LISTED} more" if len(items) > LISTED else ""
-    return ", ".join(items[:LISTED]) + more
 
 
 def _model(settings: Mapping[str, Any]) -> str:

@@ -111,7 +111,9 @@ def _figure_rows(report: Mapping[str, Any]) -> list[SummaryRow]:
         ratio = NOTHING if None in values else format_percent(_get(report["ratio"], path))
         texts = [MISSING if value is None else formatter(value) for value in values]
         provenance = report["provenance"].get(path[0], NOTHING)
-        rows.append(SummaryRow(figure_label(path, label, report["compressed"]), *texts, ratio, NOTHING, provenance))
+        rows.append(
+            SummaryRow(figure_label(path, label, report["compressed"]), texts[0], texts[1], ratio, NOTHING, provenance)
+        )
     return rows
 
 

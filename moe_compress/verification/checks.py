@@ -31,6 +31,7 @@ from moe_compress.errors import CheckpointError, MoECompressError, UsageError, V
 from moe_compress.manifest import FORMAT
 from moe_compress.models.layers import SECTION
 from moe_compress.progress import Progress
+from moe_compress.text import listed
 
 MANIFEST_FILE = "manifest.json"
 # Largest allowed difference of logits, relative to their spread. Both sides compute in float32 with different kernels.
@@ -110,25 +111,20 @@ def raise_on_failure(checks: dict[str, dict[str, Any]]) -> None:
 
 def check_coverage(manifest: dict[str, Any]) -> Check:
     """Every kept expert saw at least the asked number of calibration tokens."""
-    listed: list[str] = []
+    dropped: list[str] = []
     kept: list[str] = []
     for step in manifest["steps"]:
         for layer, expert in step.get("starved", []):
-            (kept if expert in step["keep"][str(layer)] else listed).append(f"layer {layer} expert {expert}")
+            (kept if expert in step["keep"][str(layer)] else dropped).append(f"layer {layer} expert {expert}")
     if kept:
         return Check(
             False,
-            f"kept without enough calibration tokens: {_listed(kept)}; raise calibration.num_samples, or lower "
-            "calibration.min_tokens_per_expert.",
+            f"kept without enough calibration tokens: {listed(kept, MAX_LISTED)}; raise calibration.num_samples, or "
+            "lower calibration.min_tokens_per_expert.",
         )
-    if listed:
-        return Check(True, f"dropped because too few calibration tokens reached them: {_listed(listed)}.")
+    if dropped:
+        return Check(True, f"dropped because too few calibration tokens reached them: {listed(dropped, MAX_LISTED)}.")
     return Check(True, "every expert saw calibration tokens." if manifest["steps"] else "no step needed calibration.")
-
-
-def _listed(items: list[str]) -> str:
-    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
-    return ", ".join(items[:MAX_LISTED]) + more
 
 
 def check_bytes(folder: Path, ledger: Ledger, manifest: dict[str, Any]) -> Check:

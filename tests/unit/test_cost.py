@@ -210,7 +210,7 @@ def test_to_dict_holds_the_sums() -> None:
     assert content["expert_flops_per_token"] == content["prefill_flops"]["routed_experts"]
 
 
-# ------------------------------------------------------------------------------------- what a reader is told beside them
+# ------------------------------------------------------------------------------------ what a reader is told beside them
 
 
 def test_the_prompt_is_no_longer_than_the_model_reads_and_is_named() -> None:
