@@ -33,7 +33,7 @@ def measure(
         if checkpoint is not None:
             kept = folder / f"{name}.json" if folder is not None else None
             if kept is not None and kept.exists():
-                measured[name] = json.loads(kept.read_text())
+                measured[name] = json.loads(kept.read_text(encoding="utf-8"))
             else:
                 measured[name] = evaluate(checkpoint, config, around, name)
                 if kept is not None and "not_measured" not in measured[name]:
@@ -112,4 +112,4 @@ def random_baselines(recipe: Recipe, source: Checkpoint, work: Path, around: Sur
             write_json(file, {"seed": seed} | model_figures(current, found))
             for folder in work.glob(f"random-{seed}-*"):
                 shutil.rmtree(folder)
-        yield json.loads(file.read_text())
+        yield json.loads(file.read_text(encoding="utf-8"))

@@ -84,7 +84,7 @@ def run(
     identity = {"version": __version__, "source": describe_source(source), "recipe": _json(recipe)}
     if resume and _is_result(out, identity):
         _tidy(out, None if keep_steps else work)
-        report: dict[str, Any] = json.loads((out / "report.json").read_text())
+        report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
         return report
     refuse_existing(out, force)
     if not work.exists():
@@ -94,7 +94,10 @@ def run(
     open_workspace(work, identity, resume=resume, force=force)
     with discarded_if_empty(work), explained_disk_errors(work):
         finished, records = _run_steps(recipe, source, work, around, keep_steps)
-        plans = [json.loads((work / f"step-{number}" / "plan.json").read_text()) for number in range(len(records))]
+        plans = [
+            json.loads((work / f"step-{number}" / "plan.json").read_text(encoding="utf-8"))
+            for number in range(len(records))
+        ]
         (finished.folder / "recipe.yaml").write_text(_published_recipe(recipe), encoding="utf-8")
         write_json(finished.folder / "plan.json", {"steps": plans})
         manifest = _manifest(recipe, source, records, around) | {"identity": identity_digest(identity)}

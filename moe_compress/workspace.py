@@ -40,7 +40,7 @@ def open_workspace(folder: Path, identity: Mapping[str, Any], *, resume: bool, f
             )
         remove_workspace(folder)
     if state.exists():
-        differing = list(differences(json.loads(state.read_text()), json.loads(json.dumps(identity))))
+        differing = list(differences(json.loads(state.read_text(encoding="utf-8")), json.loads(json.dumps(identity))))
         if differing:
             raise ResumeError(
                 f"{folder} belongs to another run and cannot be continued; choose another folder, or start over with "

@@ -112,7 +112,7 @@ class Scores:
     def load(cls, folder: Path) -> Scores:
         """Read what `save` wrote; a `UsageError` when the folder holds no scores of this format."""
         try:
-            content = json.loads((folder / "scores.json").read_text())
+            content = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
             arrays = load_file(folder / "scores.safetensors")
         except FileNotFoundError:
             raise UsageError(f"{folder} holds no scores; make them with `moe-compress score`.") from None

@@ -176,7 +176,7 @@ def collect(
 
 def _require_same_input(file: Path, fingerprint: dict[str, Any], done: int) -> None:
     """Note what is swept, or refuse to go on with an interrupted sweep of something else."""
-    if done and json.loads(file.read_text()) != json.loads(json.dumps(fingerprint)):
+    if done and json.loads(file.read_text(encoding="utf-8")) != json.loads(json.dumps(fingerprint)):
         raise ResumeError("the calibration data is not what this run began with; start over with --force.")
     write_json(file, fingerprint)
 

@@ -40,7 +40,7 @@ class Clock(BaseStreamer):
 def peak_rss_bytes() -> int:
     """Largest resident memory of this process; not `ru_maxrss` on Linux, which starts from the parent's."""
     if STATUS.exists():
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        line = next(line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -132,7 +132,7 @@ class _Worker:
     def start(self) -> None:
         """Begin loading; does not wait."""
         paths = [str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        with self._log.open("w") as log:
+        with self._log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "moe_compress.eval._speed_worker", self._settings],
                 stdin=subprocess.PIPE,
@@ -164,7 +164,7 @@ class _Worker:
         assert self._process is not None and self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            said = [line.strip() for line in self._log.read_text().splitlines() if line.strip()]
+            said = [line.strip() for line in self._log.read_text(encoding="utf-8").splitlines() if line.strip()]
             reason = said[-1] if said else "its process was killed"
             raise MeasurementError(f"its process ended: {reason}" if said else f"{reason}.")
         content: dict[str, Any] = json.loads(line)
