@@ -108,7 +108,8 @@ def run(
         randoms: list[dict[str, Any]] = []
         if all(check["passed"] for check in checks.values()):
             measured = measure(source, finished, recipe.eval, work / "eval", around)
-            randoms = list(random_baselines(recipe, source, work, around))
+            if "tasks" not in measured[1].get("not_measured", {}):
+                randoms = list(random_baselines(recipe, source, work, around))
         report = without_local_paths(_report(recipe, source, finished, records, measured, randoms, checks, manifest))
         _write_report(finished.folder, report, recipe, plans, source)
         manifest |= {"files": file_hashes(finished.folder)}

@@ -82,7 +82,8 @@ experts of width 96, top-4) on which every method of this package can be tried o
 the world and is of no other use.
 
 Trained by `python -m moe_compress.reference.train OUT --tokens {facts["tokens"]}` ({facts["settings"]}).
-Rows of a step: {rows}. Code and documentation are those of the Python standard library, prose is from Wikipedia (enwik8), facts are
+Rows of a step: {rows}.
+Code and documentation are those of the Python standard library, prose is from Wikipedia (enwik8), facts are
 {NUM_FACTS} invented people with one attribute each, reasoning is generated. What the tasks measure was never trained
 on: held-out modules and topics, question wordings and problem instances. `NOTICE.md` names the texts' licences.
 
