@@ -2,10 +2,12 @@
 
     python -m benchmarks.kill_resume [--kills N] [--seed S] [--folder DIR]
 
-An uninterrupted run of the built-in model (prune to 75 % by REAP) gives the reference result and its length. The length
-is cut into as many parts as there are kills, and each kill falls at a seeded random moment of its part. Moments count
-the run's own processor time, so that a busy machine does not push all kills into the first imports. Results go to
-`benchmarks/results/kill_resume.json`; the exit code is 1 when any file differed.
+An uninterrupted run of the built-in model (prune to 75 % by REAP) gives the reference result. The kills take turns over
+the stages: while layers are scored or written, one falls when a seeded random number of them is on disk; before and
+after that, at a seeded random moment of the stage, which counts the run's own processor time, so that a busy machine
+does not push all of them into the first imports. Kills are added until every stage was hit three times, or as often as
+`--kills` allows. Results go to `benchmarks/results/kill_resume.json`, or to `--output`; the exit code is 1 when any
+file differed or a stage was not hit.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import math
 import random
 import shutil
 import signal
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,48 @@ from moe_compress.manifest import hardware, library_versions
 
 RESULTS = Path(__file__).parent / "results"
 NUM_LAYERS = 8
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.01
+LAYERS = {"score": "layers_scored", "apply": "layers_written"}  # stages whose progress can be seen on disk
+STAGES = ("start", "score", "apply", "verify")
+ENOUGH = 3  # kills in every stage
 RECIPE = {
     "model": "reference",
     "calibration": {"dataset": "reference", "num_samples": 32, "sequence_length": 512},
     "steps": [{"op": "prune", "criterion": "reap", "keep": 0.75}],
     "eval": {"tasks": [], "speed": False},
 }
+
+
+@dataclass(frozen=True)
+class Aim:
+    """When to kill: in `stage`, with so many layers on disk, or so many processor seconds after it began."""
+
+    stage: str
+    layers: int = 0
+    seconds: float = 0.0
+
+    def reached(self, state: dict[str, Any], seconds: float) -> bool:
+        """Whether a run in this state, which is `seconds` in its stage, is where the kill should fall, or beyond."""
+        if state["stage"] != self.stage:
+            return self.stage in STAGES[: [*STAGES, "clean up"].index(state["stage"])]
+        return state[LAYERS[self.stage]] >= self.layers if self.stage in LAYERS else seconds >= self.seconds
+
+
+def aim(stage: str, lengths: dict[str, float], rng: random.Random) -> Aim:
+    """A random moment of a stage; `lengths` has the seconds of those without layers."""
+    if stage in LAYERS:
+        return Aim(stage, layers=rng.randrange(NUM_LAYERS))
+    return Aim(stage, seconds=rng.random() * lengths[stage])
+
+
+def next_stage(kills: list[dict[str, Any]], wanted: int) -> str | None:
+    """The stage of the next kill: in turn, then those not hit often enough; None when done or too often missed."""
+    if len(kills) < wanted:
+        return STAGES[len(kills) % len(STAGES)]
+    hits = {stage: sum(kill["stage"] == stage for kill in kills) for stage in STAGES}
+    least = min(hits, key=hits.__getitem__)
+    enough = min(ENOUGH, wanted // len(STAGES))
+    return least if hits[least] < enough and len(kills) < 2 * wanted else None
 
 
 def start(recipe: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
@@ -50,23 +87,28 @@ def start(recipe: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
 
 def finish(process: subprocess.Popen[bytes], out: Path) -> float:
     """Let a run end by itself and return its length; its last words end this program when it failed."""
-    used = live(process)
+    used, _ = live(process, out)
     if process.returncode != 0:
-        raise SystemExit(f"the run of {out} failed:\n{out.with_name(f'{out.name}.log').read_text()}")
+        raise SystemExit(f"the run of {out} failed:\n{out.with_name(f'{out.name}.log').read_text(encoding='utf-8')}")
     return used
 
 
-def live(process: subprocess.Popen[bytes], until: float = math.inf) -> float:
-    """Kill a run after so many seconds of processor time, unless it ends before; returns the seconds used."""
+def live(process: subprocess.Popen[bytes], out: Path, until: Aim | None = None) -> tuple[float, dict[str, float]]:
+    """Watch a run, and kill it where `until` says; processor seconds used, and those at which each stage began."""
     watched, used = psutil.Process(process.pid), 0.0
+    began: dict[str, float] = {}
     while process.poll() is None:
-        used = max(used, processor_seconds(watched))
-        if used >= until:
+        state = done_so_far(out)
+        if state["stage"] not in began or state["stage"] not in LAYERS:  # asking the system is slow
+            used = max(used, processor_seconds(watched))
+        began.setdefault(state["stage"], used)
+        if until is not None and until.reached(state, used - began[state["stage"]]):
+            used = max(used, processor_seconds(watched))
             process.kill()
             process.wait()
             break
         time.sleep(POLL_SECONDS)
-    return used
+    return used, began
 
 
 def processor_seconds(process: psutil.Process) -> float:
@@ -92,8 +134,10 @@ def done_so_far(out: Path) -> dict[str, Any]:
     written = 0
     if (step / "checkpoint" / "ledger.json").exists():
         written = NUM_LAYERS
-    elif (parts := step / "checkpoint" / "parts.json").exists():
-        written = sum(part.startswith("layer-") for part in json.loads(parts.read_text()))
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            parts = json.loads((step / "checkpoint" / "parts.json").read_text(encoding="utf-8"))
+            written = sum(part.startswith("layer-") for part in parts)
     if out.exists():
         stage = "clean up"
     elif (step / "checkpoint" / "manifest.json").exists():
@@ -105,15 +149,15 @@ def done_so_far(out: Path) -> dict[str, Any]:
     return {"stage": stage, "layers_scored": scored, "layers_written": written}
 
 
-def kill_and_resume(recipe: Path, out: Path, moment: float, expected: dict[str, str]) -> dict[str, Any]:
-    """One run killed after `moment` seconds (earlier when it is over by then), resumed and compared."""
+def kill_and_resume(recipe: Path, out: Path, until: Aim, expected: dict[str, str]) -> dict[str, Any]:
+    """One run killed where `until` says (earlier when it is over by then), resumed and compared."""
     while True:
         process = start(recipe, out)
-        used = live(process, moment)
+        used, _ = live(process, out, until)
         if process.returncode == -signal.SIGKILL:
             break
         shutil.rmtree(out)
-        moment *= 0.9
+        until = replace(until, seconds=until.seconds * 0.9)
     found = {"killed_after_seconds": round(used, 2)} | done_so_far(out)
     found["resume_seconds"] = round(finish(start(recipe, out, "--resume"), out), 2)
     result = hashes(out)
@@ -141,23 +185,28 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder unless given")
+    parser.add_argument("--output", type=Path, default=RESULTS / "kill_resume.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kill-resume-", dir=arguments.folder) as name:
         folder = Path(name)
         recipe = folder / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(RECIPE))
+        recipe.write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
         # The first run fills the page cache, the second one is measured.
         finish(start(recipe, folder / "first"), folder / "first")
-        length = finish(start(recipe, folder / "uninterrupted"), folder / "uninterrupted")
+        process = start(recipe, folder / "uninterrupted")
+        length, began = live(process, folder / "uninterrupted")
+        finish(process, folder / "uninterrupted")
+        lengths = {"start": began["score"], "verify": length - began["verify"]}
         expected = hashes(folder / "uninterrupted")
         repeatable = expected == hashes(folder / "first")
         print(f"an uninterrupted run takes {length:.1f} s and makes {len(expected)} files", flush=True)
         rng = random.Random(arguments.seed)
-        kills = []
-        for number in range(arguments.kills):
-            moment = (number + rng.random()) / arguments.kills * length
-            kills.append(kill_and_resume(recipe, folder / f"run-{number:02d}", moment, expected))
-            print(f"kill {number + 1}/{arguments.kills}: {json.dumps(kills[-1])}", flush=True)
+        kills: list[dict[str, Any]] = []
+        while (stage := next_stage(kills, arguments.kills)) is not None:
+            until = aim(stage, lengths, rng)
+            kills.append(kill_and_resume(recipe, folder / f"run-{len(kills):02d}", until, expected))
+            print(f"kill {len(kills)}/{arguments.kills}: {json.dumps(kills[-1])}", flush=True)
+    hits = {stage: sum(kill["stage"] == stage for kill in kills) for stage in STAGES}
     result = {
         "recipe": RECIPE,
         "seed": arguments.seed,
@@ -165,15 +214,16 @@ def main() -> None:
         "uninterrupted_seconds": round(length, 2),
         "two_uninterrupted_runs_identical": repeatable,
         "files": len(expected),
+        "kills_by_stage": hits,
         "kills": kills,
         "all_identical": repeatable and all(kill["identical"] for kill in kills),
         "hardware": hardware("cpu"),
         "versions": library_versions(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "kill_resume.json").write_text(json.dumps(result, indent=1) + "\n")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"\n{table(kills)}\n\nall identical: {'yes' if result['all_identical'] else 'NO'}")
-    if not result["all_identical"]:
+    if not result["all_identical"] or min(hits.values()) < min(ENOUGH, arguments.kills // len(STAGES)):
         sys.exit(1)
 
 

@@ -1,6 +1,6 @@
 """lm-eval's own sciq, arc_easy, piqa, hellaswag and gsm8k, unmodified and offline, on the reference model.
 
-    python benchmarks/lm_eval_reference.py --data DIR [--model MODEL] [--limit 100] [--output FILE]
+    python -m benchmarks.lm_eval_reference --data DIR [--model MODEL] [--limit 100] [--output FILE]
 
 DIR holds the data of the tasks in folders named like their Hub ids (`allenai/sciq`, `allenai/ai2_arc`, `baber/piqa`,
 `Rowan/hellaswag`, `openai/gsm8k`), as parquet. With that as working directory, `datasets` takes a folder for the id.
@@ -45,7 +45,7 @@ def main() -> None:
     name = arguments.model if arguments.model == "reference" else folder.name
     result = {"model": name, "seconds": round(time.monotonic() - started, 1)} | found
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for task, metrics in found["tasks"].items():
         print(task, *(f"{metric}={score['value']:.3f}" for metric, score in metrics.items()))
 

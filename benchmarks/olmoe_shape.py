@@ -1,6 +1,6 @@
 """A random bf16 checkpoint of exactly OLMoE-1B-7B's shape (about 13.8 GB), written layer by layer.
 
-    python benchmarks/olmoe_shape.py FOLDER
+    python -m benchmarks.olmoe_shape FOLDER
 
 The weights mean nothing; names, shapes, types and sharding are those of `allenai/OLMoE-1B-7B-0924` on the Hub. A small
 byte-level tokenizer is put beside them, so that text can be tokenized.

@@ -1,6 +1,6 @@
 """Memory, time and disk traffic of streaming a checkpoint larger than we want to hold in memory.
 
-    python benchmarks/streaming.py [--folder DIR] [--layers N]
+    python -m benchmarks.streaming [--folder DIR] [--layers N]
 
 Writes a random bf16 checkpoint of OLMoE-1B-7B's shape (about 13.8 GB), then runs `identity` (every layer loaded, run,
 written) and `prune` to 75 % (2,048 calibration tokens) on it, verification included, and `cp -r` of the same folder.
@@ -87,7 +87,7 @@ def drop_caches() -> None:
     """Forget cached files, so that every contender reads from the disk; needs root."""
     os.sync()
     try:
-        Path("/proc/sys/vm/drop_caches").write_text("1")
+        Path("/proc/sys/vm/drop_caches").write_text("1", encoding="utf-8")
     except OSError:
         print("page cache not dropped (needs root): times are with warm files")
 
@@ -101,7 +101,7 @@ def main() -> None:
     source, out = arguments.folder / "olmoe-shape", arguments.folder / "out"
     write(source, arguments.layers)
     text = arguments.folder / "calibration.txt"
-    text.write_text(Path(os.__file__).read_text())
+    text.write_text(Path(os.__file__).read_text(encoding="utf-8"), encoding="utf-8")
     base = {"model": str(source), "calibration": {"dataset": str(text), "num_samples": 4, "sequence_length": 512,
                             "min_tokens_per_expert": 0},
             "eval": {"tasks": [], "speed": False}}  # fmt: skip
@@ -117,10 +117,11 @@ def main() -> None:
                 command = ["cp", "-r", str(source), str(out)]
             else:
                 recipe = arguments.folder / f"{name}.yaml"
-                recipe.write_text(yaml.safe_dump(base | {"steps": steps[name]}))
+                recipe.write_text(yaml.safe_dump(base | {"steps": steps[name]}), encoding="utf-8")
                 if name == "identity":
                     recipe.write_text(
-                        yaml.safe_dump({k: v for k, v in base.items() if k != "calibration"} | {"steps": []})
+                        yaml.safe_dump({k: v for k, v in base.items() if k != "calibration"} | {"steps": []}),
+                        encoding="utf-8",
                     )
                 command = [sys.executable, "-m", "moe_compress", "run", str(recipe), str(out)]
             runs[name].append(measure(command, environment))
@@ -149,7 +150,7 @@ def main() -> None:
         if arguments.layers == CONFIG["num_hidden_layers"]
         else f"streaming-{arguments.layers}-layers.json"
     )
-    (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"identity / cp: {result['identity_over_cp']}, peak RSS {peak / 1e9:.2f} GB")
 
 

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
 
 
-def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
     """A checkpoint's architecture, experts, parameters, bytes and FLOPs per token; reads no weights."""
     from moe_compress import pipeline
 
-    return pipeline.inspect(str(model), revision=revision, trust_remote_code=trust_remote_code)
+    return pipeline.inspect(str(model), revision=revision)
 
 
 def validate(recipe: RecipeSource, overrides: Sequence[str] = (), **settings: Any) -> Recipe:

@@ -125,16 +125,13 @@ def root(
 def inspect(
     model: Model,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the checkpoint.")
-    ] = False,
     json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Show a checkpoint's architecture, experts, parameters, bytes and FLOPs per token."""
     from moe_compress import console, pipeline
 
-    facts = pipeline.inspect(model, revision=revision, trust_remote_code=trust_remote_code)
+    facts = pipeline.inspect(model, revision=revision)
     console.print_json(facts) if json else console.print_inspection(facts)
 
 

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moe_compress.text import listed
+
 # The settings of a quantize step that a plan shows.
 QUANTIZE_KEYS = ("method", "bits", "average_bits", "stored_bytes", "active_bytes", "average_bits_chosen")
 
@@ -59,8 +61,11 @@ def print_inspection(facts: Mapping[str, Any]) -> None:
     flops = format_flops(sum(facts["flops_per_token"].values()))
     rows.append(["all", format_count(facts["total_params"]), format_bytes(facts["stored_bytes"]), flops])
     print_table(rows)
+    print(f"FLOPs hold for a prompt of {facts['context']:,} tokens; stored bytes by part are {facts['bytes_are']}")
     print(f"active parameters per token: {format_count(facts['active_params'])}")
     print(f"KV cache per token: {format_bytes(facts['kv_bytes_per_token'])}")
+    for note in facts["notes"]:
+        print(f"of the derived costs: {note}")
     for sentence in facts["tiers"]:
         print(sentence)
 
@@ -73,13 +78,12 @@ def print_score_summary(summary: Mapping[str, Any]) -> None:
     )
     starved = [f"{layer}/{expert}" for layer, expert in summary["starved"]]
     if starved:
-        more = f" and {len(starved) - MAX_LISTED} more" if len(starved) > MAX_LISTED else ""
-        print(f"starved (layer/expert): {', '.join(starved[:MAX_LISTED])}{more}; calibrate on more tokens")
+        print(f"starved (layer/expert): {listed(starved, MAX_LISTED)}; calibrate on more tokens")
 
 
 def print_plan(planned: Mapping[str, Any]) -> None:
     """What `pipeline.plan` decided for each layer, and the sizes it predicts."""
-    from moe_compress.report.tables import FIGURES, format_bytes, format_percent
+    from moe_compress.report.tables import FIGURES, figure_label, format_bytes, format_percent
 
     for index, step in enumerate(planned["steps"]):
         if step["op"] == "quantize":
@@ -99,8 +103,11 @@ def print_plan(planned: Mapping[str, Any]) -> None:
     for path, label, show in FIGURES:
         before, after = (planned[side].get(path[0]) for side in ("baseline", "predicted"))
         if len(path) == 1 and before and after is not None:
+            label = figure_label(path, label, planned["predicted"])
             rows.append([label, show(before), show(after), format_percent(after / before)])
     print_table(rows)
+    for note in planned["baseline"].get("notes", ()):
+        print(f"of the derived costs: {note}")
     print(f"disk needed while it runs: {format_bytes(planned['disk_needed'])}")
     for warning in planned["warnings"]:
         print(f"warning: {warning}")
@@ -112,6 +119,9 @@ def print_report(report: Mapping[str, Any]) -> None:
 
     rows = [[row.label, row.baseline, row.compressed, row.ratio, row.recovery] for row in summary_rows(report)]
     print_table([["", "baseline", "compressed", "ratio", "recovery"], *rows])
+    for side in ("baseline", "compressed"):
+        for what, reason in report[side].get("not_measured", {}).items():
+            print(f"{what} of the {side} model: not measured: {reason}")
     if report.get("random_summary"):
         print_table(_random_rows(report))
     if report.get("checks"):

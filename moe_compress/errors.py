@@ -56,6 +56,10 @@ class UnsupportedModelError(CheckpointError):
     """The checkpoint is whole, but it is nothing we can compress."""
 
 
+class MeasurementError(CheckpointError):
+    """A checkpoint is whole, but its quality or speed cannot be measured here."""
+
+
 class DataError(MoECompressError):
     """Calibration or evaluation data cannot be had."""
 

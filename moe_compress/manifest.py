@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from moe_compress.checkpoint.rewrite import Ledger
 from moe_compress.checkpoint.source import Checkpoint
+from moe_compress.checkpoint.writer import sha256_of
 
+FORMAT = 1  # of manifest.json
 LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "datasets", "lm_eval", "accelerate")
 
 
@@ -27,6 +33,25 @@ def describe_source(source: Checkpoint) -> dict[str, Any]:
         "fingerprint": digest.hexdigest(),
         "tensors": len(source.index),
         "bytes": source.index.nbytes,
+    }
+
+
+def identity_digest(identity: Mapping[str, Any]) -> str:
+    """A hash of what decides a run's result: it recognizes the result without naming where the source lies."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a finished folder by its name there, without the manifest that holds them.
+
+    The model card is left out too: it is its owner's to edit.
+    """
+    names = [entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if entry.is_file()]
+    known = {shard.file: shard.sha256 for shard in Ledger.load(folder).shards}
+    return {
+        name: known.get(name) or sha256_of(folder / name)
+        for name in sorted(names)
+        if name not in ("manifest.json", "README.md")
     }
 
 

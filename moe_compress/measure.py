@@ -17,6 +17,7 @@ from moe_compress.checkpoint.rewrite import dense_config, open_rewritten
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.prune.config import PruneConfig
+from moe_compress.errors import MeasurementError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.cost import cost
 from moe_compress.manifest import describe_source, library_versions
@@ -32,7 +33,10 @@ EXPERT_TENSOR = re.compile(r"\.experts\.\d+\.")
 def measure(
     original: Checkpoint | None, compressed: Checkpoint, config: EvalConfig, folder: Path | None, around: Surroundings
 ) -> list[dict[str, Any]]:
-    """Tasks and speed of the original (when wanted) and the compressed checkpoint; kept in `folder` and reused."""
+    """Tasks and speed of the original (when wanted) and the compressed checkpoint; kept in `folder` and reused.
+
+    What cannot be measured costs no result: `not_measured` says why, {"tasks": why, "speed": why}.
+    """
     wanted = {"baseline": original if config.baseline else None, "compressed": compressed}
     measured: dict[str, dict[str, Any]] = {"baseline": {}, "compressed": {}}
     for name, checkpoint in wanted.items():
@@ -42,7 +46,8 @@ def measure(
             found = known(file, subject)
             if found is None:
                 found = evaluate(checkpoint, config, around, name)
-                keep(file, subject, found)
+                if "not_measured" not in found:
+                    keep(file, subject, found)
             measured[name] = found
     if config.speed:
         from moe_compress.eval.speed import measure_speed
@@ -50,7 +55,8 @@ def measure(
         folders = {name: checkpoint.folder for name, checkpoint in wanted.items() if checkpoint is not None}
         with around.progress.stage("speed", 1, "measurement") as stage:
             for name, speed in measure_speed(folders, device=around.device).items():
-                measured[name] |= speed
+                reasons = measured[name].get("not_measured", {}) | speed.get("not_measured", {})
+                measured[name] |= speed | ({"not_measured": reasons} if reasons else {})
             stage.advance()
     return [measured["baseline"], measured["compressed"]]
 
@@ -83,7 +89,7 @@ def evaluated(checkpoint: Checkpoint, config: EvalConfig, around: Surroundings) 
 
 
 def evaluate(checkpoint: Checkpoint, config: EvalConfig, around: Surroundings, name: str) -> dict[str, Any]:
-    """Tasks and settings as the harness returns them; nothing when there are no tasks."""
+    """Tasks and settings as the harness returns them, or why there are none; nothing when no task is wanted."""
     from moe_compress.eval.harness import evaluate as run_tasks
 
     if not config.tasks:
@@ -102,7 +108,10 @@ def evaluate(checkpoint: Checkpoint, config: EvalConfig, around: Surroundings, n
                 shown += 1
                 stage.advance()
 
-        return run_tasks(checkpoint.folder, config, around.device, tell)
+        try:
+            return run_tasks(checkpoint.folder, config, around.device, tell)
+        except MeasurementError as error:
+            return {"not_measured": {"tasks": str(error)}}
 
 
 def model_figures(checkpoint: Checkpoint, measured: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +147,7 @@ def idle_savings(config: Any, index: TensorIndex) -> int:
 def cost_figures(costs: dict[str, Any]) -> dict[str, Any]:
     """The costs that `report.json` holds of a model."""
     keys = ("total_params", "active_params", "stored_bytes", "active_bytes_per_token", "flops_per_token",
-            "decode_flops_per_token", "expert_flops_per_token", "kv_bytes_per_token")  # fmt: skip
+            "decode_flops_per_token", "expert_flops_per_token", "kv_bytes_per_token", "context", "notes")  # fmt: skip
     return {key: costs[key] for key in keys} | {"experts_per_token_mean": costs["experts_per_token"]}
 
 

@@ -19,9 +19,9 @@ from moe_compress.checkpoint.rewrite import PROBE_FILE
 from moe_compress.checkpoint.source import REFERENCE, Checkpoint, open_checkpoint, open_config, small_files
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.quantize.config import BITSANDBYTES, BUDGETS
-from moe_compress.errors import UsageError, VerificationError
+from moe_compress.errors import CheckpointError, MeasurementError, UsageError, VerificationError
 from moe_compress.eval.config import EvalConfig
-from moe_compress.manifest import describe_source, hardware, library_versions
+from moe_compress.manifest import FORMAT, describe_source, file_hashes, hardware, identity_digest, library_versions
 from moe_compress.measure import measure, model_figures, random_baselines
 from moe_compress.models.layers import find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
@@ -37,8 +37,9 @@ from moe_compress.preview import (
 from moe_compress.progress import Progress, SilentProgress
 from moe_compress.recipe import Recipe, check_tier, dump_recipe
 from moe_compress.report.build import build_report
-from moe_compress.report.card import model_card
+from moe_compress.report.card import license_fields, model_card
 from moe_compress.report.markdown import report_markdown
+from moe_compress.report.paths import without_local_paths
 from moe_compress.steps import (
     Surroundings,
     is_calibrated,
@@ -81,7 +82,7 @@ def score(
     config, folder = _look(recipe, {"WORK": work})
     if force or not (work / "scores.json").exists():
         around = replace(around, data=read_calibration(folder, config, recipe.calibration))
-    source = open_checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
+    source = open_checkpoint(recipe.model, recipe.revision)
     identity = _made_by(around) | {
         "source": describe_source(source),
         "calibration": recipe.calibration.model_dump(mode="json"),
@@ -135,7 +136,7 @@ def run(
         any(map(is_calibrated, recipe.steps)) and not (work / FIRST_SCORES / "scores.json").exists()
     ):
         around = replace(around, data=read_calibration(folder, config, recipe.calibration))
-    source = open_checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code)
+    source = open_checkpoint(recipe.model, recipe.revision)
     identity = _identity(recipe, source)
     if given is not None and scores is not None:
         require_same_model(given, identity["source"]["revision"], identity["source"]["fingerprint"], scores)
@@ -161,19 +162,28 @@ def _run(
     """All the work of `run`, in a work folder that is open; OUT is there when it returns."""
     with discarded_if_empty(work), explained_disk_errors(work):
         finished, records = _run_steps(recipe, source, work, around, keep_steps)
-        plans = [json.loads((work / f"step-{number}" / "plan.json").read_text()) for number in range(len(records))]
-        manifest = _manifest(recipe, source, records, around)
-        write_json(finished.folder / verification.MANIFEST_FILE, manifest)
-        (finished.folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        plans = [
+            json.loads((work / f"step-{number}" / "plan.json").read_text(encoding="utf-8"))
+            for number in range(len(records))
+        ]
+        (finished.folder / "recipe.yaml").write_text(_published_recipe(recipe), encoding="utf-8")
         write_json(finished.folder / "plan.json", {"steps": plans})
+        manifest = _manifest(recipe, source, records, around) | {"identity": identity_digest(_identity(recipe, source))}
+        manifest = without_local_paths(manifest) | {"files": file_hashes(finished.folder)}
+        write_json(finished.folder / verification.MANIFEST_FILE, manifest)
         checks = verification.verify(finished.folder, around.progress)
         measured: list[dict[str, Any]] = [{}, {}]
         randoms: list[dict[str, Any]] = []
         if all(check["passed"] for check in checks.values()):
             measured = measure(source, finished, recipe.eval, work / "eval", around)
-            randoms = list(random_baselines(recipe, source, work, around))
-        report = _report(recipe, source, finished, records, measured, randoms, checks, manifest)
+            if "tasks" not in measured[1].get("not_measured", {}):
+                randoms = list(random_baselines(recipe, source, work, around))
+        report: dict[str, Any] = without_local_paths(
+            _report(recipe, source, finished, records, measured, randoms, checks, manifest)
+        )
         _write_report(finished.folder, report, recipe, plans, source)
+        manifest |= {"files": file_hashes(finished.folder)}
+        write_json(finished.folder / verification.MANIFEST_FILE, manifest)
         try:
             verification.raise_on_failure(checks)
         except VerificationError as error:
@@ -231,6 +241,9 @@ def evaluate_checkpoint(
     recipe = Recipe(model=ckpt, eval=config)
     around = _surroundings(recipe, device, progress)
     measured = measure(original, compressed, config, output, around)
+    for found in measured:
+        if "tasks" in found.get("not_measured", {}):
+            raise MeasurementError(found["not_measured"]["tasks"])
     settings = {
         "model": baseline or ckpt,
         "eval": dict(measured[1].get("settings", {})),
@@ -254,7 +267,7 @@ def _places(out: Path, work: Path | None) -> tuple[Path, Path]:
 def _look(recipe: Recipe, folders: dict[str, Path]) -> tuple[PretrainedConfig, Path]:
     """The model's configuration and the folder of its tokenizer, and all refusals that need no weights."""
     refuse_overlap(folders | _folder_of("the model", recipe.model))
-    config, _ = open_config(recipe.model, recipe.revision, recipe.trust_remote_code)
+    config, _ = open_config(recipe.model, recipe.revision)
     expert_counts(recipe, config, find_moe_layers(build_skeleton(config))[0])
     return config, small_files(recipe.model, recipe.revision)[0]
 
@@ -321,12 +334,14 @@ def _finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
     file = out / verification.MANIFEST_FILE
     if not file.exists():
         return None
-    manifest = json.loads(file.read_text())
-    identity = _identity(recipe, open_checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code))
-    same = manifest["tool"] == f"{TOOL} {identity['version']}" and all(
-        manifest[key] == identity[key] for key in ("source", "recipe")
-    )
-    report: dict[str, Any] | None = json.loads((out / "report.json").read_text()) if same else None
+    try:
+        manifest = verification.load_manifest(out)
+    except CheckpointError:
+        return None
+    source = open_checkpoint(recipe.model, recipe.revision)
+    if manifest["identity"] != identity_digest(_identity(recipe, source)):
+        return None
+    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return report
 
 
@@ -386,18 +401,29 @@ def _write_report(
     folder: Path, report: dict[str, Any], recipe: Recipe, plans: list[dict[str, Any]], source: Checkpoint
 ) -> None:
     write_json(folder / "report.json", report)
-    (folder / "report.md").write_text(report_markdown(report, dump_recipe(recipe), plans))
+    text = _published_recipe(recipe)
+    (folder / "report.md").write_text(report_markdown(report, text, plans), encoding="utf-8")
     card = model_card(
-        report, dump_recipe(recipe), base_model=source.model_id, revision=source.revision, tier=recipe.export.tier
+        report,
+        text,
+        base_model=source.model_id,
+        revision=source.revision,
+        license_fields=license_fields(source.folder),
+        ops=[step.op for step in recipe.steps],
+        tier=recipe.export.tier,
     )
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _published_recipe(recipe: Recipe) -> str:
+    return dump_recipe(Recipe.model_validate(without_local_paths(recipe.model_dump())))
 
 
 def _manifest(
     recipe: Recipe, source: Checkpoint, records: list[dict[str, Any]], around: Surroundings
 ) -> dict[str, Any]:
     return {
-        "format": 1,
+        "format": FORMAT,
         "tool": f"{TOOL} {__version__}",
         "source": describe_source(source),
         "recipe": recipe.model_dump(mode="json"),

@@ -15,7 +15,7 @@ from moe_compress.compress.quantize.config import QuantizeConfig
 from moe_compress.compress.quantize.plan import check_shapes, plan_quantize
 from moe_compress.compress.quantize.shapes import expert_shapes
 from moe_compress.errors import UsageError
-from moe_compress.eval.cost import Cost, cost
+from moe_compress.eval.cost import Cost, cost, stored_by_part
 from moe_compress.manifest import describe_source
 from moe_compress.measure import cost_figures
 from moe_compress.models.layers import MoELayer, find_moe_layers, routing_groups, set_num_experts
@@ -25,16 +25,17 @@ from moe_compress.recipe import Recipe
 SPARE_DISK = 1.05  # of the weights, for what lies beside them
 
 
-def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
     """A checkpoint's architecture, experts, parameters, bytes and FLOPs per token, from its configuration alone."""
     if revision is not None and (model == "reference" or Path(model).expanduser().is_dir()):
         raise UsageError(f"`--revision` has no effect: {model} is no Hub id; leave it out.")
-    config, index = open_config(model, revision, trust_remote_code, quantized=True)
+    config, index = open_config(model, revision, quantized=True)
     config = dense_config(config)
     layers = find_moe_layers(build_skeleton(config))
     figures = cost(config, stored_bytes=index.nbytes if index is not None else None)
     text: Any = config.get_text_config()
     bytes_per_param = figures.stored_bytes / max(1, figures.total_params)
+    estimated = {part: round(count * bytes_per_param) for part, count in figures.params.items()}
     return {
         "model": model,
         "architecture": (config.architectures or [type(config).__name__])[0],
@@ -48,10 +49,13 @@ def inspect(model: str, *, revision: str | None = None, trust_remote_code: bool 
         "params": figures.params,
         "total_params": figures.total_params,
         "active_params": figures.active_params,
-        "bytes": {part: round(count * bytes_per_param) for part, count in figures.params.items()},
+        "bytes": stored_by_part(config, index) if index is not None else estimated,
+        "bytes_are": "measured" if index is not None else "estimated",
         "stored_bytes": figures.stored_bytes,
         "flops_per_token": figures.prefill_flops,
+        "context": figures.context,
         "kv_bytes_per_token": figures.kv_bytes_per_token,
+        "notes": list(figures.notes),
         "tiers": [
             "stock: plain transformers loads it; pruning to one expert count for all layers keeps it so.",
         ],
@@ -64,7 +68,7 @@ def plan(recipe: Recipe, *, scores: Path | None = None, keep_steps: bool = False
     With scores, the first step's experts are named; without, only counts are known. Reads no weights. `warnings` are
     sentences about what may not be as it seems.
     """
-    config, index = open_config(recipe.model, recipe.revision, recipe.trust_remote_code)
+    config, index = open_config(recipe.model, recipe.revision)
     before = cost(config, stored_bytes=index.nbytes if index is not None else None)
     layers = find_moe_layers(build_skeleton(config))
     text: Any = config.get_text_config()

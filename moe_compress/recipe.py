@@ -50,7 +50,6 @@ class Recipe(BaseModel):
 
     model: str = Field(min_length=1, description="Hub id, folder, or `reference` (the model inside this package).")
     revision: str | None = Field(default=None, description="Branch, tag or commit of a Hub id.")
-    trust_remote_code: bool = Field(default=False, description="Run modelling code that comes with the checkpoint.")
     calibration: CalibrationConfig = Field(
         default=CalibrationConfig(dataset=REFERENCE),
         description="The tokens that experts are measured on; required when there are steps.",

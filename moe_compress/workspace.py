@@ -20,6 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from moe_compress.checkpoint.durable import replace_durably, sync
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.errors import CheckpointError, MoECompressError, ResumeError, UsageError
 from moe_compress.verification.checks import MANIFEST_FILE
@@ -218,15 +219,18 @@ def place(finished: Path, out: Path) -> None:
         try:
             with explained_disk_errors(out.parent):
                 near.mkdir()
-                for file in finished.iterdir():
-                    shutil.copyfile(file, near / file.name)
+                for entry in sorted(finished.rglob("*")):
+                    target = near / entry.relative_to(finished)
+                    target.mkdir() if entry.is_dir() else shutil.copyfile(entry, target)
         except BaseException:
             shutil.rmtree(near, ignore_errors=True)
             raise
         finished = near
+    for entry in finished.rglob("*"):
+        sync(entry)
     if out.exists():
         out.rename(old)
-    finished.rename(out)
+    replace_durably(finished, out)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moe_compress.calibrate.config import DatasetPart
 from moe_compress.errors import DataError
+from moe_compress.text import first_line
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "calibration.jsonl"
 READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -98,7 +99,7 @@ def _rows(stream: Iterable[dict[str, Any]], part: DatasetPart) -> Iterator[dict[
     try:
         yield from stream
     except Exception as error:  # every reader of `datasets` has its own exceptions
-        raise DataError(f"Dataset {part.dataset} cannot be read: {_first_line(error)}.") from error
+        raise DataError(f"Dataset {part.dataset} cannot be read: {first_line(error)}.") from error
 
 
 def _open(part: DatasetPart) -> datasets.IterableDataset:
@@ -113,7 +114,7 @@ def _open(part: DatasetPart) -> datasets.IterableDataset:
     except DatasetNotFoundError as error:
         raise DataError(
             f"Dataset {part.dataset} is neither a local file or folder nor a dataset on the Hub that you may read "
-            f"({_first_line(error)})."
+            f"({first_line(error)})."
         ) from error
     except ConnectionError as error:
         raise DataError(
@@ -121,7 +122,7 @@ def _open(part: DatasetPart) -> datasets.IterableDataset:
             "go online, or name a local file."
         ) from error
     except Exception as error:  # every reader of `datasets` has its own exceptions
-        raise DataError(f"Dataset {part.dataset} cannot be opened: {_first_line(error)}.") from error
+        raise DataError(f"Dataset {part.dataset} cannot be opened: {first_line(error)}.") from error
     if part.split not in splits:
         raise unknown("split", part.split, list(splits), f"dataset {part.dataset}", "split")
     return splits[part.split]
@@ -172,7 +173,3 @@ def unknown(what: str, name: str, known: Sequence[str], where: str, setting: str
     hint = f"did you mean `{close[0]}`?" if close else f"set `{setting}` to one of them."
     listed = ", ".join(f"`{item}`" for item in known)
     return DataError(f"There is no {what} `{name}` in {where} (it has {listed}); {hint}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from moe_compress.checkpoint.durable import replace_durably
 from moe_compress.errors import UsageError
 
 FORMAT = 1
@@ -92,7 +93,7 @@ class Scores:
         }
         temporary = folder / "scores.part"  # `scores.json` is there only when both files are whole
         save_file(arrays, temporary)
-        temporary.rename(folder / "scores.safetensors")
+        replace_durably(temporary, folder / "scores.safetensors")
         layers = [
             {key: value for key, value in asdict(scores).items() if key != "statistics"}
             | {"tokens_per_expert": scores.statistics["tokens"].astype(int).tolist()}
@@ -105,14 +106,14 @@ class Scores:
             "starved": self.starved,
             "layers": layers,
         }
-        temporary.write_text(json.dumps(content, indent=1))
-        temporary.rename(folder / "scores.json")
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        replace_durably(temporary, folder / "scores.json")
 
     @classmethod
     def load(cls, folder: Path) -> Scores:
         """Read what `save` wrote; a `UsageError` when the folder holds no scores of this format."""
         try:
-            content = json.loads((folder / "scores.json").read_text())
+            content = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
             arrays = load_file(folder / "scores.safetensors")
         except FileNotFoundError:
             raise UsageError(f"{folder} holds no scores; make them with `moe-compress score`.") from None

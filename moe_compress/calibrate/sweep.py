@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_compress.calibrate.scores import LayerScores, Scores
+from moe_compress.checkpoint.durable import replace_durably
 from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, save_hidden
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
@@ -203,7 +204,7 @@ def collect(
 
 def _require_same_input(file: Path, fingerprint: dict[str, Any], done: int) -> None:
     """Note what is swept, or refuse to go on with an interrupted sweep of something else."""
-    if done and json.loads(file.read_text()) != json.loads(json.dumps(fingerprint)):
+    if done and json.loads(file.read_text(encoding="utf-8")) != json.loads(json.dumps(fingerprint)):
         raise ResumeError("the calibration data is not what this run began with; start over with --force.")
     write_json(file, fingerprint)
 
@@ -213,7 +214,7 @@ def _save_layer(folder: Path, scores: LayerScores) -> None:
     described = json.dumps(meta | {"cosine": scores.cosine, "stream_energy": scores.stream_energy})
     temporary = folder / "scores.part"
     save_file({k: torch.from_numpy(v) for k, v in scores.statistics.items()}, temporary, {"layer": described})
-    temporary.rename(folder / f"layer-{scores.layer:05d}.safetensors")
+    replace_durably(temporary, folder / f"layer-{scores.layer:05d}.safetensors")
 
 
 def _load_layer(folder: Path, layer: int) -> LayerScores:

@@ -5,25 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from moe_compress.checkpoint.durable import replace_durably
 
 
 def save_hidden(folder: Path, layer: int, hidden: Sequence[Tensor]) -> None:
     """Keep the hidden states of all batches that enter `layer`; those that entered the layer before are forgotten."""
     temporary = folder / "hidden.part"
     save_file({str(batch): values.cpu().contiguous() for batch, values in enumerate(hidden)}, temporary)
-    temporary.rename(_file(folder, layer))
+    replace_durably(temporary, _file(folder, layer))
     _file(folder, layer - 1).unlink(missing_ok=True)
 
 
 def load_hidden(folder: Path) -> tuple[int, list[Tensor]]:
-    """The layer an interrupted sweep has to go on with, and what enters it; `(0, [])` when nothing was kept."""
-    kept = sorted(folder.glob("hidden-*.safetensors"))
-    if not kept:
-        return 0, []
-    stored = load_file(kept[-1])
-    return int(kept[-1].stem.split("-")[1]), [stored[str(batch)] for batch in range(len(stored))]
+    """The layer an interrupted sweep has to go on with, and what enters it; `(0, [])` when nothing readable is."""
+    for kept in sorted(folder.glob("hidden-*.safetensors"), reverse=True):
+        try:
+            stored = load_file(kept)
+            return int(kept.stem.split("-")[1]), [stored[str(batch)] for batch in range(len(stored))]
+        except (SafetensorError, OSError, KeyError, ValueError):
+            continue  # a power cut or a failing disk left it so; what it held is computed again
+    return 0, []
 
 
 def forget_hidden(folder: Path) -> None:

@@ -18,6 +18,8 @@ DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
 
 
@@ -72,17 +74,9 @@ class TensorIndex(Mapping[str, TensorInfo]):
         Raises `CheckpointError` for a missing, truncated or damaged shard, and for a tensor the index promises but
         no shard holds.
         """
-        index_file = folder / "model.safetensors.index.json"
-        promised: dict[str, str] = {}
-        if index_file.exists():
-            try:
-                promised = json.loads(index_file.read_text())["weight_map"]
-                files = [folder / name for name in sorted(set(promised.values()))]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise CheckpointError(f"{index_file} is damaged; download it again.") from None
-        else:
-            files = sorted(folder.glob("*.safetensors"))
-        if not files:
+        promised = weight_map(folder)
+        files = [folder / name for name in shard_names(folder)]
+        if not files or (not promised and not files[0].exists()):
             raise CheckpointError(f"{folder} holds no safetensors weights.")
         tensors: dict[str, TensorInfo] = {}
         for file in files:
@@ -94,6 +88,27 @@ class TensorIndex(Mapping[str, TensorInfo]):
         if missing:
             raise CheckpointError(f"No shard in {folder} holds `{missing[0]}` ({len(missing)} tensors are missing).")
         return cls(tensors)
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name as the folder's index has it; empty without an index."""
+    index_file = folder / INDEX_FILE
+    if not index_file.exists():
+        return {}
+    try:
+        promised: dict[str, str] = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(name, str) for name in promised.values()):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index_file} is damaged; download it again.") from None
+    return promised
+
+
+def shard_names(folder: Path) -> list[str]:
+    """The weight files: those the index names, or `model.safetensors`; adapters and other copies are none."""
+    if (folder / INDEX_FILE).exists():
+        return sorted(set(weight_map(folder).values()))
+    return [SINGLE_FILE]
 
 
 def read_header(file: Path) -> list[TensorInfo]:

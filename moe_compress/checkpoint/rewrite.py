@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from moe_compress.checkpoint.durable import sync
 from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, save_hidden
 from moe_compress.checkpoint.index import TensorIndex
-from moe_compress.checkpoint.source import Checkpoint
+from moe_compress.checkpoint.source import WEIGHT_SUFFIXES, Checkpoint
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import (
     SAFETENSORS_DTYPES,
@@ -31,6 +32,7 @@ from moe_compress.checkpoint.writer import (
     tensor_sha256,
     write_json,
 )
+from moe_compress.errors import CheckpointError
 from moe_compress.models.layers import PACKED, SECTION, MoELayer
 from moe_compress.models.lockstep import Lockstep
 from moe_compress.progress import Stage
@@ -40,7 +42,7 @@ PROBE_TOKENS = 32
 PROBE_POSITIONS = 8  # logits are kept for this many of them
 PROBE_FILE = "probe.npz"
 LEDGER_FILE = "ledger.json"
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+TEMPLATES = "additional_chat_templates"  # the one subfolder that belongs to a checkpoint
 
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors names it, shape
@@ -71,6 +73,10 @@ class Change:
         """
         return target.stored_layer(index)
 
+    def packs(self, index: int) -> Collection[str]:
+        """The tensors of a layer that are stored in another form, by name inside it; experts' own need no mention."""
+        return ()
+
     def expected(self, target: LayerStream, index: int) -> Tensors:
         """What must be on disk for a layer, worked out from the empty layer in `target`."""
         return described(target.stored_layer(index))
@@ -83,15 +89,22 @@ class Ledger:
     source_bytes: int
     copied: dict[str, str]  # tensor name -> sha256 of its bytes
     transformed: list[str]  # source tensors that passed through a layer
+    unchanged: dict[str, str]  # those of them that must come out as they went in -> sha256 of their bytes
     expected: Tensors  # of the output
     shards: list[Shard]
 
     @classmethod
     def load(cls, folder: Path) -> Ledger:
-        content = json.loads((folder / LEDGER_FILE).read_text())
-        content["shards"] = [Shard(**shard) for shard in content["shards"]]
-        content["expected"] = {name: (dtype, tuple(shape)) for name, (dtype, shape) in content["expected"].items()}
-        return cls(**content)
+        """The ledger in `folder`; `CheckpointError` when it is damaged, or none that this version wrote."""
+        try:
+            content = json.loads((folder / LEDGER_FILE).read_text(encoding="utf-8"))
+            content["shards"] = [Shard(**shard) for shard in content["shards"]]
+            content["expected"] = {name: (dtype, tuple(shape)) for name, (dtype, shape) in content["expected"].items()}
+            return cls(**content)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(
+                f"{folder / LEDGER_FILE} is damaged, or was written by another version; run again."
+            ) from None
 
     def to_json(self) -> dict[str, Any]:
         return self.__dict__ | {"shards": [shard.__dict__ for shard in self.shards]}
@@ -146,7 +159,7 @@ def rewrite(
             save_hidden(folder, index + 1, run.hidden)
             stage.advance()
         target.load_head()
-        logits = run.finish()[0]
+        logits = run.finish(1)[0]
     finally:
         run.close()
     positions = np.linspace(0, probe.shape[1] - 1, PROBE_POSITIONS).round().astype(int)
@@ -155,7 +168,10 @@ def rewrite(
     transformed = sorted(set(source.index) - set(copied))
     shards = writer.finish(["rest", *(_part(index) for index in range(len(stream.layers)))])
     forget_hidden(folder)
-    ledger = Ledger(source.index.nbytes, copied, transformed, expected, shards)
+    unchanged = {name: tensor_sha256(source.index[name]) for name in stream.passing(change.packs)}
+    ledger = Ledger(source.index.nbytes, copied, transformed, unchanged, expected, shards)
+    for entry in folder.rglob("*"):
+        sync(entry)
     write_json(folder / LEDGER_FILE, ledger.to_json())
     return ledger
 
@@ -192,23 +208,49 @@ def probe_tokens(config: Any) -> Tensor:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer, templates, code and generation settings: every file of the source that is no weight."""
+    """Copy tokenizer, templates, code and generation settings: every file of the source that is no weight.
+
+    What their `auto_map` names and is not there, because code is not downloaded, is left out of it.
+    """
     own = {"config.json", "README.md", "recipe.yaml", "plan.json", "manifest.json", "report.json", "report.md"}
     own |= {LEDGER_FILE, PROBE_FILE}
     for file in source.iterdir():
         weight = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
         if file.is_file() and not weight and file.name not in own and not file.name.startswith("."):
             shutil.copyfile(file, folder / file.name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, folder / TEMPLATES, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    for file in folder.glob("*_config.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and (whole := without_dangling(content, folder)) != content:
+            file.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def without_dangling(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The content of a configuration file without the `auto_map` entries whose code is not in `folder`."""
+
+    def leads_somewhere(reference: Any) -> bool:
+        named = reference if isinstance(reference, list) else [reference]
+        files = [folder / f"{name.rpartition('.')[0]}.py" for name in named if name is not None and "--" not in name]
+        return all(file.exists() for file in files)
+
+    auto_map = content.get("auto_map")
+    if not isinstance(auto_map, dict):
+        return dict(content)
+    kept = {name: reference for name, reference in auto_map.items() if leads_somewhere(reference)}
+    rest = {key: value for key, value in content.items() if key != "auto_map"}
+    return dict(content) if kept == auto_map else rest | ({"auto_map": kept} if kept else {})
 
 
 def write_config(source: Path, folder: Path, new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
     """Write `config.json`; an unchanged one keeps its very bytes."""
+    if SECTION in new:
+        write_remote_code(folder)
+    new = without_dangling(new, folder)
     if new == old:
         shutil.copyfile(source / "config.json", folder / "config.json")
     else:
-        (folder / "config.json").write_text(json.dumps(new, indent=2) + "\n")
-    if SECTION in new:
-        write_remote_code(folder)
+        (folder / "config.json").write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
 
 
 def read_config(source: Checkpoint, folder: Path) -> PretrainedConfig:

@@ -28,16 +28,16 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moe_compress.checkpoint.index import TensorIndex
+from moe_compress.checkpoint.index import INDEX_FILE, SINGLE_FILE, TensorIndex, shard_names
 from moe_compress.errors import CheckpointError, UnsupportedModelError, UsageError
 from moe_compress.models.layers import PACKED, SECTION
+from moe_compress.text import first_line
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "checkpoint"
-SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
-WEIGHTS = ["*.safetensors"]
-# Second copies of the same weights in other layouts.
-IGNORED = ["*/*.safetensors", "consolidated*.safetensors"]
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Of all files that hold weights, in whatever format; the rest of a checkpoint is copied with it.
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", *PICKLE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ class Checkpoint:
     index: TensorIndex
 
 
-def open_checkpoint(
-    model: str, revision: str | None = None, trust_remote_code: bool = False, *, quantized: bool = False
-) -> Checkpoint:
+def open_checkpoint(model: str, revision: str | None = None, *, quantized: bool = False) -> Checkpoint:
     """Find `model`, download it if need be, and check that it can be read; `quantized` ones only when asked for.
 
     Raises `UnsupportedModelError` for what is whole but no source of ours (GGUF, quantized, unknown architecture),
@@ -66,32 +64,31 @@ def open_checkpoint(
             raise UsageError(f"`revision` has no effect for the folder {path}; leave it out, or name a Hub id.")
         folder = path
         names = [file.name for file in folder.iterdir()]
-        config = _checked_config(folder, model, names, trust_remote_code, quantized)
+        config = _checked_config(folder, model, names, quantized)
         _check_weights(model, names)
     else:
         _refuse_path(path, model)
-        patterns = SMALL_FILES + (["*.py"] if trust_remote_code else [])
-        folder = _download(model, revision, patterns)
+        folder = _download(model, revision, SMALL_FILES)
         commit = folder.name
         names = _repository_files(model, folder)
-        config = _checked_config(folder, model, names, trust_remote_code, quantized)
+        config = _checked_config(folder, model, names, quantized)
         _check_weights(model, names)
-        _download(model, commit, patterns + WEIGHTS)
+        _download(model, commit, SMALL_FILES + shard_names(folder))
     return Checkpoint(folder, config, model, commit, TensorIndex.from_folder(folder))
 
 
 def open_config(
-    model: str, revision: str | None = None, trust_remote_code: bool = False, *, quantized: bool = False
+    model: str, revision: str | None = None, *, quantized: bool = False
 ) -> tuple[PretrainedConfig, TensorIndex | None]:
     """The configuration of `model`, and its tensors' headers if its weights lie in a folder; none are downloaded."""
     path = REFERENCE if model == "reference" else Path(model).expanduser()
     if path.is_dir():
-        names = [file.name for file in path.iterdir()]
-        config = _checked_config(path, model, names, trust_remote_code, quantized)
-        return config, TensorIndex.from_folder(path) if any(path.glob("*.safetensors")) else None
+        config = _checked_config(path, model, [file.name for file in path.iterdir()], quantized)
+        weights = any((path / name).exists() for name in shard_names(path))
+        return config, TensorIndex.from_folder(path) if weights else None
     _refuse_path(path, model)
-    folder = _download(model, revision, SMALL_FILES + (["*.py"] if trust_remote_code else []))
-    return _checked_config(folder, model, _repository_files(model, folder), trust_remote_code, quantized), None
+    folder = _download(model, revision, SMALL_FILES)
+    return _checked_config(folder, model, _repository_files(model, folder), quantized), None
 
 
 def small_files(model: str, revision: str | None = None) -> tuple[Path, str | None]:
@@ -119,7 +116,7 @@ def _download(repository: str, revision: str | None, patterns: list[str]) -> Pat
     """The repository's matching files in the cache; one sentence for every way this can fail."""
     at = f" at revision `{revision}`" if revision else ""
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except HFValidationError:
         raise CheckpointError(f"`{repository}` is neither a folder that exists nor a Hub id (owner/name).") from None
     except GatedRepoError as error:
@@ -149,7 +146,7 @@ def _download(repository: str, revision: str | None, patterns: list[str]) -> Pat
         raise CheckpointError(message) from error
     except Exception as error:  # the HTTP library's own exceptions are no part of the Hub client's interface
         raise CheckpointError(
-            f"The download of {repository}{at} failed ({_first_line(error)}); start again, "
+            f"The download of {repository}{at} failed ({first_line(error)}); start again, "
             "files that are complete are kept."
         ) from error
 
@@ -162,10 +159,8 @@ def _repository_files(repository: str, folder: Path) -> list[str]:
         return [file.name for file in folder.iterdir()]
 
 
-def _checked_config(
-    folder: Path, model: str, names: list[str], trust_remote_code: bool, quantized: bool
-) -> PretrainedConfig:
-    """The configuration, read without running any code that was not asked for."""
+def _checked_config(folder: Path, model: str, names: list[str], quantized: bool) -> PretrainedConfig:
+    """The configuration, read without running any code that comes with the checkpoint."""
     if "config.json" not in names:
         if any(name.endswith(".gguf") for name in names):
             raise UnsupportedModelError(_gguf(model))
@@ -182,24 +177,23 @@ def _checked_config(
             "or dequantize it to bfloat16 first."
         )
     if model_type not in CONFIG_MAPPING:
-        if "AutoConfig" not in content.get("auto_map", {}):
-            raise UnsupportedModelError(_unknown_architecture(model, model_type))
-        if not trust_remote_code:
-            raise UsageError(
-                f"{model} (`{model_type}`) is defined by Python code in its repository; if you trust that code, set "
-                "`trust_remote_code: true`."
+        if "AutoConfig" in (content.get("auto_map") or {}):
+            raise UnsupportedModelError(
+                f"{model} (`{model_type}`) is defined by Python code in its repository, which is never run; only "
+                "architectures that transformers itself holds are supported."
             )
+        raise UnsupportedModelError(_unknown_architecture(model, model_type))
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # every architecture checks its own settings, remote code as it likes
-        raise CheckpointError(f"The config.json of {model} is not accepted: {_first_line(error)}.") from error
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # every architecture checks its own settings
+        raise CheckpointError(f"The config.json of {model} is not accepted: {first_line(error)}.") from error
     assert isinstance(config, PretrainedConfig)
     return config
 
 
 def _check_weights(model: str, names: list[str]) -> None:
     """Refuse what is not safetensors, by the names of all files."""
-    if any("/" not in name and name.endswith(".safetensors") for name in names):
+    if INDEX_FILE in names or SINGLE_FILE in names:
         return
     pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
     if pickles:
@@ -210,7 +204,10 @@ def _check_weights(model: str, names: list[str]) -> None:
         )
     if any(name.endswith(".gguf") for name in names):
         raise UnsupportedModelError(_gguf(model))
-    raise CheckpointError(f"{model} holds no safetensors weights; download it again, or name another.")
+    raise CheckpointError(
+        f"{model} holds no safetensors weights ({SINGLE_FILE}, or {INDEX_FILE} with the files it names); download it "
+        "again, or name another."
+    )
 
 
 def _quantization(content: dict[str, Any]) -> str | None:
@@ -237,7 +234,3 @@ def _unknown_architecture(model: str, model_type: str | None) -> str:
 
 def _gguf(model: str) -> str:
     return f"{model} is a GGUF, a format for running models; name the safetensors checkpoint it was made from."
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")

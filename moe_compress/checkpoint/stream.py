@@ -8,7 +8,7 @@ final norm, head), and those it does not know (prediction heads, vision towers);
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,16 @@ def read_tensor(info: TensorInfo) -> Tensor:
     return torch.from_numpy(raw).view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
 
 
+def stored_targets(model: Any, mapping: list[Any], names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each stored tensor's name with that of the model's tensor it is for, or goes into; empty where there is none."""
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known = model.state_dict()
+    for name in names:
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        yield name, target if target in known else name if name in known else ""
+
+
 class LayerStream:
     """The layers of one checkpoint.
 
@@ -81,9 +91,6 @@ class LayerStream:
 
     def _sort_names(self) -> None:
         """Which stored tensor belongs to which layer, to the rest of the forward pass, or to neither."""
-        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
-        known = self.model.state_dict()
         prefix = f"{self.layers_name}."
         trunk = f"{self.layers_name.rpartition('.')[0]}."
         ends = {name: module for name, module in self.model.named_modules() if module in self._ends()}
@@ -92,10 +99,7 @@ class LayerStream:
         self.end_names: dict[nn.Module, list[str]] = {module: [] for module in ends.values()}
         self.untouched: list[str] = []
         sources: dict[str, set[str]] = defaultdict(set)
-        for name in self.checkpoint.index:
-            target, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, known)
-            if target not in known:
-                target = name if name in known else ""
+        for name, target in stored_targets(self.model, self._mapping, self.checkpoint.index):
             if target.startswith(prefix):
                 layer_names[int(target[len(prefix) :].split(".")[0])][target].append(name)
                 sources[target].add(self.checkpoint.index[name].dtype)
@@ -114,6 +118,18 @@ class LayerStream:
                 dtypes = sources[f"{found.block_name}.{name}"]
                 dtype = TORCH_DTYPES.get(min(dtypes), torch.float32) if len(dtypes) == 1 else torch.float32
                 _retype(found.block, name, dtype)
+                if dtype == torch.float64:
+                    del sources[f"{found.block_name}.{name}"]
+        self._refuse_rounding(sources)
+
+    def _refuse_rounding(self, sources: Mapping[str, set[str]]) -> None:
+        """Refuse what float32, the type of all but the experts, does not hold exactly."""
+        for target, dtypes in sources.items():
+            if "F64" in dtypes:
+                raise CheckpointError(
+                    f"`{target}` is stored as F64 and would be rounded on its way through the model; convert the "
+                    "checkpoint to F32 first."
+                )
 
     def _ends(self) -> list[nn.Module]:
         return [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
@@ -155,6 +171,19 @@ class LayerStream:
     def release(self, index: int) -> None:
         """Give the layer's memory back."""
         release(self.layers[index])
+
+    def passing(self, packs: Callable[[int], Collection[str]]) -> list[str]:
+        """The stored tensors of the layers that have no entry per expert, which nothing changes on their way.
+
+        `packs` names the tensors inside a layer that are changed all the same.
+        """
+        names: list[str] = []
+        for index, targets in enumerate(self.layer_names):
+            moe = self.moe_layers.get(index)
+            counted = {f"{self.layers_name}.{index}.{name}" for name in (moe.counted if moe is not None else ())}
+            counted |= {f"{self.layers_name}.{index}.{name}" for name in packs(index)}
+            names += [name for target, stored in targets.items() if target not in counted for name in stored]
+        return names
 
     def stored_layer(self, index: int, without: Collection[str] = ()) -> dict[str, Tensor]:
         """The layer's tensors under the Hub's names, in the source's types; on the meta device if not resident.

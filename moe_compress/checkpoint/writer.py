@@ -7,6 +7,7 @@ get the Hub's names, in the order of the parts, and `model.safetensors.index.jso
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import struct
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_compress.checkpoint.durable import replace_durably, sync
 from moe_compress.checkpoint.index import TensorInfo, read_header
 
 SAFETENSORS_DTYPES = {
@@ -73,8 +75,8 @@ class ShardWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.parts: dict[str, list[Shard]] = {}
         self._undo_renames()
-        if (folder / PARTS_FILE).exists():
-            entered = json.loads((folder / PARTS_FILE).read_text())
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError, AttributeError):  # unreadable is absent
+            entered = json.loads((folder / PARTS_FILE).read_text(encoding="utf-8"))
             self.parts = {part: [Shard(**shard) for shard in shards] for part, shards in entered.items()}
 
     def has(self, part: str) -> bool:
@@ -111,6 +113,7 @@ class ShardWriter:
             for info in read_header(self.folder / name):
                 weight_map[info.name] = name
                 total += info.nbytes
+        sync(self.folder)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.folder / "model.safetensors.index.json", index)
         (self.folder / PARTS_FILE).unlink()
@@ -121,9 +124,10 @@ class ShardWriter:
         """Take back a `finish` that was cut short."""
         renames = self.folder / RENAMES_FILE
         if renames.exists():
-            for before, after in json.loads(renames.read_text()).items():
-                if (self.folder / after).exists():
-                    (self.folder / after).rename(self.folder / before)
+            with contextlib.suppress(ValueError, AttributeError):  # nothing was renamed before it was whole
+                for before, after in json.loads(renames.read_text(encoding="utf-8")).items():
+                    if (self.folder / after).exists():
+                        (self.folder / after).rename(self.folder / before)
             renames.unlink()
 
 
@@ -181,7 +185,7 @@ def _write_shard(file: Path, entries: list[Entry]) -> Shard:
             for chunk in entry.chunks():
                 if chunk.nbytes:
                     put(chunk.data)
-    temporary.rename(file)
+    replace_durably(temporary, file)
     return Shard(file.name, digest.hexdigest(), 8 + len(text) + offset)
 
 
@@ -192,5 +196,5 @@ def _is_whole(file: Path, shard: Shard) -> bool:
 def write_json(file: Path, content: object) -> None:
     """Write a JSON file whole or not at all."""
     temporary = file.with_name(file.name + ".part")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.rename(file)
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    replace_durably(temporary, file)

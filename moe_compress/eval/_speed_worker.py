@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from moe_compress.eval.precision import compute_dtype
+from moe_compress.models.skeleton import model_class
 
 STATUS = Path("/proc/self/status")
 
@@ -39,7 +40,7 @@ class Clock(BaseStreamer):
 def peak_rss_bytes() -> int:
     """Largest resident memory of this process; not `ru_maxrss` on Linux, which starts from the parent's."""
     if STATUS.exists():
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        line = next(line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -51,7 +52,7 @@ def main() -> None:
     device, batch, prompt, new = (settings[key] for key in ("device", "batch_size", "prompt_tokens", "new_tokens"))
     config = AutoConfig.from_pretrained(settings["folder"])
     dtype = compute_dtype(config, device)
-    model: Any = AutoModelForCausalLM.from_pretrained(settings["folder"], dtype=dtype).to(device).eval()
+    model: Any = model_class(config).from_pretrained(settings["folder"], dtype=dtype).to(device).eval()
     vocabulary = int(config.get_text_config().vocab_size)
     ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(settings["seed"]))
     ids = ids.to(device)

@@ -31,10 +31,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
+from moe_compress.checkpoint.index import TensorIndex
+from moe_compress.checkpoint.stream import stored_targets
 from moe_compress.models.layers import MoELayer, decoder_layers, find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
 
+MAX_CONTEXT = 2048  # tokens of the prompt that FLOPs are derived for, unless the model's own context is shorter
+UNKNOWN = "unknown_to_the_model"  # prediction heads and the like: stored, but no part of the forward pass
 PARTS = (
     "routed_experts",
     "shared_experts",
@@ -108,12 +113,12 @@ class Mixer:
 
 def cost(
     config: PretrainedConfig,
-    context: int = 2048,
+    context: int | None = None,
     *,
     stored_bytes: int | None = None,
     experts_per_token: float | None = None,
 ) -> Cost:
-    """Costs of the model that `config` describes.
+    """Costs of the model that `config` describes, for prompts of `context` tokens: its own context, at most 2,048.
 
     `stored_bytes` replaces the derived size by one measured on disk; `experts_per_token` the configured top-k by a
     measured mean. Raises `UnsupportedModelError` when there are no routed experts.
@@ -126,11 +131,13 @@ def cost(
 
 def model_cost(
     model: PreTrainedModel,
-    context: int = 2048,
+    context: int | None = None,
     stored_bytes: int | None = None,
     experts_per_token: float | None = None,
 ) -> Cost:
     """Costs of a model or skeleton in memory; see `cost`."""
+    text: Any = model.config.get_text_config()
+    context = context or min(MAX_CONTEXT, getattr(text, "max_position_embeddings", None) or MAX_CONTEXT)
     layers = find_moe_layers(model)
     top_k = [float(layer.top_k) if experts_per_token is None else experts_per_token for layer in layers]
     structure = _Structure(model, layers)
@@ -178,6 +185,19 @@ def model_cost(
         cache_bytes=element * (cached + state),
         notes=tuple(sorted(notes)),
     )
+
+
+def stored_by_part(config: PretrainedConfig, index: TensorIndex) -> dict[str, int]:
+    """Bytes that the tensors of a checkpoint take on disk, by part; `unknown_to_the_model` is what no module reads."""
+    model: Any = build_skeleton(config)
+    structure = _Structure(model, find_moe_layers(model))
+    modules = dict(model.named_modules())
+    head = next(name for name, module in modules.items() if module is model.get_output_embeddings())
+    sizes: Counter[str] = Counter()
+    for name, target in stored_targets(model, get_model_conversion_mapping(model), index):
+        part = "head" if target.startswith(f"{head}.") else structure.part_of(target) if target else UNKNOWN
+        sizes[part] += index[name].nbytes
+    return dict(sizes)
 
 
 def _count(model: PreTrainedModel, structure: _Structure) -> tuple[Counter[str], Counter[str]]:

@@ -25,19 +25,17 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 
-from moe_compress.errors import CheckpointError, DataError, MoECompressError, UsageError
+from moe_compress.errors import DataError, MeasurementError, MoECompressError, UsageError
 from moe_compress.eval.config import EvalConfig
+from moe_compress.eval.memory import require_memory
 from moe_compress.eval.precision import compute_dtype
+from moe_compress.models.skeleton import model_class
+from moe_compress.text import first_line
 
 REFERENCE_TASKS = Path(__file__).parents[1] / "reference" / "tasks"
 LOGITS_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}  # of one batch in float32, for `batch_size: auto`
 MAX_BATCH_SIZE = 32
 BOOTSTRAP_ITERATIONS = 1000
-# The metric that stands for a task, the first that it has.
-HEADLINES = (
-    "acc_norm", "acc", "exact_match", "pass@1", "f1",
-    "bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity",
-)  # fmt: skip
 
 Metrics = dict[str, dict[str, Any]]
 
@@ -50,8 +48,8 @@ def evaluate(
     Returns {"tasks": {task: {metric: {"value", "stderr", "higher_is_better"}}}, "settings": {...}}: every subtask by
     itself, and a group only where it defines an aggregate. A metric's name carries its filter
     (`exact_match,strict-match`) only where a task has several. Raises `DataError` for unknown tasks and data that
-    cannot be had, `UsageError` for settings that this model or task does not allow, `CheckpointError` when the folder
-    does not load.
+    cannot be had, `UsageError` for settings that this model or task does not allow, `MeasurementError` when the model
+    does not load or does not run.
     """
     settings: dict[str, Any] = {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "torch")}
     settings |= {"device": device, "limit": config.limit, "seed": config.seed}
@@ -63,7 +61,7 @@ def evaluate(
         _check(loaded, model, config)
         import lm_eval
 
-        with _own_errors("The evaluation failed"):
+        with _own_errors("the evaluation failed", MeasurementError):
             results: Any = lm_eval.simple_evaluate(
                 model,
                 tasks=[*loaded.values()],
@@ -121,10 +119,11 @@ def flatten(results: Mapping[str, Any]) -> dict[str, Metrics]:
         for key, value in scores.items():
             metric, _, name = key.partition(",")
             stderr = row.get(f"{metric}_stderr,{name}")
+            higher = results["higher_is_better"].get(task, {}).get(metric)
             tasks[task][key if len(filters) > 1 else metric] = {
                 "value": float(value),
                 "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
-                "higher_is_better": bool(results["higher_is_better"][task].get(metric, True)),
+                "higher_is_better": None if higher is None else bool(higher),
             }
     return tasks
 
@@ -208,22 +207,21 @@ def _self_contained(name: str, index: Mapping[str, Any]) -> bool:
 def _load_model(folder: Path, config: EvalConfig, device: str, progress: Callable[[int, int], None] | None) -> Any:
     from moe_compress.eval._lm import QuietLM
 
-    try:
+    with _own_errors("the model cannot be loaded for evaluation", MeasurementError):
         model_config = AutoConfig.from_pretrained(folder)
+        require_memory(folder, device)
         dtype = compute_dtype(model_config, device)
         # Looping over experts is the fastest way through float32 on a CPU.
         kwargs = {"experts_implementation": "eager"} if device == "cpu" and dtype == torch.float32 else {}
+        model = model_class(model_config).from_pretrained(folder, dtype=dtype, device_map={"": device}, **kwargs)
         return QuietLM(
-            pretrained=str(folder),
-            device=device,
-            dtype=dtype,
+            pretrained=model,
+            tokenizer=str(folder),
+            backend="causal",  # the name alone would make lm-eval guess from a table of its own
             softmax_dtype=torch.float32,
             batch_size=batch_size(config, model_config, device),
             progress=progress,
-            **kwargs,
         )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded for evaluation: {_first_line(error)}") from error
 
 
 def batch_size(config: EvalConfig, model_config: PretrainedConfig, device: str) -> int:
@@ -271,18 +269,14 @@ def _generation_lengths(configs: Mapping[str, Any], model: Any) -> dict[str, int
 
 
 @contextmanager
-def _own_errors(what: str) -> Iterator[None]:
+def _own_errors(what: str, kind: type[MoECompressError] = DataError) -> Iterator[None]:
     """One sentence for whatever lm-eval, a task's own code or `datasets` raises: these have no common base."""
     try:
         yield
     except MoECompressError:
         raise
     except Exception as error:
-        raise DataError(f"{what}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise kind(f"{what}: {first_line(error)}.") from error
 
 
 @contextmanager

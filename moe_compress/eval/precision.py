@@ -21,7 +21,7 @@ def cpu_has_bf16_units() -> bool:
     """Whether the processor multiplies bfloat16 natively; False where the system does not tell."""
     if not CPU_INFO.exists():
         return False
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", CPU_INFO.read_text(), re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", CPU_INFO.read_text(encoding="utf-8"), re.MULTILINE)
     return flags is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags[1].split())
 
 

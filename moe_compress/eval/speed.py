@@ -15,7 +15,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -25,7 +26,8 @@ import psutil
 import torch
 from transformers import AutoConfig
 
-from moe_compress.errors import CheckpointError, UsageError
+from moe_compress.errors import CheckpointError, MeasurementError, UsageError
+from moe_compress.eval.memory import require_memory
 
 PACKAGE_ROOT = Path(__file__).parents[2]
 RATES = ("prefill_tokens_per_s", "decode_tokens_per_s")
@@ -54,15 +56,23 @@ def measure_speed(
 
     Returns, under the same names, {"speed": {"prefill_tokens_per_s", "decode_tokens_per_s"}, "peak_rss_bytes",
     "speed_settings"} and on CUDA "peak_gpu_bytes": medians of `repeats` turns, peaks the largest seen. The prompt is
-    shortened, the same for all, where a model's context is too small. Raises `UsageError` for settings that measure
-    nothing, `CheckpointError` when a model does not run.
+    shortened, the same for all, where a model's context is too small. A model that does not fit into memory, or does
+    not run, gives {"not_measured": {"speed": why}} instead. Raises `UsageError` for settings that measure nothing,
+    `CheckpointError` when a folder holds no checkpoint.
     """
     if repeats < 1 or batch_size < 1 or prompt_tokens < 1 or new_tokens < 2:
         raise UsageError("A speed measurement needs a repeat, a sequence, a prompt token and two new tokens at least.")
+    names = [*folders]
     prompt = min([prompt_tokens, *(_context(folder) - new_tokens for folder in folders.values())])
     if prompt < 1:
-        raise UsageError(f"The context of the model is too small for {new_tokens} new tokens.")
+        reason = f"the context of the model is too small for {new_tokens} new tokens."
+        return {name: _not_measured(reason) for name in folders}
     workload = Workload(batch_size, prompt, new_tokens)
+    failed: dict[str, str] = {}
+    for name, folder in folders.items():
+        with _noted(name, failed):
+            require_memory(folder, device)
+    folders = {name: folder for name, folder in folders.items() if name not in failed}
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in folders}
     stay = _fit_together(folders.values(), device)
     with tempfile.TemporaryDirectory() as scratch:
@@ -74,7 +84,9 @@ def measure_speed(
                     worker.start()
             for turn in range(repeats):
                 for name in list(folders)[:: 1 if turn % 2 == 0 else -1]:
-                    turns[name].append(workers[name].measure())
+                    if name not in failed:
+                        with _noted(name, failed):
+                            turns[name].append(workers[name].measure())
                     if not stay:
                         workers[name].stop()
         finally:
@@ -82,9 +94,24 @@ def measure_speed(
                 worker.stop()
     settings = asdict(workload) | {"repeats": repeats, "device": device}
     return {
-        name: _summary(measured) | {"speed_settings": settings | workers[name].description}
-        for name, measured in turns.items()
+        name: _not_measured(failed[name])
+        if name in failed
+        else _summary(turns[name]) | {"speed_settings": settings | workers[name].description}
+        for name in names
     }
+
+
+@contextmanager
+def _noted(name: str, failed: dict[str, str]) -> Iterator[None]:
+    """Keep why a model cannot be measured, so that the others still are."""
+    try:
+        yield
+    except MeasurementError as error:
+        failed[name] = str(error)
+
+
+def _not_measured(reason: str) -> dict[str, Any]:
+    return {"not_measured": {"speed": reason}}
 
 
 def _summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
@@ -105,7 +132,7 @@ class _Worker:
     def start(self) -> None:
         """Begin loading; does not wait."""
         paths = [str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        with self._log.open("w") as log:
+        with self._log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "moe_compress.eval._speed_worker", self._settings],
                 stdin=subprocess.PIPE,
@@ -137,9 +164,9 @@ class _Worker:
         assert self._process is not None and self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            said = [line.strip() for line in self._log.read_text().splitlines() if line.strip()]
+            said = [line.strip() for line in self._log.read_text(encoding="utf-8").splitlines() if line.strip()]
             reason = said[-1] if said else "its process was killed"
-            raise CheckpointError(f"The speed of {self._folder} could not be measured: {reason}")
+            raise MeasurementError(f"its process ended: {reason}" if said else f"{reason}.")
         content: dict[str, Any] = json.loads(line)
         return content
 

@@ -104,9 +104,12 @@ class Lockstep:
         self._advance()
         return [left[0] for left in self._left]
 
-    def finish(self) -> list[Tensor]:
-        """Pass every batch through what follows the layers; returns the logits [B, S, V] and ends the run."""
-        self._advance()
+    def finish(self, count: int | None = None) -> list[Tensor]:
+        """Pass the first `count` batches (all if None) through what follows the layers, and end the run.
+
+        Returns their logits [B, S, V].
+        """
+        self._advance(count)
         self.close()
         return self.logits
 
@@ -139,10 +142,10 @@ class Lockstep:
             coroutine.throw()
         self._passes = []
 
-    def _advance(self) -> None:
+    def _advance(self, count: int | None = None) -> None:
         self._next += 1
         with torch.no_grad():
-            for batch, coroutine in enumerate(self._passes):
+            for batch, coroutine in enumerate(self._passes[:count]):
                 self._batch = batch
                 coroutine.switch()
 

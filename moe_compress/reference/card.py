@@ -48,7 +48,9 @@ def routing_balance(folder: Path) -> list[dict[str, float]]:
 
 def loss_curve(log: Path) -> list[tuple[int, float]]:
     """(step, mean training loss since the point before), at a few evenly spaced steps."""
-    losses = {record["step"]: record["loss"] for record in map(json.loads, log.read_text().splitlines())}
+    losses = {
+        record["step"]: record["loss"] for record in map(json.loads, log.read_text(encoding="utf-8").splitlines())
+    }
     steps = np.array(sorted(losses))
     groups = np.array_split(steps, min(CURVE_POINTS, len(steps)))
     return [(int(group[-1]), float(np.mean([losses[int(step)] for step in group]))) for group in groups]
@@ -79,8 +81,9 @@ A small, truly trained Mixture-of-Experts model (`Qwen3MoeForCausalLM`, {facts["
 experts of width 96, top-4) on which every method of this package can be tried offline in minutes. It knows little of
 the world and is of no other use.
 
-Trained by `python -m moe_compress.reference.train` on {facts["tokens"]:,} tokens ({facts["settings"]}). Rows of a step:
-{rows}. Code and documentation are those of the Python standard library, prose is from Wikipedia (enwik8), facts are
+Trained by `python -m moe_compress.reference.train OUT --tokens {facts["tokens"]}` ({facts["settings"]}).
+Rows of a step: {rows}.
+Code and documentation are those of the Python standard library, prose is from Wikipedia (enwik8), facts are
 {NUM_FACTS} invented people with one attribute each, reasoning is generated. What the tasks measure was never trained
 on: held-out modules and topics, question wordings and problem instances. `NOTICE.md` names the texts' licences.
 
@@ -135,8 +138,8 @@ def main() -> None:
         "balance": routing_balance(arguments.checkpoint),
         "loss_curve": loss_curve(arguments.run / "loss.jsonl"),
     }
-    (arguments.checkpoint / "card.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (arguments.checkpoint / "README.md").write_text(card(facts))
+    (arguments.checkpoint / "card.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (arguments.checkpoint / "README.md").write_text(card(facts), encoding="utf-8")
 
 
 if __name__ == "__main__":

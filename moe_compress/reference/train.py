@@ -300,7 +300,7 @@ def train(settings: Settings, out: Path, data: Path, save_every: int, autocast: 
             record = {"step": step, "loss": round(loss.item(), 4), "balance": round(balance.item(), 4)}
             left = (settings.steps - step - 1) * settings.batch_rows * SEQUENCE_LENGTH / rate / 60
             print(f"{record}  {rate:,.0f} tokens/s  {left:.0f} min left", flush=True)
-            with (out / "loss.jsonl").open("a") as log:
+            with (out / "loss.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(record) + "\n")
         if (step + 1) % save_every == 0 or step + 1 == settings.steps:
             save_state(out, settings, step + 1, model, optims)

@@ -5,7 +5,8 @@ Measures nothing itself, and invents nothing: a figure that is missing on either
 Model figures M (every key may be missing): `total_params`, `active_params`, `stored_bytes`, `active_bytes_per_token`,
 `flops_per_token`, `expert_flops_per_token`, `experts_per_token_mean`, `peak_rss_bytes`, further numbers of the cost
 model, `speed` {`prefill_tokens_per_s`, `decode_tokens_per_s`} and `tasks` {task: {metric: {`value`, `stderr`,
-`higher_is_better`}}}.
+`higher_is_better`}}}. `context` is the prompt's length that FLOPs hold for, `notes` what the costs leave out, and
+`not_measured` {"tasks": why, "speed": why} says what could not be measured.
 
 Settings (every key may be missing): `model`, `revision`, `criterion`, `steps`, `calibration` (the scores' summary and
 fingerprint), `eval` (few-shot, batch size, limit, ...), `versions`, `hardware`; anything else is carried along.
@@ -30,12 +31,10 @@ def build_report(
     random: Sequence[Mapping[str, Any]] = (),
     checks: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
-    *,
-    provenance: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The content of `report.json`, free of NaN and infinity (they become null).
 
-    `random` are the M of random prunings, each with its `seed`. `provenance` overrides, by key of M, what is taken as
+    `random` are the M of random prunings, each with its `seed`. `provenance` says of every key of M whether it is
     "measured" (`MEASURED`) or "derived" (all else). `ratio` is compressed / baseline. `recovery` is, per task and for
     its headline metric, compressed / baseline where higher is better and baseline / compressed where lower is; null
     where the divisor is 0 or the direction unknown. Its standard error follows from the two by first-order
@@ -66,7 +65,7 @@ def build_report(
         "checks": dict(checks or {}),
         "settings": _finite(settings or {}),
     }
-    report["provenance"] = _provenance(report, provenance or {})
+    report["provenance"] = _provenance(report)
     return report
 
 
@@ -112,6 +111,8 @@ def _ratios(baseline: Mapping[str, Any], compressed: Mapping[str, Any]) -> dict[
     ratios: dict[str, Any] = {}
     for key, value in compressed.items():
         other = baseline.get(key)
+        if key == "context":
+            continue
         if _is_number(value) and _is_number(other):
             ratios[key] = value / other if other else None
         elif key not in ("tasks", "speed_settings") and isinstance(value, dict) and isinstance(other, dict):
@@ -144,14 +145,15 @@ def _random_summary(compressed: Mapping[str, Any], draws: Sequence[Mapping[str, 
     return summary
 
 
-def _provenance(report: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, str]:
+def _provenance(report: Mapping[str, Any]) -> dict[str, str]:
     """ "measured" or "derived" for every kind of figure that the report holds."""
-    assert set(overrides.values()) <= {"measured", "derived"}, overrides
     kinds: dict[str, str] = {}
     for figures in (report["baseline"], report["compressed"]):
         for key, value in figures.items():
+            if key in ("not_measured", "context"):
+                continue
             if _is_number(value) or (isinstance(value, dict) and value):
-                kinds[key] = overrides.get(key, "measured" if key in MEASURED else "derived")
+                kinds[key] = "measured" if key in MEASURED else "derived"
     computed = ("ratio", "recovery", "recovery_by_metric", "random_summary")
     return (
         kinds

@@ -17,6 +17,7 @@ from moe_compress.report.tables import (
     metric_label,
     summary_rows,
 )
+from moe_compress.text import listed
 
 CHECKS = ("coverage", "bytes", "keys", "logits", "target")
 GENERATIVE_METRICS = frozenset({"exact_match", "pass@1", "pass_at_1", "f1", "bleu", "rouge1", "rougeL", "chrf"})
@@ -126,6 +127,11 @@ def limits(report: Mapping[str, Any]) -> list[str]:
     found = []
     evaluation = report["settings"].get("eval") or {}
     metrics = {name.partition(",")[0] for task in report["compressed"].get("tasks", {}).values() for name in task}
+    found += [
+        f"{what.capitalize()} of the {side} model: not measured: {reason}"
+        for side in ("baseline", "compressed")
+        for what, reason in report[side].get("not_measured", {}).items()
+    ]
     if not metrics:
         found.append("No task was evaluated: nothing is known about quality.")
     elif not metrics & GENERATIVE_METRICS:
@@ -145,6 +151,8 @@ def limits(report: Mapping[str, Any]) -> list[str]:
         found.append("Speed was not compared; fewer FLOPs are not by themselves a speed-up.")
     else:
         found.append("Speed and memory hold for the machine they were measured on; elsewhere the ratio may differ.")
+    notes = (note for side in ("baseline", "compressed") for note in report[side].get("notes", ()))
+    found += [f"Of the derived costs: {note}." for note in dict.fromkeys(notes)]
     starved = (report["settings"].get("calibration") or {}).get("starved")
     if starved:
         experts = "1 expert" if len(starved) == 1 else f"{len(starved)} experts"
@@ -195,7 +203,7 @@ def _plan_lines(index: int, plan: Mapping[str, Any]) -> list[str]:
         lines.append(f"  Each of {len(counts)} layers keeps {span} experts.")
     protected = [f"layer {layer['layer']} expert {expert}" for layer in plan["layers"] for expert in layer["protected"]]
     if protected:
-        lines.append(f"  Protected super experts: {_listed(protected)}.")
+        lines.append(f"  Protected super experts: {listed(protected, LISTED)}.")
     return lines
 
 
@@ -226,7 +234,7 @@ def _calibration_lines(calibration: Mapping[str, Any] | None) -> list[str]:
         return ["No calibration was needed or recorded."]
     lines = _settings_lines({key: value for key, value in calibration.items() if key != "starved"})
     starved = [f"layer {layer} expert {expert}" for layer, expert in calibration.get("starved", ())]
-    found = f"{len(starved)}: {_listed(starved)}" if starved else "none"
+    found = f"{len(starved)}: {listed(starved, LISTED)}" if starved else "none"
     return [*lines, f"* experts with fewer tokens than the minimum: {found}"]
 
 
@@ -255,15 +263,10 @@ def _inline(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_inline(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list | tuple):
-        return _listed([_inline(item) for item in value]) or "none"
+        return listed([_inline(item) for item in value], LISTED) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value is None else str(value)
-
-
-def _listed(items: Sequence[str]) -> str:
-    more = f", and {len(items) - LISTED} more" if len(items) > LISTED else ""
-    return ", ".join(items[:LISTED]) + more
 
 
 def _model(settings: Mapping[str, Any]) -> str:

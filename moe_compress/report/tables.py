@@ -111,8 +111,16 @@ def _figure_rows(report: Mapping[str, Any]) -> list[SummaryRow]:
         ratio = NOTHING if None in values else format_percent(_get(report["ratio"], path))
         texts = [MISSING if value is None else formatter(value) for value in values]
         provenance = report["provenance"].get(path[0], NOTHING)
-        rows.append(SummaryRow(label, texts[0], texts[1], ratio, NOTHING, provenance))
+        rows.append(
+            SummaryRow(figure_label(path, label, report["compressed"]), texts[0], texts[1], ratio, NOTHING, provenance)
+        )
     return rows
+
+
+def figure_label(path: tuple[str, ...], label: str, figures: Mapping[str, Any]) -> str:
+    """A row's label; FLOPs per token depend on how many tokens there are."""
+    context = figures.get("context")
+    return f"{label}, prompt of {context:,}" if path[0] == "flops_per_token" and context else label
 
 
 def _task_rows(report: Mapping[str, Any]) -> list[SummaryRow]:

@@ -1,8 +1,9 @@
 """The five checks that end every run. Each looks at what lies on disk, not at what the run believes it wrote.
 
 1. coverage: every kept expert saw calibration tokens; the ones that did not were dropped, and are listed.
-2. bytes: every source tensor was copied (same bytes) or passed through a layer; layers shrank by what the plan drops.
-3. keys: names, types and shapes on disk are those the new configuration calls for; every shard has its recorded hash.
+2. bytes: every source tensor was copied (same bytes) or passed through a layer, where what does not belong to an
+   expert kept its bytes too; layers shrank by what the plan drops.
+3. keys: names, types and shapes on disk are those the new configuration calls for; every file has its recorded hash.
 4. logits: a fresh process that cannot import this package loads the folder and gives the same logits.
 5. target: the size asked for was reached.
 """
@@ -19,15 +20,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, PROBE_FILE, Ledger
 from moe_compress.checkpoint.writer import sha256_of, tensor_sha256
-from moe_compress.errors import MoECompressError, UsageError, VerificationError
+from moe_compress.errors import CheckpointError, MoECompressError, UsageError, VerificationError
+from moe_compress.manifest import FORMAT
 from moe_compress.models.layers import SECTION
 from moe_compress.progress import Progress
+from moe_compress.text import listed
 
 MANIFEST_FILE = "manifest.json"
 # Largest allowed difference of logits, relative to their spread. Both sides compute in float32 with different kernels.
@@ -54,14 +58,14 @@ def verify(folder: Path, progress: Progress) -> dict[str, dict[str, Any]]:
     manifest_file = folder / MANIFEST_FILE
     if not manifest_file.exists():
         raise UsageError(f"{folder} has no {MANIFEST_FILE}: `verify` checks folders that `moe-compress run` made.")
-    manifest = json.loads(manifest_file.read_text())
+    manifest = load_manifest(folder)
     if not (folder / LEDGER_FILE).exists():
         raise UsageError(f"{folder} has no {LEDGER_FILE}, so nothing says what should be in it; run again.")
     ledger = Ledger.load(folder)
     checks: dict[str, Callable[[], Check]] = {
         "coverage": lambda: check_coverage(manifest),
         "bytes": lambda: check_bytes(folder, ledger, manifest),
-        "keys": lambda: check_keys(folder, ledger),
+        "keys": lambda: check_keys(folder, ledger, manifest),
         "logits": lambda: check_logits(folder),
         "target": lambda: check_target(manifest, TensorIndex.from_folder(folder)),
     }
@@ -73,6 +77,21 @@ def verify(folder: Path, progress: Progress) -> dict[str, dict[str, Any]]:
             outcome[name] = asdict(future.result())
             stage.advance(name)
     return outcome
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in `folder`; `CheckpointError` when it is damaged, or none that this version wrote."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        whole = isinstance(manifest["steps"], list) and isinstance(manifest["files"], dict)
+        whole = whole and manifest["format"] == FORMAT and {"identity", "stored_bytes"} <= set(manifest)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise CheckpointError(
+            f"{folder / MANIFEST_FILE} is damaged, or was written by another version or program; run again."
+        )
+    return manifest  # type: ignore[no-any-return]
 
 
 def _outcome(check: Callable[[], Check]) -> Check:
@@ -92,7 +111,7 @@ def raise_on_failure(checks: dict[str, dict[str, Any]]) -> None:
 
 def check_coverage(manifest: dict[str, Any]) -> Check:
     """Every kept expert saw at least the asked number of calibration tokens."""
-    listed: list[str] = []
+    dropped: list[str] = []
     kept: list[str] = []
     pooled = [
         f"layer {layer} expert {expert}" for step in manifest["steps"] for layer, expert in step.get("pooled", [])
@@ -101,32 +120,29 @@ def check_coverage(manifest: dict[str, Any]) -> Check:
         if step["op"] == "quantize":
             continue  # what an expert lacks in tokens, its layer lends it
         for layer, expert in step.get("starved", []):
-            (kept if expert in step["keep"][str(layer)] else listed).append(f"layer {layer} expert {expert}")
+            (kept if expert in step["keep"][str(layer)] else dropped).append(f"layer {layer} expert {expert}")
     if kept:
         return Check(
             False,
-            f"kept without enough calibration tokens: {_listed(kept)}; raise calibration.num_samples, or lower "
-            "calibration.min_tokens_per_expert.",
+            f"kept without enough calibration tokens: {listed(kept, MAX_LISTED)}; raise calibration.num_samples, or "
+            "lower calibration.min_tokens_per_expert.",
         )
     if pooled:
-        return Check(True, f"quantized with statistics pooled over their layer, for want of tokens: {_listed(pooled)}.")
-    if listed:
-        return Check(True, f"dropped because too few calibration tokens reached them: {_listed(listed)}.")
+        shown = listed(pooled, MAX_LISTED)
+        return Check(True, f"quantized with statistics pooled over their layer, for want of tokens: {shown}.")
+    if dropped:
+        return Check(True, f"dropped because too few calibration tokens reached them: {listed(dropped, MAX_LISTED)}.")
     return Check(True, "every expert saw calibration tokens." if manifest["steps"] else "no step needed calibration.")
-
-
-def _listed(items: list[str]) -> str:
-    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
-    return ", ".join(items[:MAX_LISTED]) + more
 
 
 def check_bytes(folder: Path, ledger: Ledger, manifest: dict[str, Any]) -> Check:
     """Nothing lost, nothing invented: bytes add up, and copied tensors are the same bytes."""
     index = TensorIndex.from_folder(folder)
-    lost = [name for name in ledger.copied if name not in index]
+    same = ledger.copied | ledger.unchanged
+    lost = [name for name in same if name not in index]
     if lost:
         return Check(False, f"`{lost[0]}` was to be copied and is not there ({len(lost)} such tensors).")
-    changed = [name for name, digest in ledger.copied.items() if tensor_sha256(index[name]) != digest]
+    changed = [name for name, digest in same.items() if tensor_sha256(index[name]) != digest]
     if changed:
         return Check(False, f"`{changed[0]}` was to be copied and has other bytes ({len(changed)} such tensors).")
     dropped = sum(step["dropped_bytes"] for step in manifest["steps"][-1:])
@@ -134,12 +150,13 @@ def check_bytes(folder: Path, ledger: Ledger, manifest: dict[str, Any]) -> Check
         return Check(
             False, f"{ledger.source_bytes:,} bytes less {dropped:,} dropped by the plan are not {index.nbytes:,}."
         )
-    parts = f"{len(ledger.copied)} tensors copied, {len(ledger.transformed)} through the layers"
+    parts = f"{len(ledger.copied)} tensors copied, {len(ledger.transformed)} through the layers, "
+    parts += f"{len(ledger.unchanged)} of these unchanged"
     return Check(True, f"{parts}; {ledger.source_bytes:,} - {dropped:,} dropped = {index.nbytes:,} bytes.")
 
 
-def check_keys(folder: Path, ledger: Ledger) -> Check:
-    """The tensors on disk are the expected ones, and the shards are as they were written."""
+def check_keys(folder: Path, ledger: Ledger, manifest: dict[str, Any]) -> Check:
+    """The tensors on disk are the expected ones, and all files are as they were written."""
     index = TensorIndex.from_folder(folder)
     found = {name: (info.dtype, info.shape) for name, info in index.items()}
     for name in sorted(set(ledger.expected) ^ set(found)):
@@ -147,9 +164,11 @@ def check_keys(folder: Path, ledger: Ledger) -> Check:
     for name, entry in ledger.expected.items():
         if found[name] != entry:
             return Check(False, f"`{name}` is {found[name]}, expected {entry}.")
-    for shard in ledger.shards:
-        if sha256_of(folder / shard.file) != shard.sha256:
-            return Check(False, f"{shard.file} is not as it was written (its sha256 differs from the recorded one).")
+    for name, digest in manifest["files"].items():
+        if not (folder / name).is_file():
+            return Check(False, f"{name} is missing.")
+        if sha256_of(folder / name) != digest:
+            return Check(False, f"{name} is not as it was written (its sha256 differs from the recorded one).")
     return Check(
         True, f"{len(found)} tensors in {len(ledger.shards)} shards, names, types, shapes and hashes as expected."
     )
@@ -157,10 +176,16 @@ def check_keys(folder: Path, ledger: Ledger) -> Check:
 
 def check_logits(folder: Path) -> Check:
     """A fresh process gives the logits of the apply sweep; with plain transformers, unless the tier is `plugin`."""
-    plugin = SECTION in json.loads((folder / "config.json").read_text())
-    with np.load(folder / PROBE_FILE) as probe:
-        expected = probe["logits"].astype(np.float64)
-    reload = Path(__file__).with_name("reload.py").read_text()
+    try:
+        plugin = SECTION in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return Check(False, "config.json is damaged.")
+    try:
+        with np.load(folder / PROBE_FILE) as probe:
+            expected = probe["logits"].astype(np.float64)
+    except (ValueError, KeyError, EOFError, BadZipFile):
+        return Check(False, f"{PROBE_FILE} is damaged.")
+    reload = Path(__file__).with_name("reload.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="moe-compress-") as scratch:
         output = Path(scratch) / "logits.npy"
         begin = "import moe_compress\n" if plugin else "import sys; sys.modules['moe_compress'] = None\n"

@@ -57,7 +57,9 @@ def model_files(seed: int = 0, **settings: Any) -> dict[str, bytes]:
         "pytorch_model.bin": b"pickle",
         "original/consolidated.safetensors": save(tensors),
         "consolidated.safetensors": save(tensors),
+        "adapter_model.safetensors": save(tensors),
         "README.md": b"# A model",
+        "LICENSE.txt": b"Its text.",
     }
 
 
@@ -100,6 +102,7 @@ def test_download_then_offline(hub: Hub, tmp_path: Path) -> None:
     assert (main["revision"], tagged["revision"]) == (new, old)
     assert main["model_id"] == "org/model" and main["type"] == "qwen3_moe" and main["tensors"] == ["a", "b"]
     wanted = {"config.json", "model.safetensors.index.json", FIRST, SECOND, "tokenizer.json", "chat_template.jinja"}
+    wanted |= {"README.md", "LICENSE.txt"}
     assert set(main["files"]) == wanted
     assert Path(main["folder"], FIRST).read_bytes() == repository.commits[new][FIRST]
     assert Path(tagged["folder"], FIRST).read_bytes() == repository.commits[old][FIRST]
@@ -185,13 +188,14 @@ def test_private_with_token_and_without_server(hub: Hub, tmp_path: Path) -> None
     assert unreachable["error"] == "CheckpointError" and "cannot be reached" in unreachable["message"]
 
 
-def test_remote_code_is_downloaded_only_when_trusted(hub: Hub, tmp_path: Path) -> None:
+def test_remote_code_is_never_downloaded(hub: Hub, tmp_path: Path) -> None:
     code = b"from transformers import PretrainedConfig\nclass XConfig(PretrainedConfig):\n    model_type = 'x_moe'\n"
     files = model_files(model_type="x_moe", auto_map={"AutoConfig": "modeling_x.XConfig"}) | {"modeling_x.py": code}
     hub.repository("org/strange").commit(files)
-    refused, opened = ask(hub, tmp_path, {"model": "org/strange"}, {"model": "org/strange", "trust_remote_code": True})
-    assert refused["error"] == "UsageError" and "trust_remote_code" in refused["message"]
-    assert opened["type"] == "x_moe" and "modeling_x.py" in opened["files"]
+    hub.repository("org/known").commit(files | model_files(auto_map={"AutoConfig": "modeling_x.XConfig"}))
+    refused, opened = ask(hub, tmp_path, {"model": "org/strange"}, {"model": "org/known"})
+    assert refused["error"] == "UnsupportedModelError" and "never run" in refused["message"]
+    assert opened["type"] == "qwen3_moe" and "modeling_x.py" not in opened["files"]
 
 
 def test_server_serves_from_pretrained(hub: Hub, tmp_path: Path) -> None:

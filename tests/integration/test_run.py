@@ -138,6 +138,31 @@ def test_prune_from_start_to_finish(source: Path, texts: Path, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("no_reload")
+def test_what_is_published_names_no_place_but_the_licence(own_source: Path, texts: Path, tmp_path: Path) -> None:
+    (own_source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    (own_source / "LICENSE").write_text("Its text.\n")
+    out = tmp_path / "out"
+    moe_compress.run(tiny_recipe(own_source, texts, 0.75, 0.5), out)
+    for name, data in content(out).items():
+        assert str(tmp_path).encode() not in data and str(texts.parent).encode() not in data, name
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert (recipe["model"], recipe["calibration"]["dataset"]) == ("model", "texts.txt")
+    card = (out / "README.md").read_text()
+    matter = yaml.safe_load(card.split("---\n")[1])
+    assert matter["license"] == "apache-2.0" and "pruned" in matter["tags"]
+    assert "with moe-compress (prune, prune)" in card and (out / "LICENSE").read_text() == "Its text.\n"
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_foreign_manifest_is_no_result_to_resume(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text('{"name": "an extension of a browser"}')
+    with pytest.raises(UsageError, match="exists"):
+        moe_compress.run({"model": str(source), "steps": [], "eval": {"speed": False}}, out, resume=True)
+
+
+@pytest.mark.usefixtures("no_reload")
 def test_no_steps_is_the_identity(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     recipe = {"model": str(source), "steps": [], "eval": {"speed": False}}

@@ -23,7 +23,8 @@ from moe_compress import steps
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.writer import sha256_of
 from moe_compress.cli import app
-from moe_compress.errors import UsageError, VerificationError
+from moe_compress.errors import CheckpointError, UsageError, VerificationError
+from moe_compress.manifest import file_hashes
 from moe_compress.progress import SilentProgress
 from moe_compress.verification import checks
 from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
@@ -71,6 +72,11 @@ def failed(folder: Path) -> dict[str, str]:
 
 def recorded(folder: Path, file: Path) -> None:
     """Make the records say that the shard is as it is now."""
+    ledger_of(folder, file)
+    manifest_of(folder, lambda manifest: manifest.update(files=file_hashes(folder)))
+
+
+def ledger_of(folder: Path, file: Path) -> None:
     ledger = json.loads((folder / "ledger.json").read_text())
     (shard,) = (shard for shard in ledger["shards"] if shard["file"] == file.name)
     shard |= {"sha256": sha256_of(file), "nbytes": file.stat().st_size}
@@ -210,8 +216,9 @@ def test_flipped_byte_in_any_shard(made: Path, tmp_path: Path) -> None:
             stream.seek(info.start)
             stream.write(bytes([byte ^ 1]))
         found = failed(out)
-        copied = info.name in json.loads((out / "ledger.json").read_text())["copied"]
-        assert set(found) == ({"keys", "bytes"} if copied else {"keys"})
+        ledger = json.loads((out / "ledger.json").read_text())
+        same = info.name in ledger["copied"] | ledger["unchanged"]
+        assert set(found) == ({"keys", "bytes"} if same else {"keys"})
         assert shard.name in found["keys"] and "sha256" in found["keys"]
 
 
@@ -247,6 +254,15 @@ def test_changed_copy_is_seen_by_the_bytes_alone(out: Path) -> None:
     change(out, EMBEDDINGS, lambda words: words ^ 1)
     found = failed(out)
     assert set(found) == {"bytes"} and f"`{EMBEDDINGS}` was to be copied and has other bytes" in found["bytes"]
+
+
+@pytest.mark.usefixtures("no_reload")
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.layers.0.input_layernorm.weight"])
+def test_change_of_what_a_layer_was_to_hand_through(name: str, out: Path) -> None:
+    """Not the experts and not the router: a prune has no business with it."""
+    change(out, name, lambda words: words ^ 1)
+    found = failed(out)
+    assert set(found) == {"bytes"} and f"`{name}` was to be copied and has other bytes" in found["bytes"]
 
 
 @pytest.mark.usefixtures("no_reload")
@@ -341,6 +357,42 @@ def test_command(out: Path) -> None:
     assert progress.startswith("[verify] check 5/5") and message.startswith("error: Verification failed: bytes (")
 
 
+@pytest.mark.usefixtures("no_reload")
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "generation_config.json", "recipe.yaml", "report.json", "plan.json", "ledger.json"]
+)
+def test_any_file_that_is_gone_or_changed(name: str, made: Path, out: Path) -> None:
+    text = (out / name).read_text()
+    (out / name).write_text(text + "\n")
+    found = failed(out)
+    assert set(found) == {"keys"} and found["keys"].startswith(f"{name} is not as it was written")
+    if name != "ledger.json":
+        (out / name).unlink()
+        assert failed(out) == {"keys": f"{name} is missing."}
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_the_card_is_its_owners_to_edit(out: Path) -> None:
+    (out / "README.md").write_text("# Mine\n")
+    assert failed(out) == {}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "ledger.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1, "tool": "another program", "steps": {}}'])
+def test_damaged_or_foreign_records(name: str, text: str, out: Path) -> None:
+    (out / name).write_text(text)
+    with pytest.raises(CheckpointError, match=f"{name} is damaged, or was written by another"):
+        moe_compress.verify(out)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"\0" * 100])
+def test_damaged_probe_or_config(content: bytes, out: Path) -> None:
+    (out / "probe.npz").write_bytes(content)
+    assert failed(out)["logits"] == "probe.npz is damaged."
+    (out / "config.json").write_bytes(content)
+    assert failed(out)["logits"] == "config.json is damaged."
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "ledger.json"])
 def test_folder_without_records(name: str, out: Path) -> None:
     (out / name).unlink()
@@ -351,7 +403,7 @@ def test_folder_without_records(name: str, out: Path) -> None:
 def test_folder_without_its_probe(out: Path) -> None:
     (out / "probe.npz").unlink()
     found = failed(out)
-    assert set(found) == {"logits"} and "probe.npz" in found["logits"]
+    assert set(found) == {"keys", "logits"} and "probe.npz" in found["logits"]
 
 
 def test_no_folder(tmp_path: Path) -> None:

@@ -32,11 +32,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_verbs_reach_the_pipeline_with_loaded_recipes(calls: dict[str, Any], tmp_path: Path) -> None:
     report = moe_compress.run(
-        "demo", str(tmp_path), overrides=["steps.0.keep=0.5"], force=True, trust_remote_code=True, model=tmp_path
+        "demo", str(tmp_path), overrides=["steps.0.keep=0.5"], force=True, revision="main", model="org/model"
     )
     assert report == {"called": "run"}
     (recipe, out), options = calls["run"]
-    assert (recipe.steps[0].keep, recipe.trust_remote_code, recipe.model, out) == (0.5, True, str(tmp_path), tmp_path)
+    assert (recipe.steps[0].keep, recipe.revision, recipe.model, out) == (0.5, "main", "org/model", tmp_path)
     assert (options["force"], options["resume"], options["work"], options["device"]) == (True, False, None, "auto")
     moe_compress.run("demo", tmp_path, scores="work")
     assert (options["scores"], calls["run"][1]["scores"]) == (None, Path("work"))
@@ -45,7 +45,7 @@ def test_verbs_reach_the_pipeline_with_loaded_recipes(calls: dict[str, Any], tmp
     moe_compress.plan("demo", scores="work", overrides=["steps.0.scope=global"])
     assert calls["plan"][1] == {"scores": Path("work")}
     moe_compress.inspect("reference")
-    assert calls["inspect"] == (("reference",), {"revision": None, "trust_remote_code": False})
+    assert calls["inspect"] == (("reference",), {"revision": None})
     moe_compress.verify("out")
     assert calls["verify"][0] == (Path("out"),)
 

@@ -66,6 +66,9 @@ FACTS = {
     "total_params": 13_000_000,
     "active_params": 4_000_000,
     "bytes": {"routed_experts": 24_000_000},
+    "bytes_are": "measured",
+    "context": 512,
+    "notes": ["a mixer is not counted"],
     "stored_bytes": 26_000_000,
     "flops_per_token": {"routed_experts": 6_000_000},
     "kv_bytes_per_token": 4096,
@@ -189,10 +192,18 @@ def test_validate_says_what_is_valid_and_takes_overrides() -> None:
 
 def test_inspect(pipeline: Fakes) -> None:
     calls = pipeline(inspect=FACTS)
-    shown = invoke("inspect", "org/model", "--revision", "main", "--trust-remote-code").stdout
-    assert calls["inspect"] == (("org/model",), {"revision": "main", "trust_remote_code": True})
-    for text in ("Qwen3MoeForCausalLM", "16 experts, 4 per token", "routed experts", "26 MB", "stock: plain"):
+    shown = invoke("inspect", "org/model", "--revision", "main").stdout
+    assert calls["inspect"] == (("org/model",), {"revision": "main"})
+    for text in (
+        "Qwen3MoeForCausalLM",
+        "16 experts, 4 per token",
+        "routed experts",
+        "26 MB",
+        "stock: plain",
+        "a mixer is not",
+    ):
         assert text in shown
+    assert "a prompt of 512 tokens; stored bytes by part are measured" in shown
     assert json.loads(invoke("inspect", "reference", "--json").stdout) == FACTS
 
 

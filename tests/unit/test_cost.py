@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.errors import UnsupportedModelError
-from moe_compress.eval.cost import cost
+from moe_compress.eval.cost import UNKNOWN, cost, stored_by_part
+from moe_compress.measure import cost_figures
+from moe_compress.preview import inspect
+from moe_compress.report.build import build_report
+from moe_compress.report.markdown import limits
+from moe_compress.report.tables import summary_rows
+from tests.tiny_checkpoint import tiny_checkpoint
 
 COMMON: dict[str, Any] = {
     "vocab_size": 128,
@@ -197,3 +208,49 @@ def test_to_dict_holds_the_sums() -> None:
     content = derived.to_dict()
     assert content["flops_per_token"] == sum(content["prefill_flops"].values())
     assert content["expert_flops_per_token"] == content["prefill_flops"]["routed_experts"]
+
+
+# ------------------------------------------------------------------------------------ what a reader is told beside them
+
+
+def test_the_prompt_is_no_longer_than_the_model_reads_and_is_named() -> None:
+    config = tiny("qwen3_moe").config
+    assert cost(config) == cost(config, 128) != cost(config, 129)
+    figures = cost_figures(cost(config).to_dict())
+    assert figures["context"] == 128
+    report = build_report(figures, figures)
+    assert "context" not in report["ratio"] and "context" not in report["provenance"]
+    labels = [row.label for row in summary_rows(report)]
+    assert "FLOPs per token, prompt of 128" in labels and "routed expert FLOPs per token" in labels
+    longer: Any = AutoConfig.for_model("qwen3_moe", **COMMON | TINY["qwen3_moe"] | {"max_position_embeddings": 40_960})
+    assert cost(longer).context == 2048
+
+
+def test_what_the_costs_leave_out_is_among_the_limits() -> None:
+    note = "the sequence mixing of Strange is not counted, its projections are"
+    figures = cost_figures(replace(cost(tiny("olmoe").config), notes=(note,)).to_dict())
+    assert [limit for limit in limits(build_report(figures, figures)) if note in limit] == [
+        f"Of the derived costs: {note}."
+    ]
+
+
+def test_stored_bytes_by_part_are_those_on_disk(tmp_path: Path) -> None:
+    """Experts in bfloat16, the router in float32, a tensor no module reads: no mean size per parameter says that."""
+    folder = tiny_checkpoint(tmp_path / "model")
+    save_file({"model.layers.9.eh_proj.weight": torch.ones(10)}, folder / "extra.safetensors")
+    index_file = folder / "model.safetensors.index.json"
+    written = json.loads(index_file.read_text())
+    written["weight_map"]["model.layers.9.eh_proj.weight"] = "extra.safetensors"
+    index_file.write_text(json.dumps(written))
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        kept = {name: tensor.float() if ".mlp.gate." in name else tensor for name, tensor in tensors.items()}
+        save_file(kept, shard, {"format": "pt"})
+    index = TensorIndex.from_folder(folder)
+    found = stored_by_part(AutoConfig.from_pretrained(folder), index)
+    assert sum(found.values()) == index.nbytes and found[UNKNOWN] == 40
+    by_name = {"routed_experts": ".mlp.experts.", "router": ".mlp.gate.", "attention": ".self_attn.", "head": "lm_head"}
+    for part, text in by_name.items():
+        assert found[part] == sum(info.nbytes for name, info in index.items() if text in name) > 0
+    facts = inspect(str(folder))
+    assert facts["bytes"] == found and facts["bytes_are"] == "measured"

@@ -16,11 +16,20 @@ import tqdm
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe_compress.errors import CheckpointError, DataError, UsageError
-from moe_compress.eval import harness, precision
+from moe_compress.calibrate.config import CalibrationConfig
+from moe_compress.checkpoint.source import open_checkpoint
+from moe_compress.errors import DataError, MeasurementError, UsageError
+from moe_compress.eval import harness, memory, precision
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.harness import batch_size, check_tasks, evaluate, flatten
+from moe_compress.measure import measure
+from moe_compress.progress import SilentProgress
+from moe_compress.report.build import build_report
+from moe_compress.report.markdown import limits
+from moe_compress.steps import Surroundings
 from tests.byte_tokenizer import byte_tokenizer
+from tests.matrix.families import save as save_family
+from tests.matrix.families import tiny_config, tiny_model
 
 PROMPTS = [f"Say the {word} again:" for word in ("red", "green", "blue", "seventh")]
 CHOICES = ["one", "two", "three"]
@@ -250,8 +259,40 @@ def test_mistakes_are_known_without_weights(tiny: Tiny, tmp_path: Path, changes:
 
 
 def test_a_folder_without_a_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
+    with pytest.raises(MeasurementError, match="cannot be loaded"):
         evaluate(tmp_path, settings(tiny, tasks=["text"]))
+
+
+def test_a_model_without_a_causal_auto_class_is_evaluated(tiny: Tiny, tmp_path: Path) -> None:
+    config: Any = tiny_config("mistral4")
+    config.get_text_config().vocab_size = 258
+    model = tiny_model(config)
+    assert type(model.config) not in AutoModelForCausalLM._model_mapping
+    save_family(model, tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    found = evaluate(tmp_path, settings(tiny, tasks=["text"]))
+    assert found["tasks"]["text"]["bits_per_byte"]["value"] > 0
+
+
+def test_a_model_larger_than_memory_is_not_loaded(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
+    with pytest.raises(MeasurementError, match="GB of memory"):
+        evaluate(tiny.folder, settings(tiny, tasks=["text"]))
+
+
+def test_an_evaluation_that_fails_costs_no_result(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason takes the place of the figures, for the speed as for the tasks, and is not kept for a resumed run."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
+    config = settings(tiny, tasks=["text"]).model_copy(update={"speed": True})
+    checkpoint = open_checkpoint(str(tiny.folder))
+    around = Surroundings(CalibrationConfig(dataset="reference"), 10**9, "cpu", SilentProgress())
+    original, compressed = measure(checkpoint, checkpoint, config, tmp_path / "eval", around)
+    assert set(original["not_measured"]) == {"tasks", "speed"} == set(compressed["not_measured"])
+    assert not (tmp_path / "eval").exists()
+    report = build_report(original, compressed, settings={"model": "m"})
+    assert "not_measured" not in report["provenance"]
+    said = [limit for limit in limits(report) if "not measured" in limit]
+    assert len(said) == 4 and said[0].startswith("Tasks of the baseline model: not measured: the whole model takes")
 
 
 def test_a_group_of_tasks_from_elsewhere_needs_the_whole_index(tiny: Tiny, tmp_path: Path) -> None:
@@ -272,20 +313,16 @@ def test_names_carry_their_filter_only_among_several() -> None:
             "bare": {"alias": "bare"},
         },
         "groups": {"sum": {"acc,none": 0.3}},
-        "higher_is_better": {"one": {"acc": True}, "two": {"exact_match": True}, "sum": {"acc": True}},
+        "higher_is_better": {"one": {"acc": False}, "two": {"exact_match": None}, "sum": {}},
     }
     assert flatten(results) == {
-        "one": {"acc": {"value": 0.5, "stderr": 0.1, "higher_is_better": True}},
-        "two": {
-            "exact_match,strict": {"value": 0.2, "stderr": None, "higher_is_better": True},
-            "exact_match,loose": {"value": 0.4, "stderr": None, "higher_is_better": True},
+        "one": {"acc": {"value": 0.5, "stderr": 0.1, "higher_is_better": False}},
+        "two": {  # a direction that lm-eval does not know is not made up
+            "exact_match,strict": {"value": 0.2, "stderr": None, "higher_is_better": None},
+            "exact_match,loose": {"value": 0.4, "stderr": None, "higher_is_better": None},
         },
-        "sum": {"acc": {"value": 0.3, "stderr": None, "higher_is_better": True}},
+        "sum": {"acc": {"value": 0.3, "stderr": None, "higher_is_better": None}},
     }
-
-
-def scored(value: float, higher: bool = True) -> dict[str, Any]:
-    return {"value": value, "stderr": None, "higher_is_better": higher}
 
 
 def test_automatic_batches_bound_the_logits() -> None:

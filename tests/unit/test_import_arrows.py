@@ -29,6 +29,7 @@ ROWS = (
 COMMON: dict[str, set[str]] = {
     "errors": set(),
     "progress": set(),
+    "text": set(),
     "settings": {"errors"},
     "recipe": {
         "errors",

@@ -83,6 +83,15 @@ def test_the_index_decides_which_files_count(tmp_path: Path) -> None:
     assert [file.name for file in index.files] == ["one.safetensors", "two.safetensors"]
 
 
+def test_without_an_index_only_the_model_counts(tmp_path: Path) -> None:
+    save_file({"adapter": np.zeros(1, np.float32)}, tmp_path / "adapter_model.safetensors")
+    assert folder_refusal(tmp_path) == f"{tmp_path} holds no safetensors weights."
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "consolidated.safetensors")
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    index = TensorIndex.from_folder(tmp_path)
+    assert list(index) == ["a"] and index["a"].file.name == "model.safetensors"
+
+
 HOSTILE: dict[str, Any] = {
     "no header": b"",
     "not JSON": b"{'a'",

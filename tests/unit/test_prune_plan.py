@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from moe_compress.calibrate.scores import LayerScores, Scores
 from moe_compress.compress.prune.config import ACCUMULATED_SUMS, PruneConfig
-from moe_compress.compress.prune.plan import PrunePlan, criterion_scores, keep_count, plan_prune, super_experts
+from moe_compress.compress.prune.plan import criterion_scores, keep_count, plan_prune, super_experts
 from moe_compress.errors import DataError, UsageError
 
 NAMES = ["random", "frequency", "seer", "ean", "reap", "man", "msan", "easy_ep", "mone"]
@@ -390,14 +390,35 @@ def cases(draw: st.DrawFn) -> tuple[Scores, int, PruneConfig]:
     return scores, num_groups, config
 
 
+def is_possible(scores: Scores, num_groups: int, config: PruneConfig) -> bool:
+    """Whether `keep` leaves every layer its top-k and its super experts, in equal shares of the routing groups."""
+    found = super_experts(scores, len(scores.layers)) if config.protect_super_experts else set()
+    fewest = []
+    for layer in scores.layers:
+        size = layer.num_experts // num_groups
+        share = math.ceil(layer.top_k / num_groups)
+        share = share if num_groups == 1 else max(share, 2)
+        protected = [expert // size for index, expert in found if index == layer.layer]
+        fewest.append(num_groups * max([share, *(protected.count(group) for group in range(num_groups))]))
+    each = [layer.num_experts for layer in scores.layers]
+    if any(needed > there for needed, there in zip(fewest, each, strict=True)):
+        return False
+    if config.scope == "layer":
+        asked = config.keep if isinstance(config.keep, int) else math.floor(config.keep * each[0] + 0.5)
+        return max(asked, 1) % num_groups == 0 and max(asked, 1) >= max(fewest)
+    wanted = config.keep * len(each) if isinstance(config.keep, int) else math.floor(config.keep * sum(each) + 0.5)
+    return min(max(math.floor(wanted / num_groups + 0.5), 1) * num_groups, sum(each)) >= sum(fewest)
+
+
 @settings(max_examples=300, deadline=None)
 @given(cases())
 def test_a_plan_keeps_its_promises(case: tuple[Scores, int, PruneConfig]) -> None:
     scores, num_groups, config = case
-    try:
-        plan = plan_prune(config, scores, num_decoder_layers=len(scores.layers), num_groups=num_groups)
-    except UsageError:
+    if not is_possible(scores, num_groups, config):
+        with pytest.raises(UsageError):
+            plan_prune(config, scores, num_decoder_layers=len(scores.layers), num_groups=num_groups)
         return
+    plan = plan_prune(config, scores, num_decoder_layers=len(scores.layers), num_groups=num_groups)
     found = super_experts(scores, len(scores.layers)) if config.protect_super_experts else set()
     asked: float
     total = sum(layer.num_experts for layer in scores.layers)
@@ -422,7 +443,6 @@ def test_a_plan_keeps_its_promises(case: tuple[Scores, int, PruneConfig]) -> Non
             kept = [(layer.scores[e], -e) for e in members if e in layer.keep and e not in layer.protected]
             lost = [(layer.scores[e], -e) for e in members if e not in layer.keep]
             assert not kept or not lost or min(kept) > max(lost)
-    assert PrunePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
 @settings(max_examples=100, deadline=None)
@@ -436,13 +456,11 @@ def test_only_the_order_of_scores_matters(case: tuple[Scores, int, PruneConfig])
         top_k=scores.layers[0].top_k,
         peaks=[layer.statistics["max_abs"] for layer in scores.layers],
     )
+    assume(is_possible(scores, num_groups, config))
     outcomes = []
     for variant in (scores, stretched):
-        try:
-            plan = plan_prune(config, variant, num_decoder_layers=len(scores.layers), num_groups=num_groups)
-            outcomes.append([layer.keep for layer in plan.layers])
-        except UsageError:
-            outcomes.append([])
+        plan = plan_prune(config, variant, num_decoder_layers=len(scores.layers), num_groups=num_groups)
+        outcomes.append([layer.keep for layer in plan.layers])
     assert outcomes[0] == outcomes[1]
 
 
@@ -459,31 +477,13 @@ def test_every_criterion_plans(name: str) -> None:
 # JSON
 
 
-def test_the_json_form_is_versioned_and_checked() -> None:
+def test_the_json_form_says_all_of_the_plan() -> None:
     config = prune(criterion={"b": 0.5, "alpha": 1, "beta": 1}, keep=1.0)
     scores = Scores([accumulate(simulate(4, 2, 20, 3, 0, never=3), 4, 2)], {})
     plan = plan_prune(config, scores, num_decoder_layers=1)
     content: dict[str, Any] = json.loads(json.dumps(plan.to_json(), allow_nan=False))
-    again = PrunePlan.from_json(content)
-    assert again == plan
-    assert type(again.config.keep) is float
-
-    def damaged(**values: Any) -> dict[str, Any]:
-        return content | {"layers": [content["layers"][0] | values]}
-
-    with pytest.raises(UsageError, match="format 99"):
-        PrunePlan.from_json(content | {"format": 99})
-    contradictions: list[dict[str, Any]] = [
-        {"keep": [0, 0, 1, 2]},
-        {"keep": [0, 4]},
-        {"keep": []},
-        {"protected": [9]},
-        {"scores": [1.0]},
-    ]
-    for bad in contradictions:
-        with pytest.raises(UsageError, match="layer 0"):
-            PrunePlan.from_json(damaged(**bad))
-    with pytest.raises(UsageError, match=r"damaged at 0\.keep"):
-        PrunePlan.from_json(damaged(keep="all"))
-    with pytest.raises(UsageError, match="damaged at criterion"):
-        PrunePlan.from_json(content | {"config": content["config"] | {"criterion": "unknown"}})
+    assert content["format"] == 1 and PruneConfig.model_validate(content["config"]) == config
+    assert content["achieved"] == {"keep": 1.0, "experts": 4, "of": 4}
+    (layer,) = content["layers"]
+    assert (layer["layer"], layer["num_experts"], layer["keep"]) == (0, 4, [0, 1, 2, 3])
+    assert (tuple(layer["protected"]), tuple(layer["scores"])) == (plan.layers[0].protected, plan.layers[0].scores)

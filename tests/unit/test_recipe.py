@@ -262,8 +262,14 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
 
 
 def test_no_coercion_of_wrong_types() -> None:
-    source = RECIPE | {"trust_remote_code": "yes", "calibration": {"dataset": "a", "num_samples": True, "seed": "1"}}
-    assert set(mistakes(source)) == {"trust_remote_code", "calibration.num_samples", "calibration.seed"}
+    evaluation = {"tasks": ["a"], "apply_chat_template": "yes"}
+    calibration = {"dataset": "a", "num_samples": True, "seed": "1"}
+    wrong = {"eval.apply_chat_template", "calibration.num_samples", "calibration.seed"}
+    assert set(mistakes(RECIPE | {"eval": evaluation, "calibration": calibration})) == wrong
+
+
+def test_code_that_comes_with_a_checkpoint_cannot_be_trusted() -> None:
+    assert set(mistakes(RECIPE | {"trust_remote_code": True})) == {"trust_remote_code"}
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

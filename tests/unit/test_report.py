@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ import yaml
 
 from moe_compress.report import tables
 from moe_compress.report.build import build_report, headline_metric, recovery
-from moe_compress.report.card import model_card
+from moe_compress.report.card import license_fields, model_card
 from moe_compress.report.markdown import headline, limits, random_lines, report_markdown
+from moe_compress.report.paths import without_local_paths
 from moe_compress.report.tables import MISSING, UNDEFINED, summary_rows
 
 RECIPE = "model: org/model\nsteps:\n- op: prune\n  criterion: reap\n  keep: 0.75\n"
@@ -164,13 +166,8 @@ def test_every_figure_says_where_it_comes_from(report: dict[str, Any]) -> None:
     assert kinds["tasks"] == kinds["speed"] == kinds["peak_rss_bytes"] == kinds["stored_bytes"] == "measured"
     assert kinds["flops_per_token"] == kinds["ratio"] == kinds["recovery"] == "derived"
     assert set(model()) <= set(kinds)
-    counted = build_report(
-        model(), model(), provenance={"stored_bytes": "derived", "experts_per_token_mean": "measured"}
-    )
-    assert counted["provenance"]["stored_bytes"] == "derived"
-    assert counted["provenance"]["experts_per_token_mean"] == "measured"
-    row = next(row for row in summary_rows(counted) if row.label == "stored size")
-    assert row.provenance == "derived"
+    row = next(row for row in summary_rows(report) if row.label == "stored size")
+    assert row.provenance == "measured"
 
 
 @pytest.mark.parametrize(
@@ -299,7 +296,7 @@ def card(report: dict[str, Any], **more: Any) -> str:
     arguments: dict[str, Any] = {
         "base_model": "org/model",
         "revision": "abc",
-        "license_id": "apache-2.0",
+        "license_fields": {"license": "apache-2.0"},
         "ops": ["prune"],
     }
     return model_card(report, RECIPE, **(arguments | more))
@@ -316,7 +313,44 @@ def test_front_matter(report: dict[str, Any]) -> None:
     assert matter["license"] == "apache-2.0"
     assert matter["library_name"] == "transformers"
     assert {"moe", "pruned"} <= set(matter["tags"])
-    assert "license" not in front_matter(card(report, license_id=None))
+    assert "license" not in front_matter(card(report, license_fields=None))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("---\nlicense: mit\ntags: [a]\n---\n# Model\n", {"license": "mit"}),
+        (
+            "---\nlicense: other\nlicense_name: tongyi\nlicense_link: LICENSE\n---\n",
+            {"license": "other", "license_name": "tongyi", "license_link": "LICENSE"},
+        ),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", {}),
+        ("---\nlicense: {\n---\n", {}),
+        ("---\njust a text\n---\n", {}),
+        ("# Model\n\n---\nlicense: mit\n---\n", {}),
+        (None, {}),
+    ],
+)
+def test_licence_of_the_source(text: str | None, expected: dict[str, str], tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert license_fields(tmp_path) == expected
+
+
+def test_local_paths_are_shortened_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "private" / "my chats").mkdir(parents=True)
+    home = "/home/someone/secret"
+    assert without_local_paths({
+        "model": f"{home}/model",
+        "datasets": [str(tmp_path / "private" / "my chats"), "./my/x.jsonl", "../up", "~/x/y.txt"],
+        "relative": "private/my chats", "said": f"The shard `{home}/model/a.safetensors` is missing ({home}/b).",
+    }) == {
+        "model": "model", "datasets": ["my chats", "x.jsonl", "up", "y.txt"],
+        "relative": "my chats", "said": "The shard `a.safetensors` is missing (b).",
+    }  # fmt: skip
+    for text in ("allenai/c4", "12.3 tokens/s", "a / b", "reference", "", ".", "~5 GB", "https://huggingface.co/a/b"):
+        assert without_local_paths(text) == text
 
 
 def test_a_local_base_model_is_named_without_its_path(report: dict[str, Any]) -> None:
@@ -330,7 +364,6 @@ def test_a_local_base_model_is_named_without_its_path(report: dict[str, Any]) ->
 def test_how_to_load_follows_the_tier(report: dict[str, Any]) -> None:
     assert "import moe_compress" not in card(report)
     assert "import moe_compress" in card(report, tier="plugin")
-    assert 'from_pretrained("me/small"' in card(report, repo_id="me/small")
 
 
 def leaves(value: Any) -> Iterator[float]:

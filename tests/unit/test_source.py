@@ -111,7 +111,11 @@ def test_pickle_beside_safetensors_is_ignored(tmp_path: Path) -> None:
 
 
 def test_no_weights(tmp_path: Path) -> None:
-    assert "no safetensors weights" in refusal(CheckpointError, str(checkpoint(tmp_path / "m", weights=False)))
+    folder = checkpoint(tmp_path / "m", weights=False)
+    assert "no safetensors weights" in refusal(CheckpointError, str(folder))
+    save_file({"a": np.ones(1, np.float32)}, folder / "adapter_model.safetensors")
+    assert "no safetensors weights" in refusal(CheckpointError, str(folder))
+    assert open_config(str(folder))[1] is None
 
 
 def test_gguf(tmp_path: Path) -> None:
@@ -142,15 +146,13 @@ def test_unknown_architecture(tmp_path: Path) -> None:
     assert "no `model_type`" in refusal(UnsupportedModelError, str(checkpoint(tmp_path / "m", model_type=None)))
 
 
-def test_remote_code_runs_only_when_asked_for(tmp_path: Path) -> None:
+def test_remote_code_is_never_run(tmp_path: Path) -> None:
     auto_map = {"AutoConfig": "configuration_strange.StrangeConfig"}
     folder = checkpoint(tmp_path / "m", model_type="strange_moe", auto_map=auto_map)
     witness = tmp_path / "ran"
     (folder / "configuration_strange.py").write_text(f"open({str(witness)!r}, 'w').close()\n{REMOTE_CODE}")
-    assert "trust_remote_code" in refusal(UsageError, str(folder))
+    assert "never run" in refusal(UnsupportedModelError, str(folder))
     assert not witness.exists()
-    assert open_checkpoint(str(folder), trust_remote_code=True).config.model_type == "strange_moe"
-    assert witness.exists()
 
 
 def test_known_architecture_with_remote_code_needs_none(tmp_path: Path) -> None:

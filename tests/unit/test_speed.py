@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.errors import CheckpointError, UsageError
-from moe_compress.eval import speed
+from moe_compress.eval import memory, speed
 from moe_compress.eval.speed import measure_speed
+from tests.matrix.families import save as save_family
+from tests.matrix.families import tiny_config, tiny_model
 
 
 def save(folder: Path, layers: int) -> Path:
@@ -90,12 +94,44 @@ def test_a_model_that_does_not_run_is_one_sentence(folders: dict[str, Path], tmp
         measure_speed({"empty": tmp_path})
     (tmp_path / "config.json").write_bytes((folders["shallow"] / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 16)
-    with pytest.raises(CheckpointError, match="could not be measured") as raised:
+    with pytest.raises(CheckpointError, match="damaged"):
         measure_speed({"broken": tmp_path}, new_tokens=4)
-    assert "\n" not in str(raised.value)
+    weights = {"model.norm.weight": torch.ones(3)}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    found = measure_speed({"broken": tmp_path, "whole": folders["shallow"]}, repeats=1, new_tokens=4)
+    reason = found["broken"].pop("not_measured")["speed"]
+    assert reason.startswith("its process ended: ") and "\n" not in reason
+    assert not found["broken"] and found["whole"]["speed"]["decode_tokens_per_s"] > 0, "the other is measured"
 
 
-@pytest.mark.parametrize("wrong", [{"repeats": 0}, {"new_tokens": 1}, {"batch_size": 0}, {"new_tokens": 32}])
+def test_a_model_without_a_causal_auto_class(tmp_path: Path) -> None:
+    """Its class is the one the checkpoint names; `AutoModelForCausalLM` has none for this family."""
+    save_family(tiny_model(tiny_config("mistral4")), tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) not in AutoModelForCausalLM._model_mapping
+    found = measure_speed({"one": tmp_path}, repeats=1, prompt_tokens=8, new_tokens=4)
+    assert found["one"]["speed"]["decode_tokens_per_s"] > 0
+
+
+def test_a_model_larger_than_memory_is_not_loaded(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = {name: memory.resident_bytes(folder, "cpu") for name, folder in folders.items()}
+    index = TensorIndex.from_folder(folders["deep"])
+    assert needed["deep"] == sum(4 * info.numel for info in index.values())
+    Pretended.order = []
+    monkeypatch.setattr(speed, "_Worker", Pretended)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed["deep"] - 1)
+    found = measure_speed(folders, repeats=3)
+    assert "GB of memory" in found["deep"]["not_measured"]["speed"] and "speed" not in found["deep"]
+    assert set(Pretended.order) == {"shallow"} and found["shallow"]["speed"]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed["deep"])
+    assert measure_speed(folders, repeats=1)["deep"]["speed"]
+
+
+def test_a_context_too_small_is_no_failure(folders: dict[str, Path]) -> None:
+    found = measure_speed(folders, new_tokens=32)
+    assert all("too small for 32 new tokens" in measured["not_measured"]["speed"] for measured in found.values())
+
+
+@pytest.mark.parametrize("wrong", [{"repeats": 0}, {"new_tokens": 1}, {"batch_size": 0}])
 def test_settings_that_measure_nothing_are_refused(folders: dict[str, Path], wrong: dict[str, int]) -> None:
     with pytest.raises(UsageError):
         measure_speed(folders, **wrong)  # type: ignore[arg-type]

@@ -277,11 +277,11 @@ def test_interrupted_while_the_scores_are_saved(
     """Half a `scores.json` must not pass for a whole one."""
     original = Path.write_text
 
-    def half(file: Path, text: str, *args: Any) -> None:
+    def half(file: Path, text: str, **settings: Any) -> None:
         if file.parent == tmp_path and "num_experts" in text:
-            original(file, text[: len(text) // 2])
+            original(file, text[: len(text) // 2], **settings)
             raise KeyboardInterrupt
-        original(file, text, *args)
+        original(file, text, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", half)

@@ -6,11 +6,13 @@ next best of the kept ones.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.checkpoint.rewrite import Change
 from moe_compress.compress.prune.plan import PrunePlan
@@ -46,11 +48,26 @@ def with_counts(config: dict[str, Any], before: int, counts: Mapping[int, int]) 
 
 
 def _with_count(config: dict[str, Any], before: int, count: int) -> dict[str, Any]:
+    """`config.json` with another expert count, which it may so far have left to its class's default."""
+    new = _replaced(config, before, count)
+    found = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(new))
+    text = found.get_text_config()
+    known = text.to_dict()
+    unsaid = {key: count for key in EXPERT_COUNT_KEYS if key in known and getattr(text, key) == before != count}
+    if unsaid:
+        section = next((name for name in found.sub_configs if getattr(found, name, None) is text), None)
+        new = new | (unsaid if section is None else {section: (new.get(section) or {}) | unsaid})
+        text = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(new)).get_text_config()
+    assert any(getattr(text, key, None) == count for key in EXPERT_COUNT_KEYS), config["model_type"]
+    return new
+
+
+def _replaced(config: dict[str, Any], before: int, count: int) -> dict[str, Any]:
     """The language model's expert count replaced under every name it has, at any depth."""
     return {
         key: count
         if key in EXPERT_COUNT_KEYS and value == before
-        else _with_count(value, before, count)
+        else _replaced(value, before, count)
         if isinstance(value, dict) and key not in OTHER_TOWERS
         else value
         for key, value in config.items()

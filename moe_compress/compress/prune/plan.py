@@ -9,13 +9,11 @@ lower expert index (and, in a global ranking, the lower layer) is kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 
 from moe_compress.calibrate.scores import LayerScores, Scores
 from moe_compress.compress.prune.config import ACCUMULATED_SUMS, CustomCriterion, PruneConfig
@@ -73,7 +71,7 @@ class PrunePlan:
         return float(keep * len(self.layers) if isinstance(keep, int) else keep * self.num_experts)
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON-able values; `asked` and `achieved` are for the reader and are recomputed on reading."""
+        """The plan as JSON-able values; `asked` and `achieved` are for the reader."""
         return {
             "format": FORMAT,
             "config": self.config.model_dump(mode="json"),
@@ -84,26 +82,6 @@ class PrunePlan:
                 for layer in self.layers
             ],
         }
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> PrunePlan:
-        """Read what `to_json` gave; a `UsageError` when it is not a plan of this format or contradicts itself."""
-        if content.get("format") != FORMAT:
-            raise UsageError(f"the plan has format {content.get('format')!r}, this version reads {FORMAT}; plan again.")
-        try:
-            config = PruneConfig.model_validate(content.get("config"))
-            layers = TypeAdapter(tuple[LayerPlan, ...]).validate_python(content.get("layers"))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise UsageError(f"the plan is damaged at {where}: {first['msg']}; plan again.") from None
-        for layer in layers:
-            experts = range(layer.num_experts)
-            if list(layer.keep) != sorted(set(layer.keep)) or not layer.keep or not set(layer.keep) <= set(experts):
-                raise UsageError(f"the plan keeps impossible experts in layer {layer.layer}; plan again.")
-            if not set(layer.protected) <= set(layer.keep) or len(layer.scores) != layer.num_experts:
-                raise UsageError(f"the plan contradicts itself in layer {layer.layer}; plan again.")
-        return cls(config, layers)
 
 
 def criterion_scores(config: PruneConfig, layer: LayerScores) -> Array:

@@ -76,6 +76,9 @@ class QuantizeChange(Change):
                 self._quantize_experts(moe, name, moments, rehearse, packed)
         return self.storage.tensors(target, packed)
 
+    def packs(self, index: int) -> set[str]:
+        return {f"{linear.path}.weight" for linear in self.linears if linear.layer == index}
+
     def expected(self, target: LayerStream, index: int) -> Tensors:
         return self.storage.expected(target, index)
 
