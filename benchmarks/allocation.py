@@ -108,7 +108,7 @@ def main() -> None:
         "versions": library_versions(),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "allocation.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "allocation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if not result["target_met"]:
         sys.exit(1)
 

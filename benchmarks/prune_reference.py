@@ -107,7 +107,7 @@ def fingerprints(source: Checkpoint, sets: dict[str, CalibrationConfig]) -> dict
 
 def kept_rows(made_with: dict[str, Any], calibration: dict[str, Any]) -> list[Row]:
     """Rows of an earlier run that this one would make again."""
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if any(found.get(key) != value for key, value in made_with.items()):
         return []
     same = {name for name, described in calibration.items() if found["calibration"].get(name) == described}
@@ -184,7 +184,7 @@ def main() -> None:
             rows = sorted([*rows, row], key=lambda row: wanted.index(key(row)))
             elapsed = round(sum(row["seconds"] for row in rows), 1)
             result = made_with | {"calibration": described, "random": summary(rows), "elapsed_seconds": elapsed}
-            RESULTS.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+            RESULTS.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
             print(f"row {len(rows)}/{len(wanted)}: {json.dumps(row)}", flush=True)
     print(f"\n{table(rows)}")
 

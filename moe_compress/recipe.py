@@ -26,7 +26,7 @@ REFERENCE = "reference"
 # Settings of a quantize step that say how a budget is spent.
 CHOICE_SETTINGS = (
     "options", "keep_option", "allow_drop", "granularity", "allocation", "cost", "minimum_counts",
-    "protect_super_experts", "max_tokens_per_expert", "gradient_samples", "seed",
+    "protect_super_experts", "max_tokens_per_expert", "gradient_samples", "measured_by", "seed",
 )  # fmt: skip
 TASK_SETTINGS = ("include_path", "limit", "batch_size", "num_fewshot", "apply_chat_template", "max_gen_toks", "seed")
 

@@ -217,7 +217,7 @@ def dropped_bytes(plan: PrunePlan, stream: LayerStream) -> int:
 
 def load_record(folder: Path) -> dict[str, Any]:
     """What `record` said about a finished step."""
-    content: dict[str, Any] = json.loads((folder / "step.json").read_text())
+    content: dict[str, Any] = json.loads((folder / "step.json").read_text(encoding="utf-8"))
     return content
 
 

@@ -12,7 +12,7 @@ _SOURCE = (
 )
 _SPLIT = "The split to read; a single file has only `train`."
 _TEXT_FIELD = "The column that holds the text, or the chat as a list of {role, content}."
-_CONFIG_NAME = "The dataset's configuration (subset), where it has several."
+_CONFIG_NAME = "The dataset's configuration (subset), where it has several; `reference` has `text` and `skills`."
 
 
 class DatasetPart(BaseModel):

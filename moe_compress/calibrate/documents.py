@@ -22,6 +22,8 @@ from moe_compress.errors import DataError
 from moe_compress.text import first_line
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "calibration.jsonl"
+# `config_name` of the packaged texts, and the values of their column `kind` that it stands for.
+REFERENCE_PARTS = {"text": ("code", "documentation", "prose"), "skills": ("facts", "reasoning")}
 READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # Documents are shuffled inside a window of this many documents or characters, whichever is reached first.
 WINDOW_DOCUMENTS = 10_000
@@ -125,13 +127,19 @@ def _open(part: DatasetPart) -> datasets.IterableDataset:
         raise DataError(f"Dataset {part.dataset} cannot be opened: {first_line(error)}.") from error
     if part.split not in splits:
         raise unknown("split", part.split, list(splits), f"dataset {part.dataset}", "split")
+    if part.dataset == "reference" and part.config_name is not None:
+        kinds = REFERENCE_PARTS[part.config_name]
+        return splits[part.split].filter(lambda row: row["kind"] in kinds)
     return splits[part.split]
 
 
 def _builder(part: DatasetPart) -> datasets.DatasetBuilder:
-    path = REFERENCE if part.dataset == "reference" else Path(part.dataset).expanduser()
+    packaged = part.dataset == "reference"
+    if packaged and part.config_name is not None and part.config_name not in REFERENCE_PARTS:
+        raise unknown("configuration", part.config_name, list(REFERENCE_PARTS), "dataset reference", "config_name")
+    path = REFERENCE if packaged else Path(part.dataset).expanduser()
     if path.is_file():
-        if part.config_name is not None:
+        if part.config_name is not None and not packaged:
             raise DataError(f"`config_name` has no effect for the file {part.dataset}; leave it out.")
         if not path.stat().st_size:
             raise DataError(f"The calibration file {path} is empty; name another.")

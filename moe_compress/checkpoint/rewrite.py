@@ -117,7 +117,7 @@ def rewrite(
     writer = ShardWriter(folder, max_shard_bytes)
     writer.drop_damaged()
     copy_companions(source.folder, folder)
-    old_config = json.loads((source.folder / "config.json").read_text())
+    old_config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     write_config(source.folder, folder, change.config(json.loads(json.dumps(old_config))), old_config)
 
     stream = LayerStream(source, device)
@@ -255,7 +255,7 @@ def write_config(source: Path, folder: Path, new: Mapping[str, Any], old: Mappin
 
 def read_config(source: Checkpoint, folder: Path) -> PretrainedConfig:
     """The configuration written to `folder`: of the source's class, or of its compressed family."""
-    if SECTION in json.loads((folder / "config.json").read_text()):
+    if SECTION in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         return AutoConfig.from_pretrained(folder)  # type: ignore[no-any-return]
     return type(source.config).from_pretrained(folder)
 

@@ -36,4 +36,4 @@ class Config:
 
 def write_remote_code(folder: Path) -> None:
     """Put the file that `auto_map` names into a checkpoint folder."""
-    (folder / FILE).write_text(SOURCE)
+    (folder / FILE).write_text(SOURCE, encoding="utf-8")

@@ -265,6 +265,15 @@ def test_reference_texts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert load("reference").sources[0]["dataset"] == "reference"
 
 
+def test_reference_texts_by_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A part of the packaged texts is what a file of that part alone would be."""
+    records = [{"text": f"{kind} {i} " * 9, "kind": kind} for i in range(9) for kind in ("code", "prose", "facts")]
+    monkeypatch.setattr(documents, "REFERENCE", Path(jsonl(tmp_path / "all.jsonl", records)))
+    alone = jsonl(tmp_path / "skills.jsonl", [record for record in records if record["kind"] == "facts"])
+    assert load("reference", config_name="skills").tokens.equal(load(alone).tokens)
+    assert "(it has `text`, `skills`)" in refusal("reference", config_name="code")
+
+
 def test_config_is_strict() -> None:
     weightless = [{"dataset": "a", "weight": 0}]
     mistakes: list[dict[str, Any]] = [{"num_sample": 3}, {"num_samples": 0}, {"dataset": []}, {"dataset": weightless}]

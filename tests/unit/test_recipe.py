@@ -55,7 +55,8 @@ def test_packaged_recipes_are_valid_described_and_survive_a_round_trip(name: str
 def test_demo_is_what_the_command_promises() -> None:
     demo = load_recipe("demo")
     assert (demo.model, demo.steps[0].criterion, demo.steps[0].keep) == ("reference", "reap", 0.75)
-    assert (demo.calibration.dataset, demo.calibration.num_samples) == ("reference", 64)
+    parts = [(part.dataset, part.config_name, part.weight) for part in demo.calibration.parts]
+    assert parts == [("reference", "text", 4), ("reference", "skills", 1)] and demo.calibration.num_samples == 64
     assert (demo.eval.tasks, demo.eval.random_baselines) == (["reference"], 3)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.checkpoint.index import TensorIndex
-from moe_compress.checkpoint.rewrite import Identity, Ledger, rewrite
+from moe_compress.checkpoint.rewrite import Change, Ledger, rewrite
 from moe_compress.checkpoint.source import open_checkpoint
 from moe_compress.checkpoint.writer import tensor_sha256
 from moe_compress.compress.prune.apply import PruneChange
@@ -25,9 +25,7 @@ from tests.tiny_checkpoint import tiny_checkpoint
 
 def identity(source: Path, folder: Path) -> Ledger:
     with SilentProgress().stage("identity", 2) as stage:
-        return rewrite(
-            open_checkpoint(str(source)), folder, Identity(), max_shard_bytes=10**6, device="cpu", stage=stage
-        )
+        return rewrite(open_checkpoint(str(source)), folder, Change(), max_shard_bytes=10**6, device="cpu", stage=stage)
 
 
 def retype(folder: Path, part: str, dtype: torch.dtype) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe_compress.checkpoint.rewrite import Change, Tensors
 from moe_compress.checkpoint.stream import TORCH_DTYPES, LayerStream
 from moe_compress.compress.prune.apply import with_counts
-from moe_compress.compress.quantize.gptq import Hessians, gptq
+from moe_compress.compress.quantize.gptq import POOL_BELOW, Hessians, gptq
 from moe_compress.compress.quantize.plan import KEEP, QuantizedLayer, QuantizePlan
 from moe_compress.compress.quantize.rtn import rtn
 from moe_compress.compress.quantize.shapes import LinearLayer
@@ -26,7 +26,6 @@ from moe_compress.models.layers import MoELayer
 from moe_compress.runtime import bnb
 from moe_compress.runtime.scheme import Scheme
 
-POOL_BELOW = 128  # tokens an expert needs for a second moment of its own
 HESSIAN_BYTES = 4 << 30  # of second moments held at a time
 
 

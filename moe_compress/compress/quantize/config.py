@@ -91,6 +91,11 @@ class QuantizeConfig(BaseModel):
         description="The predicted loss: squared error of the block's output; PMQ's product (or {alpha, beta, gamma}); "
         "the error weighted by the loss gradient.",
     )
+    measured_by: Literal["method", "rtn"] = Field(
+        default="method",
+        description="What quantizes an expert when its cost is measured: the step's own method, or rounding to nearest "
+        "as in PMQ, which is faster.",
+    )
     minimum_counts: dict[Bits, Annotated[int, Field(ge=1)]] = Field(
         default={}, description="At least so many experts of every layer at a width, as {3: 1, 2: 1} in PMQ."
     )

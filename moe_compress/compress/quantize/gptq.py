@@ -36,6 +36,8 @@ from moe_compress.runtime.grid import (
 LEAST_DAMPING = 1e-6
 # Below this many columns a triangle is inverted directly.
 SMALL_TRIANGLE = 64
+# Tokens an expert needs for a second moment of its own.
+POOL_BELOW = 128
 
 
 @dataclass(frozen=True, eq=False)

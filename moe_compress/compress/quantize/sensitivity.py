@@ -1,10 +1,11 @@
 """What it costs to quantize one expert, measured on its own tokens: every expert alone, every width, every projection.
 
 The costs land in the scores as `error.<part>.<option>` and, with channel weights, `fisher.<part>.<option>`, each [E]:
-the sum over an expert's tokens of |g (f - f_b)|^2, f its raw output, f_b the output with b bits (rounded to nearest),
-g the value that multiplies it. The part is a projection, or `expert` for all of them. `error.expert.drop` is the sum of
-|y - y_without|^2 over the same tokens, y the block's routed output, y_without the same when the router has lost the
-expert: other experts take its place, with the gate values that the model gives them.
+the sum over an expert's tokens of |g (f - f_b)|^2, f its raw output, f_b the output with b bits, as the step's own
+method quantizes it (or rounded to nearest, `measured_by: rtn`), g the value that multiplies it. The part is a
+projection, or `expert` for all of them. `error.expert.drop` is the sum of |y - y_without|^2 over the same tokens, y the
+block's routed output, y_without the same when the router has lost the expert: other experts take its place, with the
+gate values that the model gives them.
 
 At most `max_tokens_per_expert` tokens of an expert are kept, those seen first; its sums are scaled up to all of them.
 Not covered: what the loss of an expert changes for tokens that were not routed to it (where gates are shares of all).
@@ -12,6 +13,7 @@ Not covered: what the loss of an expert changes for tokens that were not routed 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,15 +23,24 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from moe_compress.compress.quantize.config import QuantizeConfig
+from moe_compress.compress.quantize.gptq import POOL_BELOW, Hessians, gptq
 from moe_compress.compress.quantize.plan import DROP, SUPER_EXPERT_BITS, WHOLE
 from moe_compress.compress.quantize.rtn import rtn
 from moe_compress.errors import UnsupportedModelError
-from moe_compress.models.experts import IMPLEMENTATION, expert_output, expert_weight, experts_forward, projections
+from moe_compress.models.experts import (
+    IMPLEMENTATION,
+    expert_output,
+    expert_weight,
+    experts_forward,
+    matrix_shape,
+    projections,
+)
 from moe_compress.models.layers import MoELayer, family_num_experts, find_moe_layers, with_expert_counts
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.runtime.grid import Grid
 
 Array = NDArray[np.float64]
+CHUNK_BYTES = 1 << 30  # of matrices and second moments held at a time
 
 
 class Sensitivity:
@@ -67,38 +78,77 @@ class Sensitivity:
         names += [f"{WHOLE}.{DROP}"] if self.routers is not None else []
         kinds = ["error"] + (["fisher"] if self.channel_weights is not None else [])
         costs = {f"{kind}.{name}": np.zeros(self.moe.num_experts) for kind in kinds for name in names}
-        for expert, kept in enumerate(self.kept):
-            if not kept:
-                continue
-            input_NH, block_NH, gate_N = (torch.cat(tensors) for tensors in zip(*kept, strict=True))
-            gate_N1 = self.moe.output_scale * gate_N[:, None]
-            exact_NH = expert_output(experts, expert, input_NH)
+        for chunk in self._chunks():
+            inputs = {expert: [torch.cat(found) for found in zip(*self.kept[expert], strict=True)] for expert in chunk}
+            exact, moments = self._exact({expert: tensors[0] for expert, tensors in inputs.items()})
             for bits in options:
-                rounded = self._rounded(expert, bits)
-                for part in parts:
-                    output_NH = expert_output(_Rounded(experts, rounded, part), expert, input_NH)
-                    self._enter(costs, f"{part}.{bits}", expert, gate_N1 * (output_NH - exact_NH))
+                rounded = self._rounded(chunk, bits, moments)
+                for number, expert in enumerate(chunk):
+                    input_NH, _, gate_N = inputs[expert]
+                    own = {name: matrices[number] for name, matrices in rounded.items()}
+                    for part in parts:
+                        output_NH = expert_output(_Rounded(experts, own, part), expert, input_NH)
+                        change_NH = self.moe.output_scale * gate_N[:, None] * (output_NH - exact[expert])
+                        self._enter(costs, f"{part}.{bits}", expert, change_NH)
             if self.routers is not None:
-                self._enter(costs, f"{WHOLE}.{DROP}", expert, self.routers.change(self.moe, expert, block_NH))
+                for expert in chunk:
+                    change_NH = self.routers.change(self.moe, expert, inputs[expert][1])
+                    self._enter(costs, f"{WHOLE}.{DROP}", expert, change_NH)
         return costs
+
+    def _chunks(self) -> Iterator[list[int]]:
+        """Experts that were seen, as many together as memory allows."""
+        seen = [expert for expert, kept in enumerate(self.kept) if kept]
+        shapes = [matrix_shape(self.moe.experts, getattr(self.moe.experts, name)) for name in self._names()]
+        each = 4 * sum(3 * rows * columns + columns**2 for rows, columns in shapes)
+        count = max(1, CHUNK_BYTES // each)
+        for start in range(0, len(seen), count):
+            yield seen[start : start + count]
+
+    def _exact(self, inputs: dict[int, Tensor]) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+        """The experts' raw outputs, and the second moments of the inputs of their matrices (none without gptq)."""
+        experts: Any = self.moe.experts
+        if self.config.method != "gptq" or self.config.measured_by == "rtn":
+            return {expert: expert_output(experts, expert, input_NH) for expert, input_NH in inputs.items()}, {}
+        device = next(iter(inputs.values())).device
+        widths = {name: matrix_shape(experts, getattr(experts, name))[1] for name in self._names()}
+        sums = {name: Hessians(len(inputs), width, device) for name, width in widths.items()}
+        number = {expert: position for position, expert in enumerate(inputs)}
+
+        def see(expert: int, hidden_NH: Tensor, inner_NF: Tensor) -> None:
+            for name, hessians in sums.items():
+                hessians.add(number[expert], inner_NF if name == "down_proj" else hidden_NH)
+
+        experts.recorder = see
+        exact = {expert: expert_output(experts, expert, input_NH) for expert, input_NH in inputs.items()}
+        del experts.recorder
+        return exact, {name: hessians.finish(POOL_BELOW)[0] for name, hessians in sums.items()}
+
+    def _names(self) -> list[str]:
+        return list(projections(self.moe.experts))
 
     def _parts(self) -> list[str]:
         return [part for parts in projections(self.moe.experts).values() for part in parts]
 
-    def _rounded(self, expert: int, bits: int) -> dict[str, Tensor]:
-        """The expert's fused matrices [out, in] rounded to `bits`."""
-        size = self.config.group_size
-        grid = Grid(bits, None if size == "channel" else size, self.config.symmetric or bits == 1)
-        return {
-            name: rtn(
-                expert_weight(self.moe.experts, name, expert, torch.float32),
-                grid,
-                scale_dtype=self.scale_dtype,
-                search_steps=self.config.scale_search,
-                what=f"`{self.moe.experts_name}.{name}` of expert {expert}",
-            ).dequantize()
-            for name in projections(self.moe.experts)
-        }
+    def _rounded(self, chunk: list[int], bits: int, moments: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The fused matrices [len(chunk), out, in] of these experts as `bits` leave them."""
+        config, rounded = self.config, {}
+        size = config.group_size
+        grid = Grid(bits, None if size == "channel" else size, config.symmetric or bits == 1)
+        for name in self._names():
+            weights = torch.stack([expert_weight(self.moe.experts, name, e, torch.float32) for e in chunk])
+            what = f"`{self.moe.experts_name}.{name}`"
+            settings: dict[str, Any] = {
+                "scale_dtype": self.scale_dtype,
+                "search_steps": config.scale_search,
+                "what": what,
+            }
+            if name in moments:
+                settings |= {"act_order": config.act_order, "damping": config.damping}
+                rounded[name] = gptq(weights, moments[name], grid, **settings).quantized.dequantize()
+            else:
+                rounded[name] = rtn(weights, grid, **settings).dequantize()
+        return rounded
 
     def _enter(self, costs: dict[str, Array], name: str, expert: int, change_NH: Tensor) -> None:
         squares_NH = change_NH.double().square()
