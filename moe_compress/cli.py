@@ -251,6 +251,15 @@ def plan(
     scores: Annotated[
         Path | None, typer.Option(help="Folder that `score` wrote; without it only sizes are predicted.")
     ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            help="All budgets from A to B in steps of C, as `average_bits=1.6:4:0.2`.", metavar="BUDGET=A:B:C"
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File for what --sweep finds (default: frontier.json beside the scores).")
+    ] = None,
     json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -258,7 +267,19 @@ def plan(
     from moe_compress import console, pipeline
     from moe_compress.recipe import load_recipe
 
-    planned = pipeline.plan(load_recipe(recipe, overrides or ()), scores=scores)
+    loaded = load_recipe(recipe, overrides or ())
+    if sweep is not None:
+        from moe_compress.settings import parse_range
+
+        if scores is None:
+            raise UsageError("--sweep needs the costs that `moe-compress score` measures; name them with --scores.")
+        setting, values = parse_range(sweep)
+        found = pipeline.sweep(loaded, scores, setting, values, output or scores / "frontier.json")
+        console.print_json(found) if json else console.print_frontier(setting, found)
+        return
+    if output is not None:
+        raise UsageError("--output has no effect without --sweep.")
+    planned = pipeline.plan(loaded, scores=scores)
     console.print_json(planned) if json else console.print_plan(planned)
 
 

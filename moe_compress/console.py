@@ -153,6 +153,20 @@ def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
 
 
+def print_frontier(setting: str, found: Sequence[Mapping[str, Any]]) -> None:
+    """Bytes against predicted loss, a line for each budget."""
+    from moe_compress.report.tables import format_bytes
+
+    rows = [["budget", "bits per weight", "stored size", "experts dropped", "predicted loss", "proven"]]
+    for entry in found:
+        proven = "optimal" if entry["optimal"] else f"above {entry['relaxation_bound']:.4g}"
+        budget = f"{entry[setting]:g}" if setting == "average_bits" else format_bytes(entry[setting])
+        stored = format_bytes(entry["stored"])
+        loss = f"{entry['predicted_loss']:.4g}"
+        rows.append([budget, f"{entry['bits']:.3f}", stored, str(entry["dropped_experts"]), loss, proven])
+    print_table(rows)
+
+
 def _print_quantize(index: int, step: Mapping[str, Any]) -> None:
     """A quantize step's settings, and the widths of every layer's experts where they are known."""
     shown = ", ".join(f"{key} {_word(value)}" for key, value in step.items() if key in QUANTIZE_KEYS)

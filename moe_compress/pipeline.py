@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from moe_compress import __version__
+from moe_compress import __version__, preview
 from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.rewrite import PROBE_FILE
 from moe_compress.checkpoint.source import REFERENCE, Checkpoint, open_checkpoint, open_config, small_files
 from moe_compress.checkpoint.writer import write_json
-from moe_compress.compress.quantize.config import BITSANDBYTES, BUDGETS
+from moe_compress.compress.quantize.config import BITSANDBYTES, BUDGETS, QuantizeConfig
+from moe_compress.compress.quantize.plan import measured_settings
 from moe_compress.errors import CheckpointError, MeasurementError, UsageError, VerificationError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.manifest import FORMAT, describe_source, file_hashes, hardware, identity_digest, library_versions
@@ -78,7 +80,7 @@ def score(
 
     An interrupted measurement is continued, unless `force` starts it over.
     """
-    around = _surroundings(recipe, device, progress)
+    around = surroundings(recipe, device, progress)
     config, folder = _look(recipe, {"WORK": work})
     if force or not (work / "scores.json").exists():
         around = replace(around, data=read_calibration(folder, config, recipe.calibration))
@@ -87,10 +89,15 @@ def score(
         "source": describe_source(source),
         "calibration": recipe.calibration.model_dump(mode="json"),
     }
+    first = recipe.steps[0] if recipe.steps else None
+    quantize = first if isinstance(first, QuantizeConfig) and first.has_budget else None
+    if quantize is not None:
+        asked = {name: getattr(quantize, name) for name in ("options", "granularity", "allow_drop", "cost")}
+        identity["quantize"] = measured_settings(quantize) | asked
     with locked(work, option=""):
         open_workspace(work, identity, resume=not force, force=force, option="")
         with discarded_if_empty(work), explained_disk_errors(work, "run the same command again"):
-            return score_step(source, work, around, "score")
+            return score_step(source, work, around, "score", quantize)
 
 
 def run(
@@ -116,7 +123,7 @@ def run(
     out, work = _places(out, work)
     if not resume:
         refuse_existing(out, force)
-    around = _surroundings(recipe, device, progress)
+    around = surroundings(recipe, device, progress)
     folders = {"OUT": out, "the work folder": work} | ({"--scores": scores} if scores else {})
     config, folder = _look(recipe, folders)
     if resume and out.exists():
@@ -215,6 +222,13 @@ def dry_run(
     return planned
 
 
+def sweep(recipe: Recipe, scores: Path, setting: str, values: Sequence[float], output: Path) -> list[dict[str, Any]]:
+    """The frontier of a quantize step (see `preview.sweep`), kept in the file `output`."""
+    found = preview.sweep(recipe, scores, setting, values)
+    write_json(output, found)
+    return found
+
+
 def verify(out: Path, *, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
     """Check a finished folder again; raises `VerificationError` when a check fails."""
     if not out.is_dir():
@@ -239,7 +253,7 @@ def evaluate_checkpoint(
     compressed = open_checkpoint(ckpt, quantized=True)
     original = open_checkpoint(baseline, quantized=True) if baseline is not None else None
     recipe = Recipe(model=ckpt, eval=config)
-    around = _surroundings(recipe, device, progress)
+    around = surroundings(recipe, device, progress)
     measured = measure(original, compressed, config, output, around)
     for found in measured:
         if "tasks" in found.get("not_measured", {}):
@@ -284,8 +298,8 @@ def _given_scores(recipe: Recipe, folder: Path | None) -> Scores | None:
         return None
     if not recipe.steps:
         raise UsageError("`--scores` has no effect: the recipe has no steps.")
-    if recipe.steps[0].op != "prune":
-        raise UsageError("`--scores` serves a prune step, and the first step of this recipe is none; leave it out.")
+    if not is_calibrated(recipe.steps[0]):
+        raise UsageError("`--scores` has no effect: the first step of this recipe measures nothing.")
     return replace(Scores.load(folder), min_tokens_per_expert=recipe.calibration.min_tokens_per_expert)
 
 
@@ -435,7 +449,7 @@ def _manifest(
     }
 
 
-def _surroundings(recipe: Recipe, device: str, progress: Progress | None) -> Surroundings:
+def surroundings(recipe: Recipe, device: str, progress: Progress | None) -> Surroundings:
     import torch
     from transformers.utils import logging
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.rewrite import dense_config
 from moe_compress.checkpoint.source import Checkpoint, open_config, small_files
 from moe_compress.compress.prune.plan import keep_count, plan_prune
-from moe_compress.compress.quantize.config import QuantizeConfig
-from moe_compress.compress.quantize.plan import check_shapes, plan_quantize
-from moe_compress.compress.quantize.shapes import expert_shapes
+from moe_compress.compress.quantize.config import BUDGETS, QuantizeConfig
+from moe_compress.compress.quantize.plan import QuantizePlan, check_shapes, plan_quantize, with_group_size
+from moe_compress.compress.quantize.shapes import expert_shapes, linear_layers
+from moe_compress.compress.quantize.storage import linear_savings
 from moe_compress.errors import UsageError
 from moe_compress.eval.cost import Cost, cost, stored_by_part
 from moe_compress.manifest import describe_source
 from moe_compress.measure import cost_figures
-from moe_compress.models.layers import MoELayer, find_moe_layers, routing_groups, set_num_experts
+from moe_compress.models.layers import MoELayer, decoder_layers, find_moe_layers, routing_groups, set_num_experts
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.recipe import Recipe
 
@@ -129,8 +131,8 @@ def expert_counts(recipe: Recipe, config: Any, layer: MoELayer) -> list[int]:
     counts = [layer.num_experts]
     for step in recipe.steps:
         if isinstance(step, QuantizeConfig):
-            for shapes in [expert_shapes(layer, {})]:
-                check_shapes(step, shapes)
+            shapes = [expert_shapes(layer, {})]
+            check_shapes(with_group_size(step, shapes), shapes[0])
             counts.append(counts[-1])
             continue
         counts.append(keep_count(step, num_experts=counts[-1], top_k=layer.top_k, **routing_limits(config)))
@@ -169,18 +171,12 @@ def _plan_quantize(
     entry: dict[str, Any] = step.model_dump(mode="json", exclude_unset=True)
     if step.has_budget and measured is None:
         return entry | {"note": "the bits of every expert are chosen when its costs are measured"}
-    dtype = {4: "F32", 2: "BF16"}[config.get_text_config().dtype.itemsize]
-    shapes = [expert_shapes(layer, {}, dtype) for layer in layers]
-    experts = sum(shape.num_experts * (shape.weights * shape.weight_bytes + shape.other_bytes) for shape in shapes)
-    found = plan_quantize(
-        step,
-        shapes,
-        measured,
-        fixed_bytes=before.stored_bytes - experts,
-        num_decoder_layers=config.get_text_config().num_hidden_layers,
-        num_groups=routing_groups(config),
-        tier=tier,
-    )
+    found, fixed_bytes = _quantize_plan(step, config, layers, before, measured, tier)
+    stored = fixed_bytes + found.expert_bytes
+    share = sum(layer.top_k for layer in layers) / sum(layer.num_experts for layer in layers)
+    experts = before.stored_bytes - fixed_bytes  # and what other linear layers save, which every token reads
+    linears = _linear_savings(step, config, layers)
+    active = before.active_bytes_per_token - linears - share * (experts - linears - found.expert_bytes)
     return entry | {
         "average_bits_chosen": found.average_bits,
         "allocation": found.allocation,
@@ -188,8 +184,70 @@ def _plan_quantize(
             {"layer": layer.layer, "num_experts": layer.num_experts, "keep": list(layer.keep), "bits": layer.options}
             for layer in found.layers
         ],
-        "predicted_stored_bytes": before.stored_bytes - experts + found.expert_bytes,
+        "predicted_stored_bytes": stored,
+        "predicted_active_bytes_per_token": round(active),
     }
+
+
+def sweep(recipe: Recipe, scores: Path, setting: str, values: Sequence[float]) -> list[dict[str, Any]]:
+    """The frontier of the recipe's quantize step: its best allocation for each value of the budget `setting`.
+
+    Only the scores decide, nothing is read of the weights. Each entry has the budget, the bits and bytes it leads to,
+    and the predicted loss with the bound that proves it. Raises `UsageError` when the recipe's first step is no
+    quantize step, or a budget cannot be met.
+    """
+    step = recipe.steps[0] if recipe.steps else None
+    if not isinstance(step, QuantizeConfig) or setting not in BUDGETS:
+        raise UsageError(f"--sweep needs a first step `quantize` and one of its budgets ({', '.join(BUDGETS)}).")
+    config, index = open_config(recipe.model, recipe.revision)
+    before = cost(config, stored_bytes=index.nbytes if index is not None else None)
+    layers = find_moe_layers(build_skeleton(config))
+    measured = Scores.load(scores)
+    entries = []
+    for value in values:
+        budget = dict.fromkeys(BUDGETS) | {"bits": None, setting: value if setting == "average_bits" else int(value)}
+        chosen = step.model_copy(update=budget)
+        found, fixed_bytes = _quantize_plan(chosen, config, layers, before, measured, recipe.export.tier)
+        assert found.allocation is not None
+        entries.append(
+            {
+                setting: value,
+                "bits": found.average_bits,
+                "stored": fixed_bytes + found.expert_bytes,
+                "dropped_experts": found.num_dropped,
+                "predicted_loss": found.allocation["loss"],
+                "relaxation_bound": found.allocation["relaxation_bound"],
+                "optimal": found.allocation["optimal"],
+            }
+        )
+    return entries
+
+
+def _quantize_plan(
+    step: QuantizeConfig, config: Any, layers: list[MoELayer], before: Cost, measured: Scores | None, tier: str
+) -> tuple[QuantizePlan, int]:
+    """The plan of a quantize step, and the bytes of everything else once it is done."""
+    text = config.get_text_config()
+    shapes = [expert_shapes(layer, {}, {4: "F32", 2: "BF16"}[text.dtype.itemsize]) for layer in layers]
+    step = with_group_size(step, shapes)
+    experts = sum(shape.num_experts * (shape.weights * shape.weight_bytes + shape.other_bytes) for shape in shapes)
+    fixed_bytes = before.stored_bytes - experts - _linear_savings(step, config, layers)
+    found = plan_quantize(
+        step,
+        shapes,
+        measured,
+        fixed_bytes=fixed_bytes,
+        num_decoder_layers=text.num_hidden_layers,
+        num_groups=routing_groups(config),
+        tier=tier,
+    )
+    return found, fixed_bytes
+
+
+def _linear_savings(step: QuantizeConfig, config: Any, layers: list[MoELayer]) -> int:
+    _, decoder = decoder_layers(build_skeleton(config))
+    linears = linear_layers(decoder, {layer.layer: layer for layer in layers})
+    return linear_savings(step, linears, config.get_text_config().dtype)
 
 
 def _bytes_after(before: Cost, kept: float) -> int:

@@ -159,8 +159,20 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> Document:
 
 def _incomplete(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
     """Every setting that another one needs."""
-    if values.get("steps") and isinstance(values["steps"], list) and "calibration" not in values:
+    if "calibration" not in values and any(map(_needs_tokens, _steps(values))):
         yield ("calibration",), "missing: the steps measure experts on it; give it a `dataset`"
+
+
+def _steps(values: Mapping[str, Any]) -> list[Any]:
+    steps = values.get("steps")
+    return steps if isinstance(steps, list) else []
+
+
+def _needs_tokens(step: Any) -> bool:
+    """Whether a step runs calibration tokens through the model; one that is misspelt may."""
+    if not isinstance(step, dict) or step.get("op") != "quantize":
+        return True
+    return step.get("method", "gptq") == "gptq" or any(step.get(name) is not None for name in BUDGETS)
 
 
 def _idle(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, PlainSerializer, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails
 
-from moe_compress.errors import Problem, RecipeError
+from moe_compress.errors import Problem, RecipeError, UsageError
 
 Key = str | int
 Location = tuple[Key, ...]
@@ -283,3 +283,25 @@ Size = Annotated[
     PlainSerializer(format_size, when_used="json"),
     WithJsonSchema({"anyOf": [{"type": "string", "pattern": r"^\d+(\.\d+)?\s*([KMGT]i?)?B$"}, {"type": "integer"}]}),
 ]
+
+
+def parse_range(text: str) -> tuple[str, list[float]]:
+    """The name and the values of `name=A:B:C`, from A to B (included) in steps of C, in the units of `parse_size`."""
+    match = re.fullmatch(r"(\w+)=([^:]+):([^:]+):([^:]+)", text.strip())
+    try:
+        assert match is not None
+        first, last, step = (_number(part) for part in match.groups()[1:])
+        assert step > 0 and last >= first
+    except (AssertionError, ValueError):
+        raise UsageError(
+            f"`{text}` is no range; write it as `average_bits=1.6:4:0.2` or `stored_bytes=8GB:16GB:1GB`."
+        ) from None
+    count = int((last - first) / step + 1e-9) + 1
+    return match[1], [round(first + step * number, 9) for number in range(count)]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float(parse_size(text))

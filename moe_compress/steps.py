@@ -32,10 +32,16 @@ from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.prune.plan import PrunePlan, plan_prune
 from moe_compress.compress.quantize.apply import QuantizeChange, scale_dtype_of
 from moe_compress.compress.quantize.config import QuantizeConfig
-from moe_compress.compress.quantize.plan import QuantizePlan, plan_quantize
+from moe_compress.compress.quantize.plan import (
+    ExpertShapes,
+    QuantizePlan,
+    measured_settings,
+    plan_quantize,
+    with_group_size,
+)
 from moe_compress.compress.quantize.sensitivity import ReducedRouters, Sensitivity
 from moe_compress.compress.quantize.shapes import expert_shapes, linear_layers
-from moe_compress.compress.quantize.storage import linear_scheme
+from moe_compress.compress.quantize.storage import linear_savings
 from moe_compress.manifest import describe_source
 from moe_compress.models.layers import MoELayer, routing_groups
 from moe_compress.progress import Progress
@@ -76,6 +82,8 @@ def score_step(
     stream = LayerStream(source, around.device)
     measurement = None
     if quantize is not None and quantize.has_budget:
+        quantize = with_group_size(quantize, _shapes(stream))
+        fingerprint["quantize"] = measured_settings(quantize)
         weights = None
         if quantize.cost == "fisher":
             with around.progress.stage(f"{title}: gradients", 2 * len(stream.layers)) as stage:
@@ -237,6 +245,7 @@ def quantize_step(
     """Score (where a budget or gptq needs tokens), plan and apply a quantize step; what `step.json` says of it."""
     folder.mkdir(parents=True, exist_ok=True)
     stream = LayerStream(source, around.device)
+    config = with_group_size(config, _shapes(stream))
     scores = score_step(source, folder / "scores", around, title, config) if is_calibrated(config) else None
     plan = plan_quantize_step(config, scores, source, stream, around.tier)
     write_json(folder / "plan.json", plan.to_json())
@@ -281,39 +290,33 @@ def plan_quantize_step(
     config: QuantizeConfig, scores: Scores | None, source: Checkpoint, stream: LayerStream, tier: str
 ) -> QuantizePlan:
     """Choose every expert's bits by the scores and the budget."""
-    shapes = [expert_shapes(moe, stream.stored_dtypes) for moe in stream.moe_layers.values()]
+    shapes = _shapes(stream)
     experts = sum(shape.num_experts * (shape.weights * shape.weight_bytes + shape.other_bytes) for shape in shapes)
     return plan_quantize(
         config,
         shapes,
         scores,
-        fixed_bytes=source.index.nbytes - experts - linear_savings(config, stream),
+        fixed_bytes=source.index.nbytes - experts - _linear_savings(config, stream),
         num_decoder_layers=len(stream.layers),
         num_groups=routing_groups(source.config),
         tier=tier,
     )
 
 
-def linear_savings(config: QuantizeConfig, stream: LayerStream) -> int:
-    """Bytes saved by quantizing linear layers outside the experts."""
-    saved = 0
-    scale_dtype = scale_dtype_of(stream)
-    for linear in linear_layers(stream.layers, stream.moe_layers):
-        part = config.parts.get(linear.part)
-        if part is not None:
-            scheme = linear_scheme(config, part)
-            name = f"{stream.layers_name}.{linear.layer}.{linear.path}.weight"
-            before = linear.shape[0] * linear.shape[1] * DTYPE_BITS[stream.stored_dtypes[name]] // 8
-            saved += before - scheme.stored_bytes(*linear.shape, scale_dtype)
-    return saved
-
-
 def saved_bytes(plan: QuantizePlan, change: QuantizeChange, stream: LayerStream, tier: str) -> int:
     """Bytes that the result is smaller by, worked out from the plan."""
-    shapes = [expert_shapes(moe, stream.stored_dtypes) for moe in stream.moe_layers.values()]
+    shapes = _shapes(stream)
     before = sum(shape.num_experts * (shape.weights * shape.weight_bytes + shape.other_bytes) for shape in shapes)
-    saved = before - plan.expert_bytes + linear_savings(plan.config, stream)
+    saved = before - plan.expert_bytes + _linear_savings(plan.config, stream)
     if tier == "stock":  # compressed-tensors notes the shape of every matrix, two int64
         matrices = sum(len(layer.keep) * len(layer.options) for layer in plan.layers) + len(change.linears)
         saved -= 16 * matrices
     return saved
+
+
+def _linear_savings(config: QuantizeConfig, stream: LayerStream) -> int:
+    return linear_savings(config, linear_layers(stream.layers, stream.moe_layers), scale_dtype_of(stream))
+
+
+def _shapes(stream: LayerStream) -> list[ExpertShapes]:
+    return [expert_shapes(moe, stream.stored_dtypes) for moe in stream.moe_layers.values()]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moe_compress.checkpoint.rewrite import Change, Tensors
 from moe_compress.checkpoint.stream import TORCH_DTYPES, LayerStream
 from moe_compress.compress.prune.apply import with_counts
+from moe_compress.compress.quantize.config import BITSANDBYTES
 from moe_compress.compress.quantize.gptq import POOL_BELOW, Hessians, gptq
 from moe_compress.compress.quantize.plan import KEEP, QuantizedLayer, QuantizePlan
 from moe_compress.compress.quantize.rtn import rtn
@@ -104,8 +105,9 @@ class QuantizeChange(Change):
     ) -> None:
         """One fused matrix of all experts: those with the same scheme together, as many as memory allows."""
         planned = self.layers[moe.layer]
-        fused = getattr(moe.experts, name)
-        packed.dtype = fused.dtype
+        fused, stored_dtype = getattr(moe.experts, name), getattr(moe.experts, name).dtype
+        if self.settings.method in BITSANDBYTES:  # whose values are not those of the stored type
+            fused.data = fused.data.float()
         for part, rows in _row_ranges(moe, name):
             options = planned.options[part]
             for option in dict.fromkeys(options):
@@ -114,7 +116,7 @@ class QuantizeChange(Change):
                     for expert in members:
                         packed.experts[expert, part] = (
                             None,
-                            expert_weight(moe.experts, name, expert, fused.dtype)[rows],
+                            expert_weight(moe.experts, name, expert, stored_dtype)[rows],
                         )
                     continue
                 scheme = scheme_of(option, self.settings)

@@ -20,12 +20,14 @@ Bits = Annotated[int, Field(ge=1, le=8)]
 
 def _check_group_size(value: Any) -> Any:
     """One sentence for every wrong group size."""
-    if value != "channel" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+    if value not in ("auto", "channel") and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise ValueError(f"should be a number of weights such as 128, or `channel` for one per row, got `{value}`")
     return value
 
 
-GroupSize = Annotated[int | Literal["channel"], BeforeValidator(_check_group_size)]
+GroupSize = Annotated[int | Literal["auto", "channel"], BeforeValidator(_check_group_size)]
+# What `auto` takes: the first that divides every matrix of the experts, else one group per row.
+GROUP_SIZES = (128, 64, 32, 16)
 
 
 class Pmq(BaseModel):
@@ -96,13 +98,17 @@ class QuantizeConfig(BaseModel):
         description="What quantizes an expert when its cost is measured: the step's own method, or rounding to nearest "
         "as in PMQ, which is faster.",
     )
-    minimum_counts: dict[Bits, Annotated[int, Field(ge=1)]] = Field(
-        default={}, description="At least so many experts of every layer at a width, as {3: 1, 2: 1} in PMQ."
+    minimum_counts: dict[Literal["1", "2", "3", "4", "5", "6", "7", "8"], Annotated[int, Field(ge=1)]] = Field(
+        default={}, description='At least so many experts of every layer at a width, as {"3": 1, "2": 1} in PMQ.'
     )
     protect_super_experts: bool = Field(
         default=True, description="Experts with extreme activations get 8 bits or stay as they are."
     )
-    group_size: GroupSize = Field(default=128, description="Input weights that share a scale, or `channel`.")
+    group_size: GroupSize = Field(
+        default="auto",
+        description="Input weights that share a scale; `channel` for one scale per row; `auto` for the largest of 128, "
+        "64, 32 and 16 that divides every expert's matrices.",
+    )
     symmetric: bool = Field(default=True, description="Without zero points; plain transformers loads no others.")
     act_order: bool = Field(default=False, description="gptq: columns in the order of their activations' size.")
     damping: float = Field(default=0.01, gt=0, lt=1, description="gptq: share of the Hessian's mean diagonal added.")
@@ -133,6 +139,12 @@ class QuantizeConfig(BaseModel):
         if self.allow_drop and self.granularity == "layer":
             raise ValueError("allow_drop needs `granularity: expert` or `projection`; a whole layer cannot be dropped")
         return self
+
+    @property
+    def weights_per_scale(self) -> int | None:
+        """The group size as a grid takes it: None is one group per row."""
+        assert self.group_size != "auto", "settled when the experts' sizes are known"
+        return None if self.group_size == "channel" else self.group_size
 
     @property
     def has_budget(self) -> bool:

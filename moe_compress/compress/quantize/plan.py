@@ -36,7 +36,7 @@ from moe_compress.compress.allocate import (
     uniform_by_layer,
 )
 from moe_compress.compress.prune.plan import super_experts
-from moe_compress.compress.quantize.config import BITSANDBYTES, COSTS, Pmq, QuantizeConfig
+from moe_compress.compress.quantize.config import BITSANDBYTES, COSTS, GROUP_SIZES, Pmq, QuantizeConfig
 from moe_compress.errors import DataError, UsageError
 
 FORMAT = 1
@@ -125,6 +125,7 @@ def plan_quantize(
         everywhere = {s.layer: {part: [name] * s.num_experts for part in s.projections} for s in shapes}
         return _plan(config, shapes, everywhere, None)
     assert scores is not None, "a budget needs measured costs"
+    _require_same_measurement(config, scores)
     if config.allow_drop and num_groups > 1:
         raise UsageError(
             f"allow_drop: the router limits its choice to {num_groups} groups, which must stay equal; prune first."
@@ -151,6 +152,33 @@ def plan_quantize(
     found = _allocate(config, items, budget, rules, scores)
     chosen = dict(zip((item.name for item in items), found.chosen, strict=True))
     return _plan(config, shapes, _by_expert(config, shapes, chosen), found)
+
+
+def measured_settings(config: QuantizeConfig) -> dict[str, Any]:
+    """The settings that decide what an option costs; scores measured with others do not serve."""
+    names = ("method", "group_size", "symmetric", "scale_search", "act_order", "damping", "measured_by")
+    return {name: getattr(config, name) for name in names}
+
+
+def _require_same_measurement(config: QuantizeConfig, scores: Scores) -> None:
+    """Raise `UsageError` when the costs in the scores are those of another way to quantize."""
+    measured = scores.fingerprint.get("quantize")
+    if measured is None:
+        raise UsageError("the scores hold no costs of quantization; score again with this recipe.")
+    for name, value in measured_settings(config).items():
+        if measured.get(name) != value:
+            raise UsageError(
+                f"the costs were measured with {name}: {measured.get(name)}, the recipe says {value}; score again."
+            )
+
+
+def with_group_size(config: QuantizeConfig, shapes: Sequence[ExpertShapes]) -> QuantizeConfig:
+    """The settings with the group size that `auto` stands for."""
+    if config.group_size != "auto":
+        return config
+    widths = {columns for shape in shapes for _, columns in shape.projections.values()}
+    size = next((size for size in GROUP_SIZES if all(width % size == 0 for width in widths)), "channel")
+    return config.model_copy(update={"group_size": size})
 
 
 def check_shapes(config: QuantizeConfig, shapes: ExpertShapes) -> None:

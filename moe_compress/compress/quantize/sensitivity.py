@@ -133,8 +133,7 @@ class Sensitivity:
     def _rounded(self, chunk: list[int], bits: int, moments: dict[str, Tensor]) -> dict[str, Tensor]:
         """The fused matrices [len(chunk), out, in] of these experts as `bits` leave them."""
         config, rounded = self.config, {}
-        size = config.group_size
-        grid = Grid(bits, None if size == "channel" else size, config.symmetric or bits == 1)
+        grid = Grid(bits, config.weights_per_scale, config.symmetric or bits == 1)
         for name in self._names():
             weights = torch.stack([expert_weight(self.moe.experts, name, e, torch.float32) for e in chunk])
             what = f"`{self.moe.experts_name}.{name}`"

@@ -9,6 +9,7 @@ their zero points, so nothing else may be written there: it would be loaded, and
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import SAFETENSORS_DTYPES
 from moe_compress.compress.quantize.config import BITSANDBYTES, PartConfig, QuantizeConfig
 from moe_compress.compress.quantize.plan import KEEP
+from moe_compress.compress.quantize.shapes import LinearLayer
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.models.experts import matrix_shape, projections
 from moe_compress.models.layers import PACKED, SECTION, MoELayer
@@ -41,15 +43,14 @@ class Packed:
     layer: int
     experts: dict[tuple[int, str], tuple[Scheme | None, Any]] = field(default_factory=dict)  # (expert, projection)
     linears: dict[str, tuple[Scheme, Stored]] = field(default_factory=dict)  # path inside the layer
-    dtype: torch.dtype = torch.float32
 
 
 def scheme_of(option: str, config: QuantizeConfig) -> Scheme:
     """The scheme that an option's name stands for."""
     if option in BITSANDBYTES:
         return Scheme.from_json({"format": option})
-    bits, size = int(option), config.group_size
-    return Scheme(Grid(bits, None if size == "channel" else size, config.symmetric or bits == 1))
+    bits = int(option)
+    return Scheme(Grid(bits, config.weights_per_scale, config.symmetric or bits == 1))
 
 
 def linear_scheme(config: QuantizeConfig, part: PartConfig) -> Scheme:
@@ -57,7 +58,19 @@ def linear_scheme(config: QuantizeConfig, part: PartConfig) -> Scheme:
     if config.method in BITSANDBYTES:
         return scheme_of(config.method, config)
     bits = part.bits or config.bits
-    return scheme_of(str(bits), config.model_copy(update={"group_size": part.group_size or config.group_size}))
+    size = config.group_size if part.group_size in (None, "auto") else part.group_size
+    return scheme_of(str(bits), config.model_copy(update={"group_size": size}))
+
+
+def linear_savings(config: QuantizeConfig, linears: Iterable[LinearLayer], scale_dtype: torch.dtype) -> int:
+    """Bytes saved by quantizing linear layers outside the experts, all stored in `scale_dtype` before."""
+    saved = 0
+    for linear in linears:
+        part = config.parts.get(linear.part)
+        if part is not None:
+            before = linear.shape[0] * linear.shape[1] * scale_dtype.itemsize
+            saved += before - linear_scheme(config, part).stored_bytes(*linear.shape, scale_dtype)
+    return saved
 
 
 def _slices(found: Quantized) -> list[Stored]:
