@@ -171,6 +171,7 @@ def _plan_quantize(
     entry: dict[str, Any] = step.model_dump(mode="json", exclude_unset=True)
     if step.has_budget and measured is None:
         return entry | {"note": "the bits of every expert are chosen when its costs are measured"}
+    step = with_group_size(step, [expert_shapes(layer, {}) for layer in layers])
     found, fixed_bytes = _quantize_plan(step, config, layers, before, measured, tier)
     stored = fixed_bytes + found.expert_bytes
     share = sum(layer.top_k for layer in layers) / sum(layer.num_experts for layer in layers)
@@ -206,7 +207,7 @@ def sweep(recipe: Recipe, scores: Path, setting: str, values: Sequence[float]) -
     entries = []
     for value in values:
         budget = dict.fromkeys(BUDGETS) | {"bits": None, setting: value if setting == "average_bits" else int(value)}
-        chosen = step.model_copy(update=budget)
+        chosen = with_group_size(step, [expert_shapes(layer, {}) for layer in layers]).model_copy(update=budget)
         found, fixed_bytes = _quantize_plan(chosen, config, layers, before, measured, recipe.export.tier)
         assert found.allocation is not None
         entries.append(
@@ -229,7 +230,6 @@ def _quantize_plan(
     """The plan of a quantize step, and the bytes of everything else once it is done."""
     text = config.get_text_config()
     shapes = [expert_shapes(layer, {}, {4: "F32", 2: "BF16"}[text.dtype.itemsize]) for layer in layers]
-    step = with_group_size(step, shapes)
     experts = sum(shape.num_experts * (shape.weights * shape.weight_bytes + shape.other_bytes) for shape in shapes)
     fixed_bytes = before.stored_bytes - experts - _linear_savings(step, config, layers)
     found = plan_quantize(
