@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.models.layers import SECTION
 from moe_compress.runtime.model import CompressedModel
+from moe_compress.runtime.packed import packed_conversions
 from moe_compress.runtime.registration import COMPRESSED
 from moe_compress.runtime.remote_code import AUTO_MAP, HINT
 
@@ -62,6 +63,7 @@ def make_classes(family: str) -> type[PretrainedConfig]:
     AutoModelForCausalLM.register(config_class, model_class)
     for name, compressed_name in ((family, model_type), (base_model.__name__, model_class.__name__)):
         mapping = get_checkpoint_conversion_mapping(name)
-        if mapping is not None:
-            register_checkpoint_conversion_mapping(compressed_name, mapping, overwrite=True)
+        if mapping is not None or name == family:
+            conversions = [*packed_conversions(), *(mapping or ())]
+            register_checkpoint_conversion_mapping(compressed_name, conversions, overwrite=True)
     return config_class

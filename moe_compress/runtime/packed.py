@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from moe_compress.models.experts import experts_forward, matrix_shape, projections
-from moe_compress.runtime.scheme import Scheme
+from moe_compress.runtime.scheme import Scheme, Shapes
 
 
 class PackedWeight(nn.Module):
@@ -26,18 +29,6 @@ class PackedWeight(nn.Module):
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The matrix in `dtype`, made anew."""
         return self.scheme.dequantize(dict(self.named_buffers(recurse=False)), self.height, self.width, dtype)
-
-
-class PlainWeight(nn.Module):
-    """One matrix that stays as it is, among packed ones."""
-
-    def __init__(self, height: int, width: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.register_buffer("weight_plain", torch.zeros(height, width, dtype=dtype))
-
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """The matrix in `dtype`."""
-        return self.get_buffer("weight_plain").to(dtype)
 
 
 class PackedLinear(PackedWeight):
@@ -77,8 +68,49 @@ class ExpertCache:
         return made
 
 
+class PackedProjection(nn.Module):
+    """One projection of all experts of a layer; matrices without a scheme stay as they are.
+
+    Tensors of the same kind lie one behind the other in a single buffer, by expert: few buffers load much faster than
+    many. A checkpoint holds them expert by expert (`packed_conversions`).
+    """
+
+    def __init__(self, schemes: Sequence[Scheme | None], height: int, width: int, scale_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.schemes, self.height, self.width = schemes, height, width
+        self.pieces: list[dict[str, tuple[int, tuple[int, ...]]]] = []  # by expert: name -> start, shape
+        sizes: dict[str, int] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        for scheme in schemes:
+            tensors: Shapes = {"weight_plain": ((height, width), scale_dtype)}
+            if scheme is not None:
+                tensors = scheme.tensors(height, width, scale_dtype)
+            piece: dict[str, tuple[int, tuple[int, ...]]] = {}
+            for name, (shape, dtype) in tensors.items():
+                piece[name] = (sizes.get(name, 0), shape)
+                sizes[name] = sizes.get(name, 0) + math.prod(shape)
+                dtypes[name] = dtype
+            self.pieces.append(piece)
+        for name, size in sizes.items():
+            self.register_buffer(name, torch.zeros(size, dtype=dtypes[name]))
+
+    def tensors(self, expert: int) -> dict[str, Tensor]:
+        """What is stored of one expert's matrix, as views."""
+        return {
+            name: self.get_buffer(name)[start : start + math.prod(shape)].view(shape)
+            for name, (start, shape) in self.pieces[expert].items()
+        }
+
+    def weight(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """The matrix [height, width] of one expert in `dtype`."""
+        tensors, scheme = self.tensors(expert), self.schemes[expert]
+        if scheme is None:
+            return tensors["weight_plain"].to(dtype)
+        return scheme.dequantize(tensors, self.height, self.width, dtype)
+
+
 class PackedExperts(nn.Module):
-    """Mixed into a family's experts class; its matrices are the children `<expert>.<projection>`."""
+    """Mixed into a family's experts class; its matrices are those of its children, one for each projection."""
 
     cache: ExpertCache | None
     num_experts: int
@@ -87,8 +119,7 @@ class PackedExperts(nn.Module):
         """Matrix [out, in] of one expert, under its name among the family's fused parameters."""
 
         def make() -> Tensor:
-            owner = self.get_submodule(str(expert))
-            parts = [getattr(owner, part).weight(dtype) for part in projections(self)[name]]
+            parts = [self._modules[part].weight(expert, dtype) for part in projections(self)[name]]  # type: ignore[union-attr, operator]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
         if self.cache is None:
@@ -101,26 +132,65 @@ class PackedExperts(nn.Module):
 
 
 def pack_experts(
-    experts: Any, schemes: Mapping[str, list[Scheme | None]], scale_dtype: torch.dtype, cache: ExpertCache | None
+    experts: Any, schemes: Mapping[str, Sequence[Scheme | None]], scale_dtype: torch.dtype, cache: ExpertCache | None
 ) -> None:
     """Exchange a fused experts module's matrices for packed ones; `schemes` gives each projection's, by expert."""
-    fused = {name: getattr(experts, name) for name in projections(experts)}
-    experts.num_experts = len(next(iter(schemes.values())))
-    for expert in range(experts.num_experts):
-        owner = nn.Module()
-        for name, parts in projections(experts).items():
-            out, into = matrix_shape(experts, fused[name])
-            for part in parts:
-                scheme, height = schemes[part][expert], out // len(parts)
-                owner.add_module(
-                    part,
-                    PlainWeight(height, into, scale_dtype)
-                    if scheme is None
-                    else PackedWeight(scheme, height, into, scale_dtype),
-                )
-        experts.add_module(str(expert), owner)
-    for name in fused:
+    shapes = {name: matrix_shape(experts, getattr(experts, name)) for name in projections(experts)}
+    for name, (rows, columns) in shapes.items():
         del experts._parameters[name]
+        parts = projections(experts)[name]
+        for part in parts:
+            experts.add_module(part, PackedProjection(schemes[part], rows // len(parts), columns, scale_dtype))
+    experts.num_experts = len(next(iter(schemes.values())))
     experts.cache = cache
     base = type(experts)
     experts.__class__ = type(f"Packed{base.__name__}", (PackedExperts, base), {"__module__": __name__})
+
+
+class _Join(ConversionOps):
+    """Loading: the tensors of all experts, in their order, become one buffer."""
+
+    def convert(self, input_dict: Any, source_patterns: list[str], target_patterns: list[str], **_: Any) -> Any:
+        (tensors,) = input_dict.values()
+        return {target_patterns[0]: torch.cat([tensor.flatten() for tensor in tensors])}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _Part()
+
+
+class _Part(ConversionOps):
+    """Saving: a buffer becomes the tensors of each expert again."""
+
+    def convert(self, input_dict: Any, source_patterns: list[str], target_patterns: list[str], **settings: Any) -> Any:
+        name = settings["full_layer_name"]
+        path, _, kind = name.replace(".*.", ".").rpartition(".")
+        projection = settings["model"].get_submodule(path)
+        return {
+            name.replace("*", str(expert)): projection.tensors(expert)[kind].clone()
+            for expert, pieces in enumerate(projection.pieces)
+            if kind in pieces
+        }
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _Join()
+
+
+class _PackedConverter(WeightConverter):
+    """The loader copies a converter for every tensor of a checkpoint, which took most of the time of loading one."""
+
+    def __deepcopy__(self, memo: Any) -> _PackedConverter:
+        copied = copy(self)
+        copied.collected_tensors, copied.layer_targets = defaultdict(list), defaultdict(set)
+        return copied
+
+
+def packed_conversions() -> list[WeightConverter]:
+    """The way from a checkpoint's tensors, expert by expert, to the buffers of `PackedProjection`, and back."""
+    kinds = ("weight_packed", "weight_scale", "weight_zero_point", "weight_absmax", "weight_plain")
+    return [
+        _PackedConverter(f"experts.*.{part}.{kind}", f"experts.{part}.{kind}", operations=[_Join()])
+        for part in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+        for kind in kinds
+    ]
