@@ -16,6 +16,7 @@ Not covered: caches; hidden states of all batches stay in memory. Gradients reac
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -25,6 +26,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_compress.errors import ResumeError
+
+
+class Enough(Exception):
+    """Raised inside a rehearsal by a hook that has seen all it wants of this batch."""
 
 
 class LayerObserver(Protocol):
@@ -91,7 +96,10 @@ class Lockstep:
         return [*(tensor for left in self._left for tensor in left), torch.tensor(self._entering)]
 
     def rehearse(self, index: int) -> None:
-        """Run layer `index` on every batch and forget the outputs; all batches stay before it."""
+        """Run layer `index` on every batch and forget the outputs; all batches stay before it.
+
+        A hook may end a batch's turn with `Enough`.
+        """
         assert index == self._next, "layers are passed in order"
         with torch.no_grad():
             for batch, coroutine in enumerate(self._passes):
@@ -155,7 +163,8 @@ class Lockstep:
     def _gated(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def gated(*args: Any, **kwargs: Any) -> Any:
             while self._wait(args, kwargs):
-                forward(*args, **kwargs)
+                with contextlib.suppress(Enough):
+                    forward(*args, **kwargs)
             batch = self._batch
             if index < self._start:
                 return _output(self._left[batch])

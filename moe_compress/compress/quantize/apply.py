@@ -8,6 +8,7 @@ few tokens reached take a second moment that is partly pooled over the layer (`H
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from moe_compress.compress.quantize.shapes import LinearLayer
 from moe_compress.compress.quantize.storage import Packed, PluginStorage, StockStorage, linear_scheme, scheme_of
 from moe_compress.models.experts import expert_weight, projections
 from moe_compress.models.layers import MoELayer
+from moe_compress.models.lockstep import Enough
 from moe_compress.runtime import bnb
 from moe_compress.runtime.scheme import Scheme
 
@@ -171,29 +173,54 @@ class _Moments:
     def __init__(self, layer: nn.Module, moe: MoELayer | None, linears: Sequence[LinearLayer]) -> None:
         self.moe = moe
         self._layer = layer
-        self._linears = {linear.path: Hessians(1, linear.shape[1]) for linear in linears}
+        self._widths = {linear.path: linear.shape[1] for linear in linears}
+        self._same: dict[str, str] = {}  # linear layer -> the one before it that has the same inputs, or itself
+        self._linears: dict[str, Tensor] = {}
         self._experts: dict[str, tuple[list[int], Tensor, list[int]]] = {}
 
     def collect_linears(self, rehearse: Callable[[], None]) -> None:
-        """Run the layer once for the linear layers outside the experts."""
-        if not self._linears:
+        """Run the layer once for the linear layers outside the experts, up to the experts if they all come before."""
+        if not self._widths:
             return
+        sums: dict[str, Hessians] = {}
         handles = []
-        for path, hessians in self._linears.items():
-            module = self._layer.get_submodule(path)
-            hessians.sums_EII = hessians.sums_EII.to(next(module.parameters()).device)
+        latest: tuple[str, Tensor] | None = None
 
-            def see(module: nn.Module, inputs: Any, hessians: Hessians = hessians) -> None:
-                hessians.add(0, inputs[0].flatten(0, -2))
+        def see(path: str, module: nn.Module, arguments: Any) -> None:
+            nonlocal latest
+            inputs = arguments[0]
+            if path not in self._same:
+                shared = latest is not None and latest[1] is inputs
+                self._same[path] = self._same[latest[0]] if latest is not None and shared else path
+                if not shared:
+                    sums[path] = Hessians(1, self._widths[path], inputs.device)
+            latest = path, inputs
+            if path in sums:
+                sums[path].add(0, inputs.flatten(0, -2))
 
-            handles.append(module.register_forward_pre_hook(see))
+        for path in self._widths:
+            handles.append(self._layer.get_submodule(path).register_forward_pre_hook(partial(see, path)))
+        if self.moe is not None:
+            all_before: bool | None = None  # as the first batch finds it
+
+            def enter(module: nn.Module, inputs: Any) -> None:
+                nonlocal all_before
+                if all_before is None:
+                    all_before = len(self._same) == len(self._widths)
+                if all_before:
+                    raise Enough
+
+            handles.append(self.moe.experts.register_forward_pre_hook(enter))
         rehearse()
         for handle in handles:
             handle.remove()
+        for path in self._widths.keys() - self._same.keys():  # a layer that did not run is rounded
+            self._same[path], sums[path] = path, Hessians(1, self._widths[path])
+        self._linears = {path: hessians.finish(1)[0] for path, hessians in sums.items()}
 
     def linear(self, path: str) -> Tensor:
         """[1, I, I] of one linear layer."""
-        return self._linears.pop(path).finish(1)[0]
+        return self._linears[self._same[path]]
 
     def experts(self, name: str, members: list[int], rehearse: Callable[[], None]) -> tuple[Tensor, list[int]]:
         """[len(members), I, I] of these experts' inputs of a fused matrix, and the experts whose moment was pooled."""
@@ -222,8 +249,13 @@ class _Moments:
                 for other, hessians in sums.items():
                     hessians.add(position[expert], inner_NF if other == "down_proj" else hidden_NH)
 
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            raise Enough
+
         experts.recorder = see
+        handle = experts.register_forward_hook(leave)
         rehearse()
+        handle.remove()
         del experts.recorder
         for other, hessians in sums.items():
             moments, few = hessians.finish(POOL_BELOW)
