@@ -18,6 +18,7 @@ from moe_compress.measure import cost_figures
 from moe_compress.models.layers import MoELayer, find_moe_layers, routing_groups, set_num_experts
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.recipe import Recipe
+from moe_compress.runtime.families import causal_model
 
 SPARE_DISK = 1.05  # of the weights, for what lies beside them
 
@@ -104,12 +105,18 @@ def plan(recipe: Recipe, *, scores: Path | None = None) -> dict[str, Any]:
 
 
 def expert_counts(recipe: Recipe, config: Any, layer: MoELayer) -> list[int]:
-    """Experts in a layer before the first step and after each one; `UsageError` when a step cannot be."""
+    """Experts in a layer before the first step and after each one; `UsageError` when a step cannot be.
+
+    Raises `UnsupportedModelError` when the tier `plugin` does not hold this family.
+    """
     counts = [layer.num_experts]
+    if recipe.export.tier == "plugin" and any(
+        isinstance(step, QuantizeConfig) or step.scope == "global" for step in recipe.steps
+    ):
+        causal_model(config.to_dict())
     for step in recipe.steps:
         if isinstance(step, QuantizeConfig):
-            for shapes in [expert_shapes(layer, {})]:
-                check_shapes(step, shapes)
+            check_shapes(step, expert_shapes(layer, {}))
             counts.append(counts[-1])
             continue
         counts.append(keep_count(step, num_experts=counts[-1], top_k=layer.top_k, **routing_limits(config)))

@@ -33,7 +33,7 @@ from moe_compress.compress.quantize.config import QuantizeConfig
 from moe_compress.compress.quantize.plan import QuantizePlan, plan_quantize
 from moe_compress.compress.quantize.sensitivity import ReducedRouters, Sensitivity
 from moe_compress.compress.quantize.shapes import expert_shapes, linear_layers
-from moe_compress.compress.quantize.storage import linear_scheme
+from moe_compress.compress.quantize.storage import linear_scheme, require_quantizable
 from moe_compress.manifest import describe_source
 from moe_compress.models.layers import MoELayer, routing_groups
 from moe_compress.progress import Progress
@@ -198,6 +198,8 @@ def quantize_step(
 ) -> dict[str, Any]:
     """Score (where a budget or gptq needs tokens), plan and apply a quantize step; what `step.json` says of it."""
     stream = LayerStream(source, around.device)
+    require_quantizable(config, stream, around.tier)
+    folder.mkdir(parents=True, exist_ok=True)
     calibrated = config.has_budget or config.method == "gptq"
     scores = score_step(source, folder / "scores", around, title, config) if calibrated else None
     plan = plan_quantize_step(config, scores, source, stream, around.tier)
@@ -209,6 +211,7 @@ def quantize_step(
         scale_dtype=scale_dtype_of(stream),
         tokens=calibration_data(source, around).tokens if config.method == "gptq" else None,
         batch_size=around.calibration.batch_size,
+        notes=folder / "pooled.json",
     )
     checkpoint = folder / "checkpoint"
     if not (checkpoint / LEDGER_FILE).exists():
@@ -228,7 +231,7 @@ def quantize_step(
         "config": config.model_dump(mode="json"),
         "keep": {str(layer.layer): list(layer.keep) for layer in plan.layers},
         "starved": scores.starved if scores else [],
-        "pooled": sorted(set(change.pooled)),
+        "pooled": change.pooled,
         "coverage": scores.summary() if scores else {},
         "calibration": scores.fingerprint if scores else {},
         "dropped_bytes": saved,

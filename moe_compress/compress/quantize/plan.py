@@ -238,9 +238,11 @@ def _items(
                 allowed = names + ([DROP] if config.allow_drop else [])
                 if (shape.layer, expert) in protected:
                     allowed = [str(SUPER_EXPERT_BITS)]
-                options.append(
-                    [_option(name, matrices, costs[name][expert], used[expert], shape, config) for name in allowed]
-                )
+                other = shape.other_bytes if part == parts[0] else 0
+                options.append([
+                    _option(name, matrices, costs[name][expert], used[expert], shape.weight_bytes, other, config)
+                    for name in allowed
+                ])  # fmt: skip
             weights = sum(rows * columns for rows, columns in matrices)
             if config.granularity == "layer":
                 items.append(_layer_item(shape, options, weights))
@@ -258,11 +260,12 @@ def _option(
     matrices: Sequence[tuple[int, int]],
     loss: float,
     used: float,
-    shape: ExpertShapes,
+    weight_bytes: int,
+    other_bytes: int,
     config: QuantizeConfig,
 ) -> Option:
-    stored = sum(matrix_bytes(name, rows, columns, config, shape.weight_bytes) for rows, columns in matrices)
-    other = 0 if name == DROP or config.granularity == "projection" else shape.other_bytes
+    stored = sum(matrix_bytes(name, rows, columns, config, weight_bytes) for rows, columns in matrices)
+    other = 0 if name == DROP else other_bytes
     return Option(name, option_bits(name), stored + other, stored * float(used), float(loss))
 
 
