@@ -45,14 +45,16 @@ ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4  # of logits, relative to their spread
 GROUP = 4  # weights that share a scale; it divides every width of these models
 TOKENS = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(1))
-W4 = QuantizeConfig(op="quantize", method="rtn", bits=4, group_size=GROUP, attention={"bits": 8})
+W4 = QuantizeConfig(
+    op="quantize", method="rtn", bits=4, group_size=GROUP, attention={"bits": 8, "group_size": "channel"}
+)
 MIXED = QuantizeConfig(
     op="quantize", method="gptq", average_bits=4, group_size=GROUP, symmetric=False, scale_search=2,
     attention={"bits": 4, "group_size": "channel"}, shared_experts={"bits": 3}, dense_mlp={"bits": 8},
 )  # fmt: skip
 OPTIONS = ("4", "8", "2", KEEP, "1", "3")  # expert e has option e + p for its p-th projection
 # Largest relative error of a matrix rounded to nearest with groups of 4, generously.
-LARGEST_ERROR = {"1": 0.8, "2": 0.6, "3": 0.3, "4": 0.15, "8": 0.02, KEEP: 0.0}
+LARGEST_ERROR = {"1": 0.9, "2": 0.6, "3": 0.3, "4": 0.15, "8": 0.02, KEEP: 0.0}
 # Families whose checkpoints on the Hub keep a layer's experts in one tensor.
 FUSED = {
     "aria", "gemma4", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hy_v4",
@@ -140,6 +142,11 @@ class Case:
             tokens=TOKENS,
             batch_size=2,
         )
+
+    @cached_property
+    def stock(self) -> Path:
+        self.rewrite("stock", self.quantize(self.stock_plan, "stock"))
+        return self.folder / "stock"
 
     def rewrite(self, name: str, change: Change) -> Ledger:
         with SilentProgress().stage(name, NUM_LAYERS) as stage:
@@ -237,7 +244,7 @@ def test_four_bits_in_stock(case: Case, request: pytest.FixtureRequest) -> None:
     assert after.keys() - before.keys() == {f"{name}_{part}" for name in gone for part in ("packed", "scale", "shape")}
     for name in gone:
         rows, columns = before[name][1]
-        bits, groups = (4, columns // GROUP) if ".experts." in name else (8, columns // GROUP)
+        bits, groups = (4, columns // GROUP) if ".experts." in name else (8, 1)
         assert after[f"{name}_packed"][:2] == ("I32", (rows, ceil(columns * bits / 32)))
         assert after[f"{name}_scale"][:2] == ("BF16", (rows, groups))
         assert np.frombuffer(after[f"{name}_shape"][2], np.int64).tolist() == [rows, columns]

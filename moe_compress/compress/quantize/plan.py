@@ -130,7 +130,8 @@ def plan_quantize(
             f"allow_drop: the router limits its choice to {num_groups} groups, which must stay equal; prune first."
         )
     protected = super_experts(scores, num_decoder_layers) if config.protect_super_experts else set()
-    items = _items(config, shapes, scores, protected, fixed_bytes)
+    pins = [] if tier == "stock" else [str(SUPER_EXPERT_BITS)]
+    items = _items(config, shapes, scores, protected, pins, fixed_bytes)
     rules = Rules(
         minimum_counts={str(bits): count for bits, count in config.minimum_counts.items()},
         max_drops_per_layer={layer.layer: layer.num_experts - layer.top_k for layer in shapes},
@@ -140,7 +141,12 @@ def plan_quantize(
     budget = Budget(config.average_bits, config.stored_bytes, config.active_bytes)
     found = _allocate(config, items, budget, rules, scores)
     chosen = dict(zip((item.name for item in items), found.chosen, strict=True))
-    return _plan(config, shapes, _by_expert(config, shapes, chosen), found)
+    tables = _by_expert(config, shapes, chosen)
+    if config.granularity == "layer" and pins:
+        for layer, expert in protected:
+            for names in tables[layer].values():
+                names[expert] = pins[0]
+    return _plan(config, shapes, tables, found)
 
 
 def check_shapes(config: QuantizeConfig, shapes: ExpertShapes) -> None:
@@ -215,9 +221,13 @@ def _items(
     shapes: Sequence[ExpertShapes],
     scores: Scores,
     protected: set[tuple[int, int]],
+    pins: list[str],
     fixed_bytes: int,
 ) -> list[Item]:
-    """What the program chooses for, and an item for everything else, so that budgets are those of the checkpoint."""
+    """What the program chooses for, and an item for everything else, so that budgets are those of the checkpoint.
+
+    Protected experts take one of `pins`; without pins they are only not dropped.
+    """
     items = []
     for shape, measured in zip(shapes, scores.layers, strict=True):
         assert shape.layer == measured.layer
@@ -232,12 +242,12 @@ def _items(
                 drop = expert_costs(config, measured, WHOLE, DROP)[0]
                 costs[DROP] = drop if part == parts[0] else np.zeros(shape.num_experts)
             if any(layer == shape.layer for layer, _ in protected):
-                costs[str(SUPER_EXPERT_BITS)] = expert_costs(config, measured, part, str(SUPER_EXPERT_BITS))[0]
+                costs |= {name: expert_costs(config, measured, part, name)[0] for name in pins}
             options = []
             for expert in range(shape.num_experts):
                 allowed = names + ([DROP] if config.allow_drop else [])
                 if (shape.layer, expert) in protected:
-                    allowed = [str(SUPER_EXPERT_BITS)]
+                    allowed = pins or names
                 other = shape.other_bytes if part == parts[0] else 0
                 options.append([
                     _option(name, matrices, costs[name][expert], used[expert], shape.weight_bytes, other, config)
@@ -278,7 +288,7 @@ def _layer_item(shape: ExpertShapes, options: Sequence[Sequence[Option]], weight
         summed.append(
             Option(
                 name,
-                option_bits(name),
+                sum(option.bits for option in column) / len(column),
                 sum(option.stored_bytes for option in column),
                 sum(option.active_bytes for option in column),
                 sum(option.loss for option in column),
