@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from moe_compress.verification import checks
 from tests.integration.test_run import content, interrupted_at
 from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
 
+ROOT = Path(__file__).parents[2]
 LAYERS = 3
 W4 = {"op": "quantize", "method": "gptq", "bits": 4, "group_size": 16, "scale_search": 2, "attention": {}}
 MIXED = {
@@ -227,6 +231,21 @@ def test_interrupted_while_quantizing_ends_the_same(source: Path, texts: Path, t
         found = content(tmp_path / "two")
         assert [name for name in expected if expected[name] != found.get(name)] == []
         shutil.rmtree(tmp_path / "two")
+
+
+def test_killed_anywhere_and_resumed_ends_bit_identical(source: Path, texts: Path, tmp_path: Path) -> None:
+    """By SIGKILL before file operations from the first to the last, every second run twice."""
+    scenario = {"recipe": recipe(source, texts, MIXED), "options": {}, "old": False, "kills": 5, "seed": 0}
+    (tmp_path / "scenarios.json").write_text(json.dumps({"quantize": scenario}))
+    line = [sys.executable, "-m", "tests.crashes", str(tmp_path), str(tmp_path / "scenarios.json")]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])["quantize"]
+    assert len(answer["kills"]) == 5
+    for kill in answer["kills"]:
+        described = f"{kill}\n{done.stderr[-3000:]}"
+        assert kill["statuses"][0] == -signal.SIGKILL and kill["last"] == 0, described
+        assert kill["different"] == [] and kill["left"] == [], described
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

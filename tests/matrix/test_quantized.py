@@ -58,7 +58,7 @@ LARGEST_ERROR = {"1": 0.9, "2": 0.6, "3": 0.3, "4": 0.15, "8": 0.02, KEEP: 0.0}
 # Families whose checkpoints on the Hub keep a layer's experts in one tensor.
 FUSED = {
     "aria", "gemma4", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hy_v4",
-    "inkling2", "inkling_mm_model", "jamba", "mistral4", "muse_spark", "qwen3_vl_moe", "zaya",
+    "inkling2", "inkling_mm_model", "mistral4", "muse_spark", "qwen3_vl_moe", "zaya",
 }  # fmt: skip
 # Families whose checkpoints are no causal language models in the eyes of transformers' auto class.
 NOT_CAUSAL = {

@@ -1,4 +1,4 @@
-"""The measured costs against float64, token by token: each expert quantized or dropped alone in a block rebuilt here."""
+"""The measured costs against float64, token by token: each expert quantized or dropped alone in a rebuilt block."""
 
 from __future__ import annotations
 
