@@ -23,6 +23,7 @@ from moe_compress.measure import cost_figures
 from moe_compress.models.layers import MoELayer, decoder_layers, find_moe_layers, routing_groups, set_num_experts
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.recipe import Recipe
+from moe_compress.runtime.families import causal_model
 
 SPARE_DISK = 1.05  # of the weights, for what lies beside them
 
@@ -127,8 +128,15 @@ def plan(recipe: Recipe, *, scores: Path | None = None, keep_steps: bool = False
 
 
 def expert_counts(recipe: Recipe, config: Any, layer: MoELayer) -> list[int]:
-    """Experts in a layer before the first step and after each one; `UsageError` when a step cannot be."""
+    """Experts in a layer before the first step and after each one; `UsageError` when a step cannot be.
+
+    Raises `UnsupportedModelError` when the tier `plugin` does not hold this family.
+    """
     counts = [layer.num_experts]
+    if recipe.export.tier == "plugin" and any(
+        isinstance(step, QuantizeConfig) or step.scope == "global" for step in recipe.steps
+    ):
+        causal_model(config.to_dict())
     for step in recipe.steps:
         if isinstance(step, QuantizeConfig):
             shapes = [expert_shapes(layer, {})]

@@ -289,9 +289,11 @@ def _beyond_stock_quantization(step: Mapping[str, Any]) -> Iterator[tuple[str, s
         yield "symmetric", "plain transformers ignores the zero points of experts"
     if step.get("bits") == 1 or (budget is not None and 1 in (step.get("options") or [1])):
         yield "bits" if step.get("bits") == 1 else "options", "compressed-tensors has no 1-bit format of signs"
-    parts = [step[name] for name in ("attention", "shared_experts", "dense_mlp") if isinstance(step.get(name), dict)]
-    schemes = {
-        (part.get("bits") or step.get("bits"), part.get("group_size") or step.get("group_size")) for part in parts
-    }
+    names = [name for name in ("attention", "shared_experts", "dense_mlp") if isinstance(step.get(name), dict)]
+    for name in names:
+        if step[name].get("bits") == 1:
+            yield name, "compressed-tensors has no 1-bit format of signs"
+    size = step.get("group_size") or QuantizeConfig.model_fields["group_size"].default
+    schemes = {(step[name].get("bits") or step.get("bits"), step[name].get("group_size") or size) for name in names}
     if len(schemes) > 1:
         yield "attention", "the tier `stock` holds one scheme for all linear layers outside the experts"

@@ -41,7 +41,7 @@ from moe_compress.compress.quantize.plan import (
 )
 from moe_compress.compress.quantize.sensitivity import ReducedRouters, Sensitivity
 from moe_compress.compress.quantize.shapes import expert_shapes, linear_layers
-from moe_compress.compress.quantize.storage import linear_savings
+from moe_compress.compress.quantize.storage import linear_savings, require_quantizable
 from moe_compress.manifest import describe_source
 from moe_compress.models.layers import MoELayer, routing_groups
 from moe_compress.progress import Progress
@@ -246,6 +246,7 @@ def quantize_step(
     folder.mkdir(parents=True, exist_ok=True)
     stream = LayerStream(source, around.device)
     config = with_group_size(config, _shapes(stream))
+    require_quantizable(config, stream, around.tier)
     scores = score_step(source, folder / "scores", around, title, config) if is_calibrated(config) else None
     plan = plan_quantize_step(config, scores, source, stream, around.tier)
     write_json(folder / "plan.json", plan.to_json())
@@ -256,6 +257,7 @@ def quantize_step(
         scale_dtype=scale_dtype_of(stream),
         tokens=calibration_data(source, around).tokens if config.method == "gptq" else None,
         batch_size=around.calibration.batch_size,
+        notes=folder / "pooled.json",
     )
     checkpoint = folder / "checkpoint"
     if not (checkpoint / LEDGER_FILE).exists():
@@ -275,7 +277,7 @@ def quantize_step(
         "config": config.model_dump(mode="json"),
         "keep": {str(layer.layer): list(layer.keep) for layer in plan.layers},
         "starved": scores.starved if scores else [],
-        "pooled": sorted(set(change.pooled)),
+        "pooled": change.pooled,
         "coverage": scores.summary() if scores else {},
         "calibration": scores.fingerprint if scores else {},
         "dropped_bytes": saved,

@@ -12,6 +12,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel, Qwen3Mo
 from tests.byte_tokenizer import byte_tokenizer
 
 VOCABULARY = 258  # of the byte tokenizer
+SEVERAL = "40KB"  # shards of the tiny model
 FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {"norm_topk_prob": True, "moe_intermediate_size": 16}),
     "olmoe": (OlmoeConfig, OlmoeForCausalLM, {"norm_topk_prob": False}),
@@ -45,12 +46,18 @@ def tiny_model(family: str = "qwen3_moe", *, seed: int = 0, **settings: Any) -> 
 
 
 def tiny_checkpoint(
-    folder: Path, family: str = "qwen3_moe", *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **settings: Any
+    folder: Path,
+    family: str = "qwen3_moe",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    max_shard_size: str = SEVERAL,
+    **settings: Any,
 ) -> Path:
     """`tiny_model` saved in several shards, with its tokenizer."""
-    tiny_model(family, seed=seed, **settings).to(dtype).save_pretrained(folder, max_shard_size="40KB")
+    tiny_model(family, seed=seed, **settings).to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     byte_tokenizer().save_pretrained(folder)
-    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert max_shard_size != SEVERAL or len(list(folder.glob("*.safetensors"))) > 1
     return folder
 
 

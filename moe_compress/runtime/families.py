@@ -4,7 +4,7 @@ A checkpoint of the tier `plugin` names such a type in its `config.json`, and sa
 how it departs from the family. Plain transformers knows no such type and refuses the checkpoint, so nothing is ever
 loaded as something it is not. A family's classes are made when the first checkpoint of it is opened.
 
-Not covered: families that `AutoModelForCausalLM` does not know.
+Not covered: checkpoints that `AutoModelForCausalLM` would not open as what they are, such as those that also see.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from moe_compress.errors import UnsupportedModelError
 from moe_compress.models.layers import SECTION
 from moe_compress.runtime.model import CompressedModel
 from moe_compress.runtime.packed import packed_conversions
@@ -32,15 +33,30 @@ def plugin_section(num_experts: int) -> dict[str, Any]:
 
 def plugin_config(config: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
     """The content of `config.json` for the tier `plugin`: that of the family, or an earlier one, with this section."""
-    family = config["model_type"].removeprefix(COMPRESSED)
-    architecture = _base_model(family).__name__
     return {
         **config,
-        "model_type": COMPRESSED + family,
-        "architectures": [f"Compressed{architecture} ({HINT})"],
+        "model_type": COMPRESSED + config["model_type"].removeprefix(COMPRESSED),
+        "architectures": [f"Compressed{causal_model(config).__name__} ({HINT})"],
         "auto_map": AUTO_MAP,
         SECTION: dict(section),
     }
+
+
+def causal_model(config: Mapping[str, Any]) -> Any:
+    """The class that `AutoModelForCausalLM` opens a checkpoint of this configuration with.
+
+    Raises `UnsupportedModelError` when it has none, or not the class that the checkpoint names.
+    """
+    family = config["model_type"].removeprefix(COMPRESSED)
+    named = (config.get("architectures") or [None])[0]
+    if family in CONFIG_MAPPING and CONFIG_MAPPING[family] in AutoModelForCausalLM._model_mapping:
+        found = _base_model(family)
+        if config["model_type"] != family or named in (None, found.__name__):
+            return found
+    raise UnsupportedModelError(
+        f"The tier `plugin` holds what transformers' AutoModelForCausalLM opens, and {named or f'`{family}`'} is none "
+        "of that; only the tier `stock` is left."
+    )
 
 
 def _base_model(family: str) -> Any:

@@ -164,6 +164,6 @@ def _unpack_experts(experts: Any, dtype: torch.dtype) -> None:
 
 def _dense_linear(packed: PackedLinear, dtype: torch.dtype) -> nn.Linear:
     linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(packed.weight(dtype), requires_grad=False)
+    linear.weight = nn.Parameter(packed.dense(dtype), requires_grad=False)
     linear.bias = packed.bias
     return linear

@@ -79,7 +79,8 @@ def _zero_point(tensors: Mapping[str, Tensor], grid: Grid, dtype: torch.dtype) -
     """Zero points [..., O, G] in `dtype`, None on a symmetric grid."""
     if grid.symmetric:
         return None
-    packed = tensors["weight_zero_point"].transpose(-1, -2)
+    # A clone, because a transposed single word calls itself contiguous and still cannot be seen as bytes.
+    packed = tensors["weight_zero_point"].transpose(-1, -2).clone(memory_format=torch.contiguous_format)
     num_outputs = tensors["weight_packed"].shape[-2]
     rows = _read_rows(packed.flatten(0, -2), grid.bits, num_outputs, dtype, False)
     return rows.view(*packed.shape[:-1], num_outputs).transpose(-1, -2)

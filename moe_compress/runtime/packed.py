@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,28 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from moe_compress.models.experts import experts_forward, matrix_shape, projections
 from moe_compress.runtime.scheme import Scheme, Shapes
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class PackedWeight(nn.Module):
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class _AsStored(nn.Module):
+    """Tensors that are stored in a dtype, and keep it whatever the model is cast to."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def moved(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return fn(tensor)
+            return fn(tensor.view(INTEGERS[tensor.element_size()])).view(tensor.dtype)  # which no cast touches
+
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = moved(buffer)
+        return self
+
+
+class PackedWeight(_AsStored):
     """One matrix [height, width] in the tensors of its scheme; buffers, so that they load, save and move like any."""
 
     def __init__(self, scheme: Scheme, height: int, width: int, scale_dtype: torch.dtype) -> None:
@@ -26,7 +46,7 @@ class PackedWeight(nn.Module):
         for name, (shape, dtype) in scheme.tensors(height, width, scale_dtype).items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype))
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
+    def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix in `dtype`, made anew."""
         return self.scheme.dequantize(dict(self.named_buffers(recurse=False)), self.height, self.width, dtype)
 
@@ -37,12 +57,23 @@ class PackedLinear(PackedWeight):
     def __init__(self, scheme: Scheme, linear: nn.Linear, scale_dtype: torch.dtype) -> None:
         super().__init__(scheme, linear.out_features, linear.in_features, scale_dtype)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
+        self.bias, self.dtype = linear.bias, linear.weight.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix in the model's dtype, for models that look at it themselves."""
+        return self.dense(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if self.bias is not None:
+            self.bias.data = fn(self.bias.data)
+        return super()._apply(fn, recurse)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
-        return F.linear(inputs, self.weight(inputs.dtype), bias)
+        return F.linear(inputs, self.dense(inputs.dtype), bias)
 
 
 class ExpertCache:
@@ -50,25 +81,23 @@ class ExpertCache:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.size = limit, 0
-        self._held: OrderedDict[tuple[int, int, str], Tensor] = OrderedDict()
+        self._held: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
 
-    def get(self, key: tuple[int, int, str], make: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+    def get(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
         """The matrix kept under `key`, or the one that `make` gives."""
-        held = self._held.get(key)
-        if held is not None and held.dtype == dtype:
+        if key in self._held:
             self._held.move_to_end(key)
-            return held
+            return self._held[key]
         made = make()
         if made.nbytes <= self.limit:
-            self.size += made.nbytes - (held.nbytes if held is not None else 0)
+            self.size += made.nbytes
             self._held[key] = made
-            self._held.move_to_end(key)
             while self.size > self.limit:
                 self.size -= self._held.popitem(last=False)[1].nbytes
         return made
 
 
-class PackedProjection(nn.Module):
+class PackedProjection(_AsStored):
     """One projection of all experts of a layer; matrices without a scheme stay as they are.
 
     Tensors of the same kind lie one behind the other in a single buffer, by expert: few buffers load much faster than
@@ -124,7 +153,8 @@ class PackedExperts(nn.Module):
 
         if self.cache is None:
             return make()
-        return self.cache.get((id(self), expert, name), make, dtype)
+        device = next(self.get_submodule(str(expert)).buffers()).device
+        return self.cache.get((id(self), expert, name, dtype, device), make)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The gated sum of the routed experts' outputs, whatever experts implementation the configuration names."""

@@ -55,6 +55,13 @@ def test_exact_for_every_width_and_shape(shape: tuple[int, int]) -> None:
             assert torch.equal(dequantize_packed(tensors, grid, dtype), quantized.dequantize(dtype))
 
 
+def test_zero_points_of_several_groups_in_a_single_word() -> None:
+    """Their transposed words are one wide, which torch calls contiguous in any order."""
+    for grid in grids(4):
+        quantized = random_codes(grid, 4, 32)
+        assert torch.equal(dequantize_packed(pack(quantized), grid, torch.float32), quantized.dequantize())
+
+
 @pytest.mark.parametrize("scale_dtype", DTYPES, ids=str)
 def test_groups_chunks_and_several_matrices(scale_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grid_module, "CPU_CHUNK", 300)  # two rows and a bit

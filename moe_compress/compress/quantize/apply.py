@@ -7,8 +7,10 @@ few tokens reached take a second moment that is partly pooled over the layer (`H
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from moe_compress.checkpoint.rewrite import Change, Tensors
 from moe_compress.checkpoint.stream import TORCH_DTYPES, LayerStream
+from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.prune.apply import with_counts
 from moe_compress.compress.quantize.config import BITSANDBYTES
 from moe_compress.compress.quantize.gptq import POOL_BELOW, Hessians, gptq
@@ -33,7 +36,7 @@ HESSIAN_BYTES = 4 << 30  # of second moments held at a time
 
 
 class QuantizeChange(Change):
-    """Applies a plan; `tokens` are needed by gptq alone."""
+    """Applies a plan; `tokens` are needed by gptq alone. What `notes` remembers survives an interruption."""
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class QuantizeChange(Change):
         scale_dtype: torch.dtype,
         tokens: Tensor | None,
         batch_size: int,
+        notes: Path | None = None,
     ) -> None:
         self.plan, self.settings, self.scale_dtype = plan, plan.config, scale_dtype
         self.layers: dict[int, QuantizedLayer] = {layer.layer: layer for layer in plan.layers}
@@ -51,7 +55,15 @@ class QuantizeChange(Change):
         self.storage = StockStorage(self) if tier == "stock" else PluginStorage(self)
         self.tokens = tokens if plan.config.method == "gptq" else None
         self.batch_size = batch_size
-        self.pooled: list[tuple[int, int]] = []  # (layer, expert as numbered in the source)
+        self._notes = notes
+        self._pooled: dict[str, list[int]] = {}  # layer -> experts as numbered in the source
+        if notes is not None and notes.exists():
+            self._pooled = json.loads(notes.read_text())
+
+    @property
+    def pooled(self) -> list[tuple[int, int]]:
+        """(layer, expert as numbered in the source) of those that few tokens reached."""
+        return sorted((int(layer), expert) for layer, experts in self._pooled.items() for expert in experts)
 
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         counts = {layer: len(found.keep) for layer, found in self.layers.items()}
@@ -65,7 +77,7 @@ class QuantizeChange(Change):
 
     @torch.no_grad()
     def store(self, target: LayerStream, index: int, rehearse: Callable[[], None]) -> dict[str, Tensor]:
-        packed = Packed(index)
+        packed, few = Packed(index), set[int]()
         linears = [linear for linear in self.linears if linear.layer == index]
         moe = target.moe_layers.get(index)
         moments = _Moments(target.layers[index], moe, linears) if self.tokens is not None else None
@@ -75,7 +87,10 @@ class QuantizeChange(Change):
             self._quantize_linear(target.layers[index], linear, moments, packed)
         if moe is not None:
             for name in projections(moe.experts):
-                self._quantize_experts(moe, name, moments, rehearse, packed)
+                few |= self._quantize_experts(moe, name, moments, rehearse, packed)
+        self._pooled[str(index)] = sorted(few)
+        if self._notes is not None:
+            write_json(self._notes, self._pooled)
         return self.storage.tensors(target, packed)
 
     def packs(self, index: int) -> set[str]:
@@ -104,9 +119,12 @@ class QuantizeChange(Change):
         moments: _Moments | None,
         rehearse: Callable[[], None],
         packed: Packed,
-    ) -> None:
-        """One fused matrix of all experts: those with the same scheme together, as many as memory allows."""
-        planned = self.layers[moe.layer]
+    ) -> set[int]:
+        """One fused matrix of all experts: those with the same scheme together, as many as memory allows.
+
+        Returns the experts whose second moments were pooled, as numbered in the source.
+        """
+        planned, pooled = self.layers[moe.layer], set[int]()
         fused, stored_dtype = getattr(moe.experts, name), getattr(moe.experts, name).dtype
         if self.settings.method in BITSANDBYTES:  # whose values are not those of the stored type
             fused.data = fused.data.float()
@@ -127,13 +145,14 @@ class QuantizeChange(Change):
                     hessian = None
                     if moments is not None:
                         hessian, few = moments.experts(name, chunk, rehearse)
-                        self.pooled += [(moe.layer, planned.keep[expert]) for expert in few]
+                        pooled |= {planned.keep[expert] for expert in few}
                     what = f"`{part}` of an expert in layer {moe.layer}"
                     stored, values = self._quantize(weights, hessian, scheme, what)
                     for expert, tensors, value in zip(chunk, stored, values, strict=True):
                         packed.experts[expert, part] = (scheme, tensors)
                         view = fused.data[expert].T if moe.experts.is_transposed else fused.data[expert]
                         view[rows].copy_(value)
+        return pooled
 
     def _quantize(
         self, weights: Tensor, hessian: Tensor | None, scheme: Scheme, what: str

@@ -131,7 +131,8 @@ def plan_quantize(
             f"allow_drop: the router limits its choice to {num_groups} groups, which must stay equal; prune first."
         )
     protected = super_experts(scores, num_decoder_layers) if config.protect_super_experts else set()
-    items = _items(config, shapes, scores, protected)
+    pins = [] if tier == "stock" else [str(SUPER_EXPERT_BITS)]
+    items = _items(config, shapes, scores, protected, pins)
     stored_bytes = config.stored_bytes
     if stored_bytes is not None and tier == "stock":  # one scheme for all items, so none may stand for the rest
         stored_bytes -= fixed_bytes
@@ -151,7 +152,12 @@ def plan_quantize(
     budget = Budget(config.average_bits, stored_bytes, config.active_bytes)
     found = _allocate(config, items, budget, rules, scores)
     chosen = dict(zip((item.name for item in items), found.chosen, strict=True))
-    return _plan(config, shapes, _by_expert(config, shapes, chosen), found)
+    tables = _by_expert(config, shapes, chosen)
+    if config.granularity == "layer" and pins:
+        for index, expert in protected:
+            for names in tables[index].values():
+                names[expert] = pins[0]
+    return _plan(config, shapes, tables, found)
 
 
 def measured_settings(config: QuantizeConfig) -> dict[str, Any]:
@@ -253,8 +259,9 @@ def _items(
     shapes: Sequence[ExpertShapes],
     scores: Scores,
     protected: set[tuple[int, int]],
+    pins: list[str],
 ) -> list[Item]:
-    """What the program chooses for."""
+    """What the program chooses for. Protected experts take one of `pins`; without pins they are only not dropped."""
     items = []
     for shape, measured in zip(shapes, scores.layers, strict=True):
         assert shape.layer == measured.layer
@@ -269,15 +276,17 @@ def _items(
                 drop = expert_costs(config, measured, WHOLE, DROP)[0]
                 costs[DROP] = drop if part == parts[0] else np.zeros(shape.num_experts)
             if any(layer == shape.layer for layer, _ in protected):
-                costs[str(SUPER_EXPERT_BITS)] = expert_costs(config, measured, part, str(SUPER_EXPERT_BITS))[0]
+                costs |= {name: expert_costs(config, measured, part, name)[0] for name in pins}
             options = []
             for expert in range(shape.num_experts):
                 allowed = names + ([DROP] if config.allow_drop else [])
                 if (shape.layer, expert) in protected:
-                    allowed = [str(SUPER_EXPERT_BITS)]
-                options.append(
-                    [_option(name, matrices, costs[name][expert], used[expert], shape, config) for name in allowed]
-                )
+                    allowed = pins or names
+                other = shape.other_bytes if part == parts[0] else 0
+                options.append([
+                    _option(name, matrices, costs[name][expert], used[expert], shape.weight_bytes, other, config)
+                    for name in allowed
+                ])  # fmt: skip
             weights = sum(rows * columns for rows, columns in matrices)
             if config.granularity == "layer":
                 items.append(_layer_item(shape, options, weights))
@@ -292,11 +301,12 @@ def _option(
     matrices: Sequence[tuple[int, int]],
     loss: float,
     used: float,
-    shape: ExpertShapes,
+    weight_bytes: int,
+    other_bytes: int,
     config: QuantizeConfig,
 ) -> Option:
-    stored = sum(matrix_bytes(name, rows, columns, config, shape.weight_bytes) for rows, columns in matrices)
-    other = 0 if name == DROP or config.granularity == "projection" else shape.other_bytes
+    stored = sum(matrix_bytes(name, rows, columns, config, weight_bytes) for rows, columns in matrices)
+    other = 0 if name == DROP else other_bytes
     return Option(name, option_bits(name), stored + other, stored * float(used), float(loss))
 
 
@@ -309,7 +319,7 @@ def _layer_item(shape: ExpertShapes, options: Sequence[Sequence[Option]], weight
         summed.append(
             Option(
                 name,
-                option_bits(name),
+                sum(option.bits for option in column) / len(column),
                 sum(option.stored_bytes for option in column),
                 sum(option.active_bytes for option in column),
                 sum(option.loss for option in column),

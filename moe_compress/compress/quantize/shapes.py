@@ -57,7 +57,8 @@ def linear_layers(layers: Iterable[nn.Module], moe_layers: Mapping[int, MoELayer
         routers = {f"{moe.block_path}.{name}".rpartition(".")[0] for name in moe.router_tensors()} if moe else set()
         modules = dict(layer.named_modules())
         for path, module in modules.items():
-            if not isinstance(module, nn.Linear) or path in routers or module.out_features == 1:
+            # A class of its own may do something else with its weight than a linear layer does.
+            if type(module) is not nn.Linear or path in routers or module.out_features == 1:
                 continue
             part = _part(path, modules, moe)
             if part is not None:

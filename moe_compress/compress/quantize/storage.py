@@ -20,13 +20,13 @@ from moe_compress.checkpoint.rewrite import Tensors, described
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import SAFETENSORS_DTYPES
 from moe_compress.compress.quantize.config import BITSANDBYTES, PartConfig, QuantizeConfig
-from moe_compress.compress.quantize.plan import KEEP
-from moe_compress.compress.quantize.shapes import LinearLayer
+from moe_compress.compress.quantize.plan import KEEP, check_shapes
+from moe_compress.compress.quantize.shapes import LinearLayer, expert_shapes, linear_layers
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.models.experts import matrix_shape, projections
 from moe_compress.models.layers import PACKED, SECTION, MoELayer
 from moe_compress.runtime.families import plugin_config, plugin_section
-from moe_compress.runtime.grid import Grid, Quantized
+from moe_compress.runtime.grid import Grid, Quantized, check_group_size
 from moe_compress.runtime.pack import pack
 from moe_compress.runtime.scheme import Scheme
 
@@ -81,6 +81,37 @@ def _slices(found: Quantized) -> list[Stored]:
         {name: tensor[number] for name, tensor in tensors.items()} | {"weight_shape": shape}
         for number in range(len(found.codes))
     ]
+
+
+def require_quantizable(config: QuantizeConfig, stream: LayerStream, tier: str) -> None:
+    """Raise what can be said against quantizing this checkpoint before any of its weights is read.
+
+    `UsageError` for a group size that does not divide a matrix, `UnsupportedModelError` for experts that
+    compressed-tensors cannot pack.
+    """
+    for moe in stream.moe_layers.values():
+        check_shapes(config, expert_shapes(moe, stream.stored_dtypes))
+        if tier == "stock":
+            for name in fused_parts(stream, moe):
+                _require_single(stream, moe.layer, name)
+    for linear in linear_layers(stream.layers, stream.moe_layers):
+        if linear.part in config.parts:
+            scheme = linear_scheme(config, config.parts[linear.part])
+            if scheme.grid is not None:
+                what = f"`{linear.path}.weight` of layer {linear.layer} ({linear.part})"
+                check_group_size(scheme.grid, linear.shape[1], what)
+
+
+def _require_single(stream: LayerStream, index: int, name: str) -> dict[str, tuple[int, ...]]:
+    """The names and shapes that a weight of a layer has on disk, where they are single matrices."""
+    dense = stream.layers[index].get_parameter(name).to("meta")
+    shapes = {hub: tuple(tensor.shape) for hub, tensor in stream.hub_names(index, {name: dense}).items()}
+    if any(len(shape) != 2 or not hub.endswith(".weight") for hub, shape in shapes.items()):
+        raise UnsupportedModelError(
+            f"`{name}` of layer {index} is not stored expert by expert in checkpoints of this architecture, so "
+            "compressed-tensors cannot pack it; set `export.tier: plugin`."
+        )
+    return shapes
 
 
 class PluginStorage:
@@ -233,14 +264,8 @@ class StockStorage:
 
     def _stored(self, target: LayerStream, index: int, replaced: dict[str, Stored]) -> Stored:
         stored = target.stored_layer(index, without=replaced)
-        dense = target.layers[index].state_dict()
         for name, tensors in replaced.items():
-            shapes = {hub: tuple(t.shape) for hub, t in target.hub_names(index, {name: dense[name].to("meta")}).items()}
-            if any(len(shape) != 2 or not hub.endswith(".weight") for hub, shape in shapes.items()):
-                raise UnsupportedModelError(
-                    f"`{name}` of layer {index} is not stored expert by expert in checkpoints of this architecture, so "
-                    "compressed-tensors cannot pack it; set `export.tier: plugin`."
-                )
+            shapes = _require_single(target, index, name)
             for key in ("weight_packed", "weight_scale"):
                 for hub, tensor in target.hub_names(index, {name: tensors[key]}).items():
                     stored[hub.removesuffix("weight") + key] = tensor if tensor.is_meta else tensor.cpu().contiguous()

@@ -1,0 +1,351 @@
+"""Quantizing from a recipe to a folder, and what the five checks say of a folder that was tampered with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import moe_compress
+from moe_compress.checkpoint.index import TensorIndex
+from moe_compress.checkpoint.writer import sha256_of
+from moe_compress.cli import app
+from moe_compress.errors import MoECompressError, RecipeError
+from moe_compress.progress import SilentProgress
+from moe_compress.verification import checks
+from tests.integration.test_run import content, interrupted_at
+from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
+
+ROOT = Path(__file__).parents[2]
+LAYERS = 3
+W4 = {"op": "quantize", "method": "gptq", "bits": 4, "group_size": 16, "scale_search": 2, "attention": {}}
+MIXED = {
+    "op": "quantize", "method": "gptq", "average_bits": 3.0, "options": [2, 3, 4], "allow_drop": True,
+    "granularity": "projection", "group_size": 16, "symmetric": False, "scale_search": 2,
+    "attention": {"bits": 4, "group_size": "channel"}, "protect_super_experts": False,
+}  # fmt: skip
+UNEVEN = {"op": "prune", "criterion": "reap", "keep": 0.75, "scope": "global", "protect_super_experts": False}
+
+
+def recipe(source: Path, texts: Path, *steps: dict[str, Any], tier: str = "plugin", **settings: Any) -> dict[str, Any]:
+    export = {"tier": tier, "max_shard_size": "20KB"}
+    return tiny_recipe(source, texts, export=export, **settings) | {"steps": list(steps)}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("source") / "model", num_hidden_layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts") / "texts.txt")
+
+
+@pytest.fixture
+def no_reload(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the fresh process that loads the result."""
+    monkeypatch.setattr(checks, "check_logits", lambda folder: checks.Check(True, "not computed here."))
+
+
+@pytest.fixture(scope="module")
+def made(source: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers of unequal size, pruned, then drops and bits by projection, with all five checks."""
+    out = tmp_path_factory.mktemp("made") / "out"
+    moe_compress.run(recipe(source, texts, UNEVEN, MIXED), out)
+    return out
+
+
+@pytest.fixture
+def out(made: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+# ------------------------------------------------------------------------------------------------------- what OUT holds
+
+
+def test_prune_then_drops_and_bits_in_plugin(made: Path, source: Path) -> None:
+    report = json.loads((made / "report.json").read_text())
+    assert all(check["passed"] for check in report["checks"].values())
+    first, second = json.loads((made / "plan.json").read_text())["steps"]
+    counts = [len(layer["keep"]) for layer in first["layers"]]
+    assert sum(counts) == 18 and [layer["num_experts"] for layer in second["layers"]] == counts
+    assert second["average_bits"] <= MIXED["average_bits"]
+    config = json.loads((made / "config.json").read_text())
+    assert config["model_type"] == "compressed_qwen3_moe" and "pip install moe-compress" in config["architectures"][0]
+    assert config["moe_compress"]["layers"] == {
+        str(layer["layer"]): {"num_experts": len(layer["keep"])} for layer in second["layers"]
+    }
+    manifest = json.loads((made / "manifest.json").read_text())
+    stored = TensorIndex.from_folder(made).nbytes
+    assert manifest["stored_bytes"] == stored == manifest["steps"][1]["target"]["achieved"]["stored_bytes"]
+    assert report["compressed"]["stored_bytes"] == stored < report["baseline"]["stored_bytes"]
+
+
+def test_four_bits_in_stock(source: Path, texts: Path, tmp_path: Path) -> None:
+    """The logits check is plain transformers in a process that cannot import this package."""
+    out = tmp_path / "out"
+    report = moe_compress.run(recipe(source, texts, W4, tier="stock"), out)
+    assert {name: check["passed"] for name, check in report["checks"].items()} == dict.fromkeys(
+        ("coverage", "bytes", "keys", "logits", "target"), True
+    )
+    before, after = TensorIndex.from_folder(source), TensorIndex.from_folder(out)
+    quantized = {name for name in before if ".experts." in name or (".self_attn." in name and "_proj" in name)}
+    names = {f"{name}_{part}" for name in quantized for part in ("packed", "scale", "shape")}
+    assert set(after) == (set(before) - quantized) | names
+    for name in quantized:
+        rows, columns = before[name].shape
+        assert (after[f"{name}_packed"].dtype, after[f"{name}_packed"].shape) == ("I32", (rows, columns // 8))
+        assert (after[f"{name}_scale"].dtype, after[f"{name}_scale"].shape) == ("BF16", (rows, columns // 16))
+        shape = np.fromfile(after[f"{name}_shape"].file, np.int64, 2, offset=after[f"{name}_shape"].start)
+        assert shape.tolist() == [rows, columns]
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert config["model_type"] == "qwen3_moe" and "moe_compress" not in config
+
+
+# ------------------------------------------------------------------------------------------------------ the five checks
+
+
+def failed(folder: Path) -> dict[str, str]:
+    found = checks.verify(folder, SilentProgress())
+    return {name: check["detail"] for name, check in found.items() if not check["passed"]}
+
+
+def edit(file: Path, function: Callable[[dict[str, Any]], Any]) -> None:
+    values = json.loads(file.read_text())
+    function(values)
+    file.write_text(json.dumps(values))
+
+
+def change_shard(folder: Path, name: str, function: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Rewrite the shard that holds a tensor; index and records follow."""
+    file = TensorIndex.from_folder(folder)[name].file
+    tensors = load_file(file)
+    before = set(tensors)
+    function(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    edit(folder / "model.safetensors.index.json",
+         lambda index: [index["weight_map"].pop(gone) for gone in before - set(tensors)])  # fmt: skip
+
+    def record(ledger: dict[str, Any]) -> None:
+        (shard,) = (shard for shard in ledger["shards"] if shard["file"] == file.name)
+        shard |= {"sha256": sha256_of(file), "nbytes": file.stat().st_size}
+
+    edit(folder / "ledger.json", record)
+
+
+def packed_tensor(folder: Path, suffix: str) -> str:
+    return next(name for name in sorted(TensorIndex.from_folder(folder)) if name.endswith(suffix))
+
+
+def test_each_check_fails_on_what_only_it_can_see(made: Path, tmp_path: Path, no_reload: None) -> None:
+    def damaged(name: str) -> Path:
+        return Path(shutil.copytree(made, tmp_path / name))
+
+    folder = damaged("coverage")
+    kept = json.loads((folder / "manifest.json").read_text())["steps"][0]["keep"]["1"][0]
+    edit(folder / "manifest.json", lambda manifest: manifest["steps"][0].update(starved=[[1, kept]]))
+    assert list(failed(folder)) == ["coverage"]
+
+    folder = damaged("copied")
+    change_shard(folder, "model.embed_tokens.weight", lambda tensors: tensors["model.embed_tokens.weight"].add_(1))
+    assert list(failed(folder)) == ["bytes"]
+    folder = damaged("dropped")
+    edit(folder / "manifest.json", lambda manifest: manifest["steps"][-1].update(dropped_bytes=1))
+    assert list(failed(folder)) == ["bytes"]
+
+    folder = damaged("missing")
+    missing = packed_tensor(folder, "weight_packed")
+    change_shard(folder, missing, lambda tensors: tensors.pop(missing))
+    assert missing in failed(folder)["keys"]
+    for suffix in ("weight_packed", "weight_scale", "weight_zero_point"):
+        folder = damaged(suffix)
+        info = TensorIndex.from_folder(folder)[packed_tensor(folder, suffix)]
+        with info.file.open("r+b") as stream:
+            stream.seek(info.start)
+            byte = stream.read(1)[0]
+            stream.seek(info.start)
+            stream.write(bytes([byte ^ 1]))
+        assert list(failed(folder)) == ["keys"] and info.file.name in failed(folder)["keys"]
+
+    folder = damaged("budget")
+
+    def exceed(manifest: dict[str, Any]) -> None:
+        manifest["steps"][1]["target"]["achieved"]["average_bits"] = 3.1
+
+    edit(folder / "manifest.json", exceed)
+    assert "3.1 of 3" in failed(folder)["target"]
+    folder = damaged("larger")
+    edit(folder / "manifest.json", lambda manifest: manifest.update(stored_bytes=1))
+    assert list(failed(folder)) == ["target"]
+
+
+def test_wrong_scale_is_seen_by_the_logits_alone(out: Path) -> None:
+    name = packed_tensor(out, "down_proj.weight_scale")
+    change_shard(out, name, lambda tensors: tensors[name].mul_(3))
+    assert list(failed(out)) == ["logits"]
+
+
+def test_shard_cut_short(out: Path) -> None:
+    """One sentence, from the loading and from `verify`."""
+    file = TensorIndex.from_folder(out)[packed_tensor(out, "weight_packed")].file
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size - 100)
+    found = failed(out)
+    assert {"bytes", "keys", "logits"} <= set(found) and file.name in found["keys"]
+    assert all("\n" not in sentence for sentence in found.values())
+    done = CliRunner().invoke(app, ["verify", str(out)])
+    assert done.exit_code == 3, done.output
+    done = CliRunner().invoke(app, ["eval", str(out)])
+    assert done.exit_code == 1 and file.name in done.output.replace("\n", ""), done.output
+
+
+# ------------------------------------------------------------------------------------------------------ kill and resume
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_interrupted_while_quantizing_ends_the_same(source: Path, texts: Path, tmp_path: Path) -> None:
+    """Also what the run remembers of the layers that were done: experts whose statistics were pooled."""
+    settings = recipe(source, texts, MIXED)
+    moe_compress.run(settings, tmp_path / "one")
+    expected = content(tmp_path / "one")
+    assert json.loads(expected["manifest.json"])["steps"][0]["pooled"], "some experts have few tokens here"
+    for units in (LAYERS + 1, 2 * LAYERS - 1):
+        with interrupted_at(units) as progress:
+            moe_compress.run(settings, tmp_path / "two", progress=progress)
+        moe_compress.run(settings, tmp_path / "two", resume=True)
+        found = content(tmp_path / "two")
+        assert [name for name in expected if expected[name] != found.get(name)] == []
+        shutil.rmtree(tmp_path / "two")
+
+
+def test_killed_anywhere_and_resumed_ends_bit_identical(source: Path, texts: Path, tmp_path: Path) -> None:
+    """By SIGKILL before file operations from the first to the last, every second run twice."""
+    scenario = {"recipe": recipe(source, texts, MIXED), "options": {}, "old": False, "kills": 5, "seed": 0}
+    (tmp_path / "scenarios.json").write_text(json.dumps({"quantize": scenario}))
+    line = [sys.executable, "-m", "tests.crashes", str(tmp_path), str(tmp_path / "scenarios.json")]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])["quantize"]
+    assert len(answer["kills"]) == 5
+    for kill in answer["kills"]:
+        described = f"{kill}\n{done.stderr[-3000:]}"
+        assert kill["statuses"][0] == -signal.SIGKILL and kill["last"] == 0, described
+        assert kill["different"] == [] and kill["left"] == [], described
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def failure(settings: dict[str, Any], folder: Path, exit_code: int) -> str:
+    """What the command says of a recipe; nothing is left where OUT would be."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    done = CliRunner().invoke(app, ["run", str(folder / "recipe.yaml"), str(folder / "out")])
+    assert done.exit_code == exit_code, done.output
+    assert not (folder / "out").exists() and "Traceback" not in done.output
+    return " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "tier", "said"),
+    [
+        ({"bits": 0}, "plugin", "steps.0.bits"),
+        ({"bits": 9}, "plugin", "steps.0.bits"),
+        ({"bits": 2.5}, "plugin", "steps.0.bits"),
+        ({"bits": None, "average_bits": 3, "options": [0, 4]}, "plugin", "steps.0.options"),
+        ({"group_size": 0}, "plugin", "steps.0.group_size"),
+        ({"group_size": 24}, "plugin", "group_size: 24 does not divide the 32 inputs of gate_proj in layer 0"),
+        ({"attention": {"group_size": 24}}, "plugin", "group_size: 24 does not divide the 32 inputs of"),
+        ({"bits": None}, "plugin", "give either `bits`"),
+        ({"bits": None, "average_bits": 3}, "stock", "silently wrong"),
+        ({"bits": None, "average_bits": 3, "keep_option": True, "allow_drop": True}, "stock", "one scheme"),
+        ({"symmetric": False}, "stock", "zero points"),
+        ({"method": "nf4", "bits": None}, "stock", "does not load `nf4`"),
+        ({"bits": 1}, "stock", "1-bit"),
+        ({"attention": {"bits": 1}}, "stock", "1-bit"),
+        ({"attention": {"bits": 8}, "dense_mlp": {"bits": 4}}, "stock", "one scheme for all linear layers"),
+    ],
+)  # fmt: skip
+def test_settings_are_refused(
+    changes: dict[str, Any], tier: str, said: str, source: Path, texts: Path, tmp_path: Path
+) -> None:
+    step = {"op": "quantize", "method": "rtn", "bits": 4, "group_size": 16} | changes
+    step = {key: value for key, value in step.items() if value is not None and (key, value) != ("group_size", None)}
+    if step["method"] == "nf4":
+        del step["group_size"]
+    message = failure(recipe(source, texts, step, tier=tier), tmp_path, 2)
+    assert said in message
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_nothing_follows_quantization(source: Path, texts: Path, tmp_path: Path) -> None:
+    step = {"op": "quantize", "method": "rtn", "bits": 4, "group_size": 16}
+    assert "must be the last step" in failure(recipe(source, texts, step, UNEVEN), tmp_path, 2)
+    assert "must be the last step" in failure(recipe(source, texts, step, step), tmp_path, 2)
+
+
+def test_packed_folder_is_no_source(made: Path, texts: Path, tmp_path: Path) -> None:
+    message = failure(recipe(made, texts, W4), tmp_path, 1)
+    assert "quantized (by moe-compress)" in message and "name the original" in message
+
+
+@pytest.mark.parametrize("budget", [{"average_bits": 1.5}, {"stored_bytes": "10KB"}, {"active_bytes": 10}])
+@pytest.mark.usefixtures("no_reload")
+def test_infeasible_budget(budget: dict[str, Any], source: Path, texts: Path, tmp_path: Path) -> None:
+    step = {"op": "quantize", "method": "rtn", "options": [2, 3], "group_size": 16} | budget
+    message = failure(recipe(source, texts, step), tmp_path, 2)
+    assert next(iter(budget)) in message.replace(" ", "_") or "budget" in message
+
+
+@pytest.mark.parametrize("step", [{"bits": 4}, {"average_bits": 3, "options": [2, 4]}], ids=["rtn", "budget"])
+def test_weight_that_is_no_number(step: dict[str, Any], source: Path, texts: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    info = TensorIndex.from_folder(folder)[name]
+    with info.file.open("r+b") as stream:
+        stream.seek(info.start)
+        stream.write(b"\xc0\x7f")
+    step = {"op": "quantize", "method": "rtn", "group_size": 16} | step
+    message = failure(recipe(folder, texts, step), tmp_path, 1)
+    assert "NaN" in message and "layer 1" in message.replace("layers.1", "layer 1")
+
+
+def test_stored_bytes_is_held_exactly(source: Path, texts: Path, tmp_path: Path, no_reload: None) -> None:
+    """Also where drops take rows of the router with them, and projections have bits of their own."""
+    full = TensorIndex.from_folder(source).nbytes
+    for number, changes in enumerate(
+        [{}, {"granularity": "projection"}, {"granularity": "layer", "allow_drop": False}]
+    ):
+        budget = round(0.55 * full)
+        step = {"op": "quantize", "method": "rtn", "stored_bytes": budget, "options": [2, 3, 4], "group_size": 16,
+                "allow_drop": True, "scale_search": 1} | changes  # fmt: skip
+        out = tmp_path / str(number)
+        moe_compress.run(recipe(source, texts, step), out)
+        achieved = json.loads((out / "manifest.json").read_text())["steps"][0]["target"]["achieved"]["stored_bytes"]
+        assert TensorIndex.from_folder(out).nbytes == achieved <= budget
+
+
+def test_experts_without_tokens_are_quantized_and_listed(source: Path, texts: Path, tmp_path: Path) -> None:
+    calibration = {"dataset": str(texts), "num_samples": 1, "sequence_length": 4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "check_logits", lambda folder: checks.Check(True, "not computed here."))
+        report = moe_compress.run(recipe(source, texts, MIXED | {"allow_drop": False}, calibration=calibration),
+                                  tmp_path / "out")  # fmt: skip
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["steps"][0]["starved"] and manifest["steps"][0]["pooled"]
+    assert report["checks"]["coverage"]["passed"] and "pooled" in report["checks"]["coverage"]["detail"]
+    assert issubclass(RecipeError, MoECompressError)
