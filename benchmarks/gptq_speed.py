@@ -34,6 +34,9 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from benchmarks import gptq_quality, moe_50m
 from benchmarks.kill_resume import processor_seconds
 from moe_compress.calibrate.config import CalibrationConfig

@@ -25,6 +25,9 @@ from typing import Any
 import psutil
 import yaml
 
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from benchmarks.olmoe_shape import CONFIG, write
 from moe_compress.manifest import hardware, library_versions
 

@@ -130,7 +130,7 @@ class PackedProjection(_AsStored):
             for name, (start, shape) in self.pieces[expert].items()
         }
 
-    def weight(self, expert: int, dtype: torch.dtype) -> Tensor:
+    def dense(self, expert: int, dtype: torch.dtype) -> Tensor:
         """The matrix [height, width] of one expert in `dtype`."""
         tensors, scheme = self.tensors(expert), self.schemes[expert]
         if scheme is None:
@@ -148,12 +148,13 @@ class PackedExperts(nn.Module):
         """Matrix [out, in] of one expert, under its name among the family's fused parameters."""
 
         def make() -> Tensor:
-            parts = [self._modules[part].weight(expert, dtype) for part in projections(self)[name]]  # type: ignore[union-attr, operator]
+            owners: list[Any] = [self.get_submodule(part) for part in projections(self)[name]]
+            parts = [owner.dense(expert, dtype) for owner in owners]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
         if self.cache is None:
             return make()
-        device = next(self.get_submodule(str(expert)).buffers()).device
+        device = next(self.buffers()).device
         return self.cache.get((id(self), expert, name, dtype, device), make)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -12,7 +12,11 @@ from moe_compress.compress.prune.config import ACCUMULATED_SUMS
 from moe_compress.reference.train import SEQUENCE_LENGTH, Settings
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if path.name != "__init__.py"]
+SCRIPTS = [
+    path
+    for path in sorted((ROOT / "benchmarks").glob("*.py"))
+    if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
