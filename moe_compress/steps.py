@@ -30,7 +30,7 @@ from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.prune.plan import PrunePlan, plan_prune
 from moe_compress.compress.quantize.apply import QuantizeChange, scale_dtype_of
 from moe_compress.compress.quantize.config import QuantizeConfig
-from moe_compress.compress.quantize.plan import QuantizePlan, plan_quantize
+from moe_compress.compress.quantize.plan import SHAPE_BYTES, QuantizePlan, plan_quantize
 from moe_compress.compress.quantize.sensitivity import ReducedRouters, Sensitivity
 from moe_compress.compress.quantize.shapes import expert_shapes, linear_layers
 from moe_compress.compress.quantize.storage import linear_scheme, require_quantizable
@@ -248,11 +248,13 @@ def plan_quantize_step(
     """Choose every expert's bits by the scores and the budget."""
     shapes = [expert_shapes(moe, stream.stored_dtypes) for moe in stream.moe_layers.values()]
     experts = sum(shape.num_experts * (shape.weights * shape.weight_bytes + shape.other_bytes) for shape in shapes)
+    linears = sum(linear.part in config.parts for linear in linear_layers(stream.layers, stream.moe_layers))
+    noted = SHAPE_BYTES * linears if tier == "stock" else 0
     return plan_quantize(
         config,
         shapes,
         scores,
-        fixed_bytes=source.index.nbytes - experts - linear_savings(config, stream),
+        fixed_bytes=source.index.nbytes - experts - linear_savings(config, stream) + noted,
         num_decoder_layers=len(stream.layers),
         num_groups=routing_groups(source.config),
         tier=tier,
@@ -278,7 +280,7 @@ def saved_bytes(plan: QuantizePlan, change: QuantizeChange, stream: LayerStream,
     shapes = [expert_shapes(moe, stream.stored_dtypes) for moe in stream.moe_layers.values()]
     before = sum(shape.num_experts * (shape.weights * shape.weight_bytes + shape.other_bytes) for shape in shapes)
     saved = before - plan.expert_bytes + linear_savings(plan.config, stream)
-    if tier == "stock":  # compressed-tensors notes the shape of every matrix, two int64
+    if tier == "stock":
         matrices = sum(len(layer.keep) * len(layer.options) for layer in plan.layers) + len(change.linears)
-        saved -= 16 * matrices
+        saved -= SHAPE_BYTES * matrices
     return saved

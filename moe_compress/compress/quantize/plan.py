@@ -43,6 +43,7 @@ FORMAT = 1
 FEW_TOKENS = 16
 KEEP, DROP, WHOLE = "keep", "drop", "expert"
 SUPER_EXPERT_BITS = 8
+SHAPE_BYTES = 16  # compressed-tensors notes the shape of every matrix, two int64
 BITSANDBYTES_BLOCK = 64  # weights that share a float32 maximum
 REST = "all but the routed experts"
 Array = NDArray[np.float64]
@@ -131,20 +132,24 @@ def plan_quantize(
         )
     protected = super_experts(scores, num_decoder_layers) if config.protect_super_experts else set()
     pins = [] if tier == "stock" else [str(SUPER_EXPERT_BITS)]
-    items = _items(config, shapes, scores, protected, pins, fixed_bytes)
+    noted = SHAPE_BYTES if tier == "stock" else 0
+    items = _items(config, shapes, scores, protected, pins, noted, fixed_bytes)
     rules = Rules(
         minimum_counts={str(bits): count for bits, count in config.minimum_counts.items()},
         max_drops_per_layer={layer.layer: layer.num_experts - layer.top_k for layer in shapes},
         equal_drops=tier == "stock",
         same_option=tier == "stock",
     )
-    budget = Budget(config.average_bits, config.stored_bytes, config.active_bytes)
+    stored = config.stored_bytes
+    if stored is not None and rules.same_option:  # which the item for the rest would have to share
+        stored = max(0, stored - fixed_bytes)
+    budget = Budget(config.average_bits, stored, config.active_bytes)
     found = _allocate(config, items, budget, rules, scores)
     chosen = dict(zip((item.name for item in items), found.chosen, strict=True))
     tables = _by_expert(config, shapes, chosen)
     if config.granularity == "layer" and pins:
-        for layer, expert in protected:
-            for names in tables[layer].values():
+        for number, expert in protected:
+            for names in tables[number].values():
                 names[expert] = pins[0]
     return _plan(config, shapes, tables, found)
 
@@ -222,11 +227,12 @@ def _items(
     scores: Scores,
     protected: set[tuple[int, int]],
     pins: list[str],
+    noted_bytes: int,
     fixed_bytes: int,
 ) -> list[Item]:
     """What the program chooses for, and an item for everything else, so that budgets are those of the checkpoint.
 
-    Protected experts take one of `pins`; without pins they are only not dropped.
+    Protected experts take one of `pins`; without pins they are only not dropped. `noted_bytes` come with each matrix.
     """
     items = []
     for shape, measured in zip(shapes, scores.layers, strict=True):
@@ -248,7 +254,7 @@ def _items(
                 allowed = names + ([DROP] if config.allow_drop else [])
                 if (shape.layer, expert) in protected:
                     allowed = pins or names
-                other = shape.other_bytes if part == parts[0] else 0
+                other = noted_bytes * len(matrices) + (shape.other_bytes if part == parts[0] else 0)
                 options.append([
                     _option(name, matrices, costs[name][expert], used[expert], shape.weight_bytes, other, config)
                     for name in allowed
@@ -259,7 +265,7 @@ def _items(
                 continue
             for expert, found in enumerate(options):
                 items.append(Item(_name(shape.layer, expert, part), shape.layer, weights, tuple(found), expert))
-    if config.stored_bytes is not None:
+    if config.stored_bytes is not None and pins:
         rest = Option(KEEP, config.average_bits or 0.0, fixed_bytes, 0.0, 0.0)
         items.append(Item(REST, None, 1, (rest,)))
     return items
