@@ -33,6 +33,7 @@ from moe_compress.compress.prune.plan import PrunePlan, plan_prune
 from moe_compress.compress.quantize.apply import QuantizeChange, scale_dtype_of
 from moe_compress.compress.quantize.config import QuantizeConfig
 from moe_compress.compress.quantize.plan import (
+    SHAPE_BYTES,
     ExpertShapes,
     QuantizePlan,
     measured_settings,
@@ -294,11 +295,13 @@ def plan_quantize_step(
     """Choose every expert's bits by the scores and the budget."""
     shapes = _shapes(stream)
     experts = sum(shape.num_experts * (shape.weights * shape.weight_bytes + shape.other_bytes) for shape in shapes)
+    linears = sum(linear.part in config.parts for linear in linear_layers(stream.layers, stream.moe_layers))
+    noted = SHAPE_BYTES * linears if tier == "stock" else 0
     return plan_quantize(
         config,
         shapes,
         scores,
-        fixed_bytes=source.index.nbytes - experts - _linear_savings(config, stream),
+        fixed_bytes=source.index.nbytes - experts - _linear_savings(config, stream) + noted,
         num_decoder_layers=len(stream.layers),
         num_groups=routing_groups(source.config),
         tier=tier,
@@ -310,9 +313,9 @@ def saved_bytes(plan: QuantizePlan, change: QuantizeChange, stream: LayerStream,
     shapes = _shapes(stream)
     before = sum(shape.num_experts * (shape.weights * shape.weight_bytes + shape.other_bytes) for shape in shapes)
     saved = before - plan.expert_bytes + _linear_savings(plan.config, stream)
-    if tier == "stock":  # compressed-tensors notes the shape of every matrix, two int64
+    if tier == "stock":
         matrices = sum(len(layer.keep) * len(layer.options) for layer in plan.layers) + len(change.linears)
-        saved -= 16 * matrices
+        saved -= SHAPE_BYTES * matrices
     return saved
 
 

@@ -57,8 +57,8 @@ def expert_weight(experts: Any, name: str, expert: int, dtype: torch.dtype) -> T
 def expert_output(experts: Any, expert: int, hidden_NH: Tensor) -> Tensor:
     """Raw output [N, H] of one expert of a fused experts module, before its gate value, in the inputs' dtype.
 
-    A `recorder` on the module is called with the expert, its inputs, and the inputs [N, F] of its down projection; the
-    output, of which a recorder wants nothing, is 0 then.
+    A `recorder` on the module is called with the expert, its inputs, and the inputs [N, F] of its down projection; where
+    it says that it has seen enough, the output is 0.
     """
 
     def linear(inputs: Tensor, name: str) -> Tensor:
@@ -69,8 +69,7 @@ def expert_output(experts: Any, expert: int, hidden_NH: Tensor) -> Tensor:
         inner = experts._apply_gate(linear(hidden_NH, "gate_up_proj"))
     else:
         inner = experts.act_fn(linear(hidden_NH, "up_proj"))
-    if hasattr(experts, "recorder"):
-        experts.recorder(expert, hidden_NH, inner)
+    if hasattr(experts, "recorder") and experts.recorder(expert, hidden_NH, inner):
         return torch.zeros_like(hidden_NH)
     output = linear(inner, "down_proj")
     return experts.post_expert_norm(output) if experts.has_post_expert_norm else output

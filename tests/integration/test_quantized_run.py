@@ -269,7 +269,7 @@ def failure(settings: dict[str, Any], folder: Path, exit_code: int) -> str:
         ({"bits": None, "average_bits": 3, "options": [0, 4]}, "plugin", "steps.0.options"),
         ({"group_size": 0}, "plugin", "steps.0.group_size"),
         ({"group_size": 24}, "plugin", "group_size: 24 does not divide the 32 inputs of gate_proj in layer 0"),
-        ({"attention": {"group_size": 24}}, "plugin", "group_size: 24 does not divide the 32 inputs of"),
+        ({"attention": {"group_size": 24}}, "plugin", "(attention) has 32 input channels, which group_size 24 does"),
         ({"bits": None}, "plugin", "give either `bits`"),
         ({"bits": None, "average_bits": 3}, "stock", "silently wrong"),
         ({"bits": None, "average_bits": 3, "keep_option": True, "allow_drop": True}, "stock", "one scheme"),

@@ -224,6 +224,17 @@ def test_stock_has_equal_drops_and_one_scheme() -> None:
     assert len({option for layer in plan.layers for options in layer.options.values() for option in options}) == 1
 
 
+def test_stored_bytes_in_stock_count_the_noted_shapes() -> None:
+    settings = {"allow_drop": True, "options": [4], "protect_super_experts": False}
+    expert = 3 * (16 * 32 // 2 + 16 * 32 // 16 * 2 + 16) + OTHER
+    for kept in (3, 4, 5):
+        for missing in (0, 1):
+            budget = FIXED + LAYERS * kept * expert - missing
+            plan = planned(settings | {"stored_bytes": budget}, tier="stock")
+            assert {len(layer.keep) for layer in plan.layers} == {kept - missing}
+            assert bytes_of(plan) + 16 * 3 * LAYERS * (kept - missing) <= budget
+
+
 def test_minimum_counts() -> None:
     plan = planned({"average_bits": 2, "options": [1, 2, 3], "minimum_counts": {3: 2, 2: 1},
                     "protect_super_experts": False})  # fmt: skip

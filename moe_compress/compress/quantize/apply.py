@@ -263,10 +263,11 @@ class _Moments:
         sums = {other: Hessians(len(members), widths[other], fused[other].device) for other in wanted}
         position = {expert: number for number, expert in enumerate(members)}
 
-        def see(expert: int, hidden_NH: Tensor, inner_NF: Tensor) -> None:
+        def see(expert: int, hidden_NH: Tensor, inner_NF: Tensor) -> bool:
             if expert in position:
                 for other, hessians in sums.items():
                     hessians.add(position[expert], inner_NF if other == "down_proj" else hidden_NH)
+            return True
 
         def leave(module: nn.Module, inputs: Any, output: Any) -> None:
             raise Enough

@@ -43,6 +43,7 @@ FORMAT = 1
 FEW_TOKENS = 16
 KEEP, DROP, WHOLE = "keep", "drop", "expert"
 SUPER_EXPERT_BITS = 8
+SHAPE_BYTES = 16  # compressed-tensors notes the shape of every matrix, two int64
 BITSANDBYTES_BLOCK = 64  # weights that share a float32 maximum
 REST = "all but the routed experts"
 Array = NDArray[np.float64]
@@ -132,7 +133,8 @@ def plan_quantize(
         )
     protected = super_experts(scores, num_decoder_layers) if config.protect_super_experts else set()
     pins = [] if tier == "stock" else [str(SUPER_EXPERT_BITS)]
-    items = _items(config, shapes, scores, protected, pins)
+    noted = SHAPE_BYTES if tier == "stock" else 0
+    items = _items(config, shapes, scores, protected, pins, noted)
     stored_bytes = config.stored_bytes
     if stored_bytes is not None and tier == "stock":  # one scheme for all items, so none may stand for the rest
         stored_bytes -= fixed_bytes
@@ -260,8 +262,12 @@ def _items(
     scores: Scores,
     protected: set[tuple[int, int]],
     pins: list[str],
+    noted_bytes: int,
 ) -> list[Item]:
-    """What the program chooses for. Protected experts take one of `pins`; without pins they are only not dropped."""
+    """What the program chooses for.
+
+    Protected experts take one of `pins`; without pins they are only not dropped. `noted_bytes` come with each matrix.
+    """
     items = []
     for shape, measured in zip(shapes, scores.layers, strict=True):
         assert shape.layer == measured.layer
@@ -282,7 +288,7 @@ def _items(
                 allowed = names + ([DROP] if config.allow_drop else [])
                 if (shape.layer, expert) in protected:
                     allowed = pins or names
-                other = shape.other_bytes if part == parts[0] else 0
+                other = noted_bytes * len(matrices) + (shape.other_bytes if part == parts[0] else 0)
                 options.append([
                     _option(name, matrices, costs[name][expert], used[expert], shape.weight_bytes, other, config)
                     for name in allowed
