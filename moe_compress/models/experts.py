@@ -58,7 +58,7 @@ def expert_output(experts: Any, expert: int, hidden_NH: Tensor) -> Tensor:
     """Raw output [N, H] of one expert of a fused experts module, before its gate value, in the inputs' dtype.
 
     A `recorder` on the module is called with the expert, its inputs, and the inputs [N, F] of its down projection; if it
-    says that it has seen enough, the output is 0.
+    has seen enough then (returns True), the output is 0.
     """
 
     def linear(inputs: Tensor, name: str) -> Tensor:

@@ -209,7 +209,16 @@ class _Part(ConversionOps):
 
 
 class _PackedConverter(WeightConverter):
-    """The loader copies a converter for every tensor of a checkpoint, which took most of the time of loading one."""
+    """Of one kind of tensor of one projection; matches the numbers of experts alone.
+
+    The loader copies a converter for every tensor of a checkpoint, which took most of the time of loading one.
+    """
+
+    def reverse_transform(self) -> WeightConverter:
+        (target,) = self._original_target_patterns
+        saving = WeightConverter(target, target.replace("experts.", "experts.*.", 1), operations=[_Part()])
+        saving.scope_prefix, saving.base_model_prefix = self.scope_prefix, self.base_model_prefix
+        return saving
 
     def __deepcopy__(self, memo: Any) -> _PackedConverter:
         copied = copy(self)
@@ -221,7 +230,7 @@ def packed_conversions() -> list[WeightConverter]:
     """The way from a checkpoint's tensors, expert by expert, to the buffers of `PackedProjection`, and back."""
     kinds = ("weight_packed", "weight_scale", "weight_zero_point", "weight_absmax", "weight_plain")
     return [
-        _PackedConverter(f"experts.*.{part}.{kind}", f"experts.{part}.{kind}", operations=[_Join()])
+        _PackedConverter(rf"experts\.\d+\.{part}\.{kind}", f"experts.{part}.{kind}", operations=[_Join()])
         for part in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
         for kind in kinds
     ]
