@@ -42,9 +42,11 @@ CALIBRATION = {"dataset": "reference", "num_samples": 64, "sequence_length": 512
 COMMON = {"op": "quantize", "group_size": 32, "symmetric": False}
 SCORED = COMMON | {
     "average_bits": 2.5, "cost": "fisher", "granularity": "projection", "allow_drop": True, "gradient_samples": 32,
+    "options": [1, 2, 3, 4, 6],
 }  # fmt: skip
 BEST = {"cost": "fisher", "granularity": "projection"}
 MIX = {"options": [2, 3]}
+NO_SIGNS = {"options": [2, 3, 4, 6], "protect_super_experts": False}  # as uniform widths: no 1 bit, nobody protected
 BUDGETS = [round(1.6 + 0.2 * step, 1) for step in range(13)]
 
 
@@ -65,9 +67,16 @@ def rows() -> dict[str, dict[str, Any]]:
         "pruned to 75 %, then 3 bits": {"bits": 3, "keep": 0.75},
         "joint drop and bits": BEST | {"allow_drop": True, "stored_bytes": "pruned to 75 %, then 3 bits"},
     }
+    found |= {
+        "lp fisher, from 2 bits": at | NO_SIGNS | {"cost": "fisher"},
+        "lp fisher, projections, from 2 bits": at | NO_SIGNS | BEST,
+        "lp output_error, projections, from 2 bits": at | NO_SIGNS | {"granularity": "projection"},
+    }
     found |= {f"random {seed}": at | {"allocation": "random", "seed": seed} for seed in range(3)}
     for budget in BUDGETS:
         found[f"frontier lp {budget}"] = BEST | {"average_bits": budget, "tasks": TEXTS}
+        if budget >= 2:
+            found[f"frontier lp-from-2 {budget}"] = BEST | NO_SIGNS | {"average_bits": budget, "tasks": TEXTS}
     for method in ("gptq", "rtn"):
         for bits in (2, 3, 4):
             found[f"frontier {method} {bits}"] = {"method": method, "bits": bits, "tasks": TEXTS}
@@ -183,7 +192,13 @@ def write_frontier(found: dict[str, Any]) -> None:
     except ImportError:
         return
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for kind, label in (("lp", "chosen by the program"), ("gptq", "uniform GPTQ"), ("rtn", "uniform rounding")):
+    labels = {
+        "lp": "chosen by the program, 1 to 4 bits",
+        "lp-from-2": "chosen by the program, 2 to 6 bits",
+        "gptq": "uniform GPTQ",
+        "rtn": "uniform rounding",
+    }
+    for kind, label in labels.items():
         curve = [line for line in lines if line[0] == kind]
         axes.plot([line[2] / 1e6 for line in curve], [line[5] for line in curve], marker="o", label=label)
     axes.axhline(found["original"]["mean_bits_per_byte"], color="gray", linestyle="--", label="original")

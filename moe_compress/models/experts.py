@@ -57,8 +57,8 @@ def expert_weight(experts: Any, name: str, expert: int, dtype: torch.dtype) -> T
 def expert_output(experts: Any, expert: int, hidden_NH: Tensor) -> Tensor:
     """Raw output [N, H] of one expert of a fused experts module, before its gate value, in the inputs' dtype.
 
-    A `recorder` on the module is called with the expert, its inputs, and the inputs [N, F] of its down projection; if it
-    has seen enough then (returns True), the output is 0.
+    A `recorder` on the module is called with the expert, its inputs, and the inputs [N, F] of its down projection; if
+    it has seen enough then (returns True), the output is 0.
     """
 
     def linear(inputs: Tensor, name: str) -> Tensor:

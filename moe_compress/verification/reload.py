@@ -131,7 +131,7 @@ def main(folder: Path, output: str, mode: str) -> None:
         tokens, positions = torch.from_numpy(probe["tokens"]), probe["positions"]
     with torch.no_grad():
         if getattr(config, "quantization_config", None) is not None:
-            to_float32(model, tokens, config.get_text_config().dtype)
+            to_float32(model, tokens, config.dtype or config.get_text_config().dtype)
         logits = model.eval()(input_ids=tokens, use_cache=False).logits
     np.save(output, logits[0, positions].float().numpy())
 

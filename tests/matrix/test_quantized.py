@@ -61,10 +61,7 @@ FUSED = {
     "inkling2", "inkling_mm_model", "mistral4", "muse_spark", "qwen3_vl_moe", "zaya",
 }  # fmt: skip
 # Families that plain transformers refuses, or loads with other logits, once they are packed; the logits check fails.
-UNSETTLED = {
-    "bailing_hybrid", "deepseek_ocr2", "dots3_note", "glm4v_moe", "glm5_next", "kimi_linear", "minimax_m3_vl",
-    "mistral_large4", "nemotron_h", "qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen4_exp", "unlimited_ocr",
-}  # fmt: skip
+UNSETTLED = {"bailing_hybrid", "dots3_note", "glm5_next", "kimi_linear", "minimax_m3_vl", "nemotron_h"}
 # Families whose checkpoints are no causal language models in the eyes of transformers' auto class.
 NOT_CAUSAL = {
     "aria", "deepseek_ocr2", "dots3_note", "glm4v_moe", "glm5_next", "inkling2", "inkling_mm_model", "minimax_m3_vl",
