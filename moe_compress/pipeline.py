@@ -298,8 +298,9 @@ def _given_scores(recipe: Recipe, folder: Path | None) -> Scores | None:
         return None
     if not recipe.steps:
         raise UsageError("`--scores` has no effect: the recipe has no steps.")
-    if not is_calibrated(recipe.steps[0]):
-        raise UsageError("`--scores` has no effect: the first step of this recipe measures nothing.")
+    first = recipe.steps[0]
+    if isinstance(first, QuantizeConfig) and not first.has_budget:
+        raise UsageError("`--scores` has no effect: the first step of this recipe has no budget to choose by.")
     return replace(Scores.load(folder), min_tokens_per_expert=recipe.calibration.min_tokens_per_expert)
 
 
@@ -330,7 +331,7 @@ def _calibration(records: list[dict[str, Any]]) -> dict[str, Any] | None:
         coverage = dict(record["coverage"])
         if not coverage:
             continue
-        starved = coverage.pop("starved")
+        starved = coverage.pop("starved", [])
         coverage["experts with fewer tokens than the minimum"] = [
             f"layer {layer} expert {expert}" for layer, expert in starved
         ]

@@ -243,12 +243,13 @@ def sensitivities(
 def quantize_step(
     config: QuantizeConfig, source: Checkpoint, folder: Path, around: Surroundings, title: str
 ) -> dict[str, Any]:
-    """Score (where a budget or gptq needs tokens), plan and apply a quantize step; what `step.json` says of it."""
+    """Score (where a budget needs costs), plan and apply a quantize step; what `step.json` says of it."""
     folder.mkdir(parents=True, exist_ok=True)
     stream = LayerStream(source, around.device)
     config = with_group_size(config, _shapes(stream))
     require_quantizable(config, stream, around.tier)
-    scores = score_step(source, folder / "scores", around, title, config) if is_calibrated(config) else None
+    scores = score_step(source, folder / "scores", around, title, config) if config.has_budget else None
+    data = calibration_data(source, around) if is_calibrated(config) else None
     plan = plan_quantize_step(config, scores, source, stream, around.tier)
     write_json(folder / "plan.json", plan.to_json())
     change = QuantizeChange(
@@ -256,7 +257,7 @@ def quantize_step(
         list(linear_layers(stream.layers, stream.moe_layers)),
         tier=around.tier,
         scale_dtype=scale_dtype_of(stream),
-        tokens=calibration_data(source, around).tokens if config.method == "gptq" else None,
+        tokens=data.tokens if data is not None and config.method == "gptq" else None,
         batch_size=around.calibration.batch_size,
         notes=folder / "pooled.json",
     )
@@ -272,6 +273,7 @@ def quantize_step(
                 stage=stage,
             )
     saved = saved_bytes(plan, change, stream, around.tier)
+    measured = {"source": describe_source(source), "tokens": data.fingerprint, "data": data.sources} if data else {}
     achieved: dict[str, float] = {"average_bits": plan.average_bits, "stored_bytes": source.index.nbytes - saved}
     return {
         "op": "quantize",
@@ -279,8 +281,8 @@ def quantize_step(
         "keep": {str(layer.layer): list(layer.keep) for layer in plan.layers},
         "starved": scores.starved if scores else [],
         "pooled": change.pooled,
-        "coverage": scores.summary() if scores else {},
-        "calibration": scores.fingerprint if scores else {},
+        "coverage": scores.summary() if scores else {"calibration_tokens": data.tokens.numel()} if data else {},
+        "calibration": scores.fingerprint if scores else measured,
         "dropped_bytes": saved,
         "target": {
             "budgets": {name: value for name in ("average_bits", "stored_bytes") if (value := getattr(config, name))},

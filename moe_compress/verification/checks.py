@@ -132,7 +132,8 @@ def check_coverage(manifest: dict[str, Any]) -> Check:
         return Check(True, f"quantized with statistics pooled over their layer, for want of tokens: {shown}.")
     if dropped:
         return Check(True, f"dropped because too few calibration tokens reached them: {listed(dropped, MAX_LISTED)}.")
-    return Check(True, "every expert saw calibration tokens." if manifest["steps"] else "no step needed calibration.")
+    calibrated = any(step["coverage"] for step in manifest["steps"])
+    return Check(True, "every expert saw calibration tokens." if calibrated else "no step needed calibration.")
 
 
 def check_bytes(folder: Path, ledger: Ledger, manifest: dict[str, Any]) -> Check:
