@@ -244,10 +244,10 @@ def quantize_step(
     config: QuantizeConfig, source: Checkpoint, folder: Path, around: Surroundings, title: str
 ) -> dict[str, Any]:
     """Score (where a budget needs costs), plan and apply a quantize step; what `step.json` says of it."""
-    folder.mkdir(parents=True, exist_ok=True)
     stream = LayerStream(source, around.device)
     config = with_group_size(config, _shapes(stream))
     require_quantizable(config, stream, around.tier)
+    folder.mkdir(parents=True, exist_ok=True)
     scores = score_step(source, folder / "scores", around, title, config) if config.has_budget else None
     data = calibration_data(source, around) if is_calibrated(config) else None
     plan = plan_quantize_step(config, scores, source, stream, around.tier)

@@ -146,6 +146,11 @@ def change_shard(folder: Path, name: str, function: Callable[[dict[str, torch.Te
         shard |= {"sha256": sha256_of(file), "nbytes": file.stat().st_size}
 
     edit(folder / "ledger.json", record)
+    noted = (file.name, "model.safetensors.index.json", "ledger.json")
+    edit(
+        folder / "manifest.json",
+        lambda manifest: manifest["files"].update({name: sha256_of(folder / name) for name in noted}),
+    )
 
 
 def packed_tensor(folder: Path, suffix: str) -> str:
