@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from moe_compress import inspect
-from moe_compress.errors import MoECompressError
+from moe_compress.checkpoint.source import open_config
+from moe_compress.errors import MoECompressError, UnsupportedModelError
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
 DENSE = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **TINY}
@@ -53,7 +54,6 @@ CASES: dict[str, tuple[Mapping[str, Any], str]] = {
     "encoder and decoder": (
         {"model_type": "switch_transformers"}, "no causal language model for `switch_transformers`",
     ),
-    "quantized": ({**DENSE, "quantization_config": {"quant_method": "fp8"}}, "is quantized (fp8)"),
     "settings that do not fit": (
         {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "hidden_act": "nothing", **TINY},
         "cannot build OlmoeForCausalLM from this configuration (KeyError: 'nothing')",
@@ -69,3 +69,12 @@ def test_refused_in_one_sentence(name: str, tmp_path: Path) -> None:
         inspect(str(tmp_path))
     assert caught.value.exit_code == 1
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_a_quantized_source_can_only_be_looked_at(tmp_path: Path) -> None:
+    config = {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], **TINY}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(UnsupportedModelError, match=re.escape("is quantized (fp8)")) as caught:
+        open_config(str(tmp_path))
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+    assert inspect(str(tmp_path))["model_type"] == "olmoe"
