@@ -190,7 +190,8 @@ def _idle(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
                 yield ("steps", index, key), why
     if isinstance(evaluation, dict):
         prunes = any(isinstance(step, dict) and step.get("op") == "prune" for step in steps)
-        yield from _idle_evaluation(evaluation, prunes)
+        quantizes = any(isinstance(step, dict) and step.get("op") == "quantize" for step in steps)
+        yield from _idle_evaluation(evaluation, prunes, quantizes)
 
 
 def _idle_pruning(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -229,7 +230,9 @@ def _idle_calibration(calibration: Mapping[str, Any]) -> Iterator[tuple[Location
         yield ("calibration", "dataset", 0, "weight"), "there is one data set only"
 
 
-def _idle_evaluation(evaluation: Mapping[str, Any], prunes: bool) -> Iterator[tuple[Location, str]]:
+def _idle_evaluation(
+    evaluation: Mapping[str, Any], prunes: bool, quantizes: bool = False
+) -> Iterator[tuple[Location, str]]:
     draws = evaluation.get("random_baselines")
     draws_some = isinstance(draws, int) and draws > 0
     misspelt = set(evaluation) - set(EvalConfig.model_fields)  # perhaps `tasks` itself
@@ -239,7 +242,9 @@ def _idle_evaluation(evaluation: Mapping[str, Any], prunes: bool) -> Iterator[tu
                 yield ("eval", key), "`eval.tasks` is empty"
         if draws_some:
             yield ("eval", "random_baselines"), "`eval.tasks` is empty"
-    if draws_some and not prunes:
+    if draws_some and quantizes:
+        yield ("eval", "random_baselines"), "random prunings are no match for a quantized model; prune alone to compare"
+    elif draws_some and not prunes:
         yield ("eval", "random_baselines"), "there is no prune step to compare with random ones"
 
 

@@ -31,7 +31,7 @@ from moe_compress.compress.prune.apply import PruneChange
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.prune.plan import PrunePlan, plan_prune
 from moe_compress.compress.quantize.apply import QuantizeChange, scale_dtype_of
-from moe_compress.compress.quantize.config import QuantizeConfig
+from moe_compress.compress.quantize.config import BUDGETS, QuantizeConfig
 from moe_compress.compress.quantize.plan import (
     SHAPE_BYTES,
     ExpertShapes,
@@ -275,6 +275,8 @@ def quantize_step(
     saved = saved_bytes(plan, change, stream, around.tier)
     measured = {"source": describe_source(source), "tokens": data.fingerprint, "data": data.sources} if data else {}
     achieved: dict[str, float] = {"average_bits": plan.average_bits, "stored_bytes": source.index.nbytes - saved}
+    if plan.allocation is not None:
+        achieved["active_bytes"] = plan.allocation["active_bytes"]
     return {
         "op": "quantize",
         "config": config.model_dump(mode="json"),
@@ -285,7 +287,7 @@ def quantize_step(
         "calibration": scores.fingerprint if scores else measured,
         "dropped_bytes": saved,
         "target": {
-            "budgets": {name: value for name in ("average_bits", "stored_bytes") if (value := getattr(config, name))},
+            "budgets": {name: value for name in BUDGETS if (value := getattr(config, name)) is not None},
             "achieved": achieved,
         },
     }

@@ -336,3 +336,9 @@ def test_the_schema_knows_every_section() -> None:
     assert schema["$schema"].startswith("https://json-schema.org/")
     assert list(schema["properties"]) == list(Recipe.model_fields)
     assert {"PruneConfig", "CalibrationConfig", "EvalConfig", "ExportConfig"} <= set(schema["$defs"])
+
+
+def test_random_prunings_are_not_drawn_beside_a_quantized_model() -> None:
+    steps = [PRUNE, {"op": "quantize", "bits": 4}]
+    found = mistakes(RECIPE | {"steps": steps, "eval": {"tasks": ["a"], "random_baselines": 3}})
+    assert "quantized" in found["eval.random_baselines"][1]
