@@ -6,8 +6,10 @@ next best of the kept ones.
 
 from __future__ import annotations
 
-import copy
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -50,16 +52,24 @@ def with_counts(config: dict[str, Any], before: int, counts: Mapping[int, int]) 
 def _with_count(config: dict[str, Any], before: int, count: int) -> dict[str, Any]:
     """`config.json` with another expert count, which it may so far have left to its class's default."""
     new = _replaced(config, before, count)
-    found = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(new))
+    found = _parsed(new)
     text = found.get_text_config()
     known = text.to_dict()
     unsaid = {key: count for key in EXPERT_COUNT_KEYS if key in known and getattr(text, key) == before != count}
     if unsaid:
         section = next((name for name in found.sub_configs if getattr(found, name, None) is text), None)
         new = new | (unsaid if section is None else {section: (new.get(section) or {}) | unsaid})
-        text = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(new)).get_text_config()
+        text = _parsed(new).get_text_config()
     assert any(getattr(text, key, None) == count for key in EXPERT_COUNT_KEYS), config["model_type"]
     return new
+
+
+def _parsed(config: dict[str, Any]) -> Any:
+    """The configuration as transformers reads it from a file, which may hold numbers that JSON has not."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(json.dumps(config), encoding="utf-8")
+        return CONFIG_MAPPING[config["model_type"]].from_json_file(file)
 
 
 def _replaced(config: dict[str, Any], before: int, count: int) -> dict[str, Any]:
