@@ -142,7 +142,7 @@ def main() -> None:
     moe_50m.make(source, arguments.threads, layers)
     tokenizer = AutoTokenizer.from_pretrained(source)
     recipe = {"model": str(source), "calibration": CALIBRATION, "steps": [STEP], "eval": {"tasks": [], "speed": False}}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     tokens = load_calibration(CalibrationConfig(**CALIBRATION), tokenizer, max_length=None).tokens
     save_file({"tokens": tokens}, folder / "tokens.safetensors")
 
@@ -178,7 +178,7 @@ def main() -> None:
         "versions": library_versions(),
     }
     name = "gptq_speed.json" if layers == NUM_LAYERS else f"gptq_speed-{layers}-layers.json"
-    (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({"ratios": ratios, "quality": quality}, indent=1))
 
 

@@ -45,7 +45,7 @@ TRAINING = {"seed": 0, "steps": 150, "rows": 4, "learning_rate": 1e-3, "warmup_s
 
 def sequences(files: list[Path], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Token ids [N, SEQUENCE_LENGTH] of the texts of jsonl files, one after the other; the rest is left out."""
-    texts = [json.loads(line)["text"] for file in files for line in file.read_text().splitlines()]
+    texts = [json.loads(line)["text"] for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     ids = [token for text in tokenizer(texts, verbose=False)["input_ids"] for token in (*text, 0)]
     return torch.tensor(ids[: len(ids) // SEQUENCE_LENGTH * SEQUENCE_LENGTH]).view(-1, SEQUENCE_LENGTH)
 

@@ -21,6 +21,7 @@ from moe_compress.compress.quantize.plan import (
     QuantizePlan,
     expert_costs,
     matrix_bytes,
+    measured_settings,
     option_bits,
     plan_quantize,
 )
@@ -64,9 +65,10 @@ def scores(seed: int = 0, **changes: Any) -> Scores:
 
 
 def planned(settings: dict[str, Any], found: Scores | None = None, tier: str = "plugin") -> QuantizePlan:
-    return plan_quantize(
-        config(**settings), shapes(), found or scores(), fixed_bytes=FIXED, num_decoder_layers=LAYERS, tier=tier
-    )
+    wanted = config(**settings)
+    measured = found or scores()
+    measured.fingerprint["quantize"] = measured_settings(wanted)
+    return plan_quantize(wanted, shapes(), measured, fixed_bytes=FIXED, num_decoder_layers=LAYERS, tier=tier)
 
 
 def bytes_of(plan: QuantizePlan) -> int:
@@ -236,7 +238,7 @@ def test_stored_bytes_in_stock_count_the_noted_shapes() -> None:
 
 
 def test_minimum_counts() -> None:
-    plan = planned({"average_bits": 2, "options": [1, 2, 3], "minimum_counts": {3: 2, 2: 1},
+    plan = planned({"average_bits": 2, "options": [1, 2, 3], "minimum_counts": {"3": 2, "2": 1},
                     "protect_super_experts": False})  # fmt: skip
     for layer in plan.layers:
         options = list(layer.options["down_proj"])
@@ -255,11 +257,19 @@ def test_budgets_that_cannot_be(settings: dict[str, Any]) -> None:
 
 
 def test_groups_of_the_router_forbid_drops() -> None:
+    wanted, measured = config(average_bits=2, allow_drop=True), scores()
+    measured.fingerprint["quantize"] = measured_settings(wanted)
     with pytest.raises(UsageError, match="2 groups"):
-        plan_quantize(
-            config(average_bits=2, allow_drop=True), shapes(), scores(), fixed_bytes=0, num_decoder_layers=3,
-            num_groups=2,
-        )  # fmt: skip
+        plan_quantize(wanted, shapes(), measured, fixed_bytes=0, num_decoder_layers=3, num_groups=2)
+
+
+def test_costs_of_another_way_to_quantize_do_not_serve() -> None:
+    wanted, measured = config(average_bits=2), scores()
+    with pytest.raises(UsageError, match="hold no costs"):
+        plan_quantize(wanted, shapes(), measured, fixed_bytes=0, num_decoder_layers=3)
+    measured.fingerprint["quantize"] = measured_settings(wanted) | {"group_size": 999}
+    with pytest.raises(UsageError, match="group_size: 999"):
+        plan_quantize(wanted, shapes(), measured, fixed_bytes=0, num_decoder_layers=3)
 
 
 def test_rules_to_compare_with_hold_the_budget_too() -> None:

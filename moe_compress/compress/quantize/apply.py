@@ -58,7 +58,7 @@ class QuantizeChange(Change):
         self._notes = notes
         self._pooled: dict[str, list[int]] = {}  # layer -> experts as numbered in the source
         if notes is not None and notes.exists():
-            self._pooled = json.loads(notes.read_text())
+            self._pooled = json.loads(notes.read_text(encoding="utf-8"))
 
     @property
     def pooled(self) -> list[tuple[int, int]]:
