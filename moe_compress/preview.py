@@ -13,9 +13,9 @@ from moe_compress.checkpoint.rewrite import dense_config
 from moe_compress.checkpoint.source import Checkpoint, open_config, small_files
 from moe_compress.compress.prune.plan import keep_count, plan_prune
 from moe_compress.compress.quantize.config import BUDGETS, QuantizeConfig
-from moe_compress.compress.quantize.plan import QuantizePlan, check_shapes, plan_quantize, with_group_size
+from moe_compress.compress.quantize.plan import SHAPE_BYTES, QuantizePlan, check_shapes, plan_quantize, with_group_size
 from moe_compress.compress.quantize.shapes import expert_shapes, linear_layers
-from moe_compress.compress.quantize.storage import linear_savings
+from moe_compress.compress.quantize.storage import linear_savings, noted_bytes
 from moe_compress.errors import UsageError
 from moe_compress.eval.cost import Cost, cost, stored_by_part
 from moe_compress.manifest import describe_source
@@ -181,11 +181,11 @@ def _plan_quantize(
         return entry | {"note": "the bits of every expert are chosen when its costs are measured"}
     step = with_group_size(step, [expert_shapes(layer, {}) for layer in layers])
     found, fixed_bytes = _quantize_plan(step, config, layers, before, measured, tier)
-    stored = fixed_bytes + found.expert_bytes
+    stored = fixed_bytes + found.expert_bytes + noted_bytes(found, 0, tier)
     share = sum(layer.top_k for layer in layers) / sum(layer.num_experts for layer in layers)
-    experts = before.stored_bytes - fixed_bytes  # and what other linear layers save, which every token reads
-    linears = _linear_savings(step, config, layers)
-    active = before.active_bytes_per_token - linears - share * (experts - linears - found.expert_bytes)
+    linears = _linear_savings(step, config, layers, tier)  # which every token reads
+    experts = before.stored_bytes - fixed_bytes - linears
+    active = before.active_bytes_per_token - linears - share * (experts - found.expert_bytes)
     return entry | {
         "average_bits_chosen": found.average_bits,
         "allocation": found.allocation,
@@ -222,7 +222,7 @@ def sweep(recipe: Recipe, scores: Path, setting: str, values: Sequence[float]) -
             {
                 setting: value,
                 "bits": found.average_bits,
-                "stored": fixed_bytes + found.expert_bytes,
+                "stored": fixed_bytes + found.expert_bytes + noted_bytes(found, 0, recipe.export.tier),
                 "dropped_experts": found.num_dropped,
                 "predicted_loss": found.allocation["loss"],
                 "relaxation_bound": found.allocation["relaxation_bound"],
@@ -239,7 +239,7 @@ def _quantize_plan(
     text = config.get_text_config()
     shapes = [expert_shapes(layer, {}, {4: "F32", 2: "BF16"}[text.dtype.itemsize]) for layer in layers]
     experts = sum(shape.num_experts * (shape.weights * shape.weight_bytes + shape.other_bytes) for shape in shapes)
-    fixed_bytes = before.stored_bytes - experts - _linear_savings(step, config, layers)
+    fixed_bytes = before.stored_bytes - experts - _linear_savings(step, config, layers, tier)
     found = plan_quantize(
         step,
         shapes,
@@ -252,10 +252,13 @@ def _quantize_plan(
     return found, fixed_bytes
 
 
-def _linear_savings(step: QuantizeConfig, config: Any, layers: list[MoELayer]) -> int:
+def _linear_savings(step: QuantizeConfig, config: Any, layers: list[MoELayer], tier: str) -> int:
+    """Bytes that quantized linear layers outside the experts save, less what is noted beside them."""
     _, decoder = decoder_layers(build_skeleton(config))
-    linears = linear_layers(decoder, {layer.layer: layer for layer in layers})
-    return linear_savings(step, linears, config.get_text_config().dtype)
+    found = linear_layers(decoder, {layer.layer: layer for layer in layers})
+    linears = [linear for linear in found if linear.part in step.parts]
+    noted = SHAPE_BYTES * len(linears) if tier == "stock" else 0
+    return linear_savings(step, linears, config.get_text_config().dtype) - noted
 
 
 def _bytes_after(before: Cost, kept: float) -> int:

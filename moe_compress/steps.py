@@ -42,7 +42,7 @@ from moe_compress.compress.quantize.plan import (
 )
 from moe_compress.compress.quantize.sensitivity import ReducedRouters, Sensitivity
 from moe_compress.compress.quantize.shapes import expert_shapes, linear_layers
-from moe_compress.compress.quantize.storage import linear_savings, require_quantizable
+from moe_compress.compress.quantize.storage import linear_savings, noted_bytes, require_quantizable
 from moe_compress.manifest import describe_source
 from moe_compress.models.layers import MoELayer, routing_groups
 from moe_compress.progress import Progress
@@ -317,10 +317,7 @@ def saved_bytes(plan: QuantizePlan, change: QuantizeChange, stream: LayerStream,
     shapes = _shapes(stream)
     before = sum(shape.num_experts * (shape.weights * shape.weight_bytes + shape.other_bytes) for shape in shapes)
     saved = before - plan.expert_bytes + _linear_savings(plan.config, stream)
-    if tier == "stock":
-        matrices = sum(len(layer.keep) * len(layer.options) for layer in plan.layers) + len(change.linears)
-        saved -= SHAPE_BYTES * matrices
-    return saved
+    return saved - noted_bytes(plan, len(change.linears), tier)
 
 
 def _linear_savings(config: QuantizeConfig, stream: LayerStream) -> int:

@@ -98,7 +98,10 @@ def test_prune_then_drops_and_bits_in_plugin(made: Path, source: Path) -> None:
 def test_four_bits_in_stock(source: Path, texts: Path, tmp_path: Path) -> None:
     """The logits check is plain transformers in a process that cannot import this package."""
     out = tmp_path / "out"
-    report = moe_compress.run(recipe(source, texts, W4, tier="stock"), out)
+    wanted = recipe(source, texts, W4, tier="stock")
+    predicted = moe_compress.plan(wanted)["predicted"]["stored_bytes"]
+    report = moe_compress.run(wanted, out)
+    assert report["compressed"]["stored_bytes"] == predicted
     assert {name: check["passed"] for name, check in report["checks"].items()} == dict.fromkeys(
         ("coverage", "bytes", "keys", "logits", "target"), True
     )

@@ -20,7 +20,7 @@ from moe_compress.checkpoint.rewrite import Tensors, described
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import SAFETENSORS_DTYPES
 from moe_compress.compress.quantize.config import BITSANDBYTES, PartConfig, QuantizeConfig
-from moe_compress.compress.quantize.plan import KEEP, check_shapes
+from moe_compress.compress.quantize.plan import KEEP, SHAPE_BYTES, QuantizePlan, check_shapes
 from moe_compress.compress.quantize.shapes import LinearLayer, expert_shapes, linear_layers
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.models.experts import matrix_shape, projections
@@ -81,6 +81,12 @@ def _slices(found: Quantized) -> list[Stored]:
         {name: tensor[number] for name, tensor in tensors.items()} | {"weight_shape": shape}
         for number in range(len(found.codes))
     ]
+
+
+def noted_bytes(plan: QuantizePlan, num_linears: int, tier: str) -> int:
+    """Bytes of the shapes that compressed-tensors notes beside every matrix, of `num_linears` linear layers too."""
+    matrices = sum(len(layer.keep) * len(layer.options) for layer in plan.layers) + num_linears
+    return SHAPE_BYTES * matrices if tier == "stock" else 0
 
 
 def require_quantizable(config: QuantizeConfig, stream: LayerStream, tier: str) -> None:
