@@ -32,6 +32,7 @@ from moe_compress.report.tables import format_number, format_percent
 FORMAT = 1
 EXPERTS_FILE = "experts.json"
 KEPT = ("tokens", "gate_sum", "norm_sum", "max_abs")
+KEEP = "keep"  # the width of an expert that stays as it is
 ERROR = "error.expert."  # output error of one width, measured with the expert alone at it
 DIGITS = 7  # significant, of what is kept
 
@@ -97,9 +98,9 @@ def expert_maps(plans: Sequence[Plan], statistics: Sequence[Any]) -> list[Expert
             counts.setdefault(entry["layer"], entry["num_experts"])
             origins.setdefault(entry["layer"], [[expert] for expert in range(entry["num_experts"])])
         measured = statistics[number] if number < len(statistics) else None
-        step = f"step {number + 1}: " if len(plans) > 1 else ""
         for one in _maps_of_step(plan, entries, (measured or {}).get("layers", ())):
-            found.append(replace(_led_back(one, origins, counts), title=step + one.title))
+            title = f"Step {number + 1}: {one.title[:1].lower()}{one.title[1:]}" if len(plans) > 1 else one.title
+            found.append(replace(_led_back(one, origins, counts), title=title))
         for entry in entries:
             made_of = _made_of(entry)
             origins[entry["layer"]] = [
@@ -184,10 +185,13 @@ def _widths(entries: Sequence[Plan]) -> Iterator[ExpertMap]:
                 values[layer][expert] = labels.index(name)
         title = "Bits per weight" if len(parts) == 1 else f"Bits per weight, {part}"
         note = "Width of the stored weights, scales not counted."
-        yield _made(title, note, "decided", values, lambda value: _width(labels[value]), labels=labels)
+        yield _made(title, note, "decided", values, lambda value: width_text(labels[value]), labels=labels)
 
 
-def _width(name: str) -> str:
+def width_text(name: str) -> str:
+    """`2 bits`; what is no number as it is."""
+    if name == KEEP:
+        return "not quantized"
     return f"{name} bit{'' if name == '1' else 's'}" if name.isdigit() else name
 
 
@@ -237,8 +241,9 @@ def _measured(layers: Sequence[Any]) -> Iterator[ExpertMap]:
             layer: [None if error is None else error / (energy[layer] or 1) for error in row[name]]
             for layer, row in found.items()
         }
-        note = f"Squared change of the layer's output when this expert alone has {_width(str(numbers[0]))}, as a share."
-        yield _made(f"Error at {_width(str(numbers[0]))}", note, "measured", errors, lambda value: f"{value:.3g}")
+        few = width_text(str(numbers[0]))
+        note = f"Squared error when this expert alone has {few}, over the squared hidden states that leave the layer."
+        yield _made(f"Error at {few}", note, "measured", errors, lambda value: f"{value:.3g}")
 
 
 def _made(

@@ -1,7 +1,7 @@
 """`report.html`: one self-contained page about one result, or comparing several.
 
 It loads nothing, and is rendered from the records in the folders and nothing else, so it can be made again at any time.
-Names and texts in the records are other people's: every one is escaped, and the page's policy runs no script but its own.
+Names and texts in the records are other people's: each is escaped, and the page's policy runs no script but its own.
 """
 
 from __future__ import annotations

@@ -105,6 +105,9 @@
         point(Math.min(Math.max(row + down, 0), experts.layers.length - 1), Math.min(Math.max(column + right, 0), experts.columns - 1));
       } else return;
       event.preventDefault();
+      const frame = map.parentElement;  // where it scrolls sideways, the cursor stays in sight
+      const left = map.getBoundingClientRect().width * (column + 0.5) / experts.columns;
+      frame.scrollLeft = Math.min(Math.max(frame.scrollLeft, left - frame.clientWidth + 60), Math.max(left - 20, 0));
       read(map);
     });
   }
