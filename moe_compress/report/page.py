@@ -40,8 +40,8 @@ def write_page(folders: Sequence[Path], output: Path | None = None) -> Path:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UsageError("a folder is named twice; each result can be compared once.")
     file = output or (folders[0] / PAGE_FILE if len(folders) == 1 else Path(COMPARISON_FILE))
-    _refuse_foreign(file)
     results = [load_result(folder) for folder in folders]
+    _refuse_foreign(file)
     page = render(results, names_apart(folders))
     temporary = file.with_name(f"{file.name}.part")
     temporary.write_text(page, encoding="utf-8")

@@ -25,6 +25,7 @@
 
   // One tip for all: beside what is pointed at, or has the focus.
   const tip = $("#tip");
+  let again = null;  // says the same where it now belongs
   const say = (title, rows, box) => {
     const head = document.createElement("strong");
     head.textContent = title;
@@ -44,16 +45,17 @@
     tip.style.top = `${above < 8 ? box.bottom + 10 : above}px`;
     tip.style.visibility = "visible";
   };
-  const hush = () => { tip.style.visibility = "hidden"; };
+  const hush = () => { again = null; tip.style.visibility = "hidden"; };
   for (const one of all("[data-tip]")) {
-    const show = () => say(one.dataset.tip, [], one.getBoundingClientRect());
+    const show = () => { say(one.dataset.tip, [], one.getBoundingClientRect()); again = show; };
     one.addEventListener("pointerenter", show);
     one.addEventListener("focus", show);
     one.addEventListener("pointerleave", hush);
     one.addEventListener("blur", hush);
   }
   addEventListener("keydown", (event) => { if (event.key === "Escape") { hush(); point(-1, -1); } });
-  addEventListener("scroll", hush, { passive: true });
+  // What has the focus brings itself into view, and its tip goes with it; what is pointed at scrolls away.
+  addEventListener("scroll", () => { document.activeElement.matches(":focus-visible") && again ? again() : hush(); }, { passive: true });
 
   // Maps of experts: one cursor for all of them, moved by pointer or arrow keys.
   const store = $("#expert-figures");
@@ -77,6 +79,7 @@
     const wide = box.width / experts.columns;
     const high = box.height / experts.layers.length;
     say(title, rows, { left: box.left + column * wide, width: wide, top: box.top + row * high, bottom: box.top + (row + 1) * high });
+    again = () => read(map);
     live.textContent = `${title}. ${rows.map((pair) => pair.join(" ")).join(". ")}`;
   };
   for (const map of all("svg.outer")) {
