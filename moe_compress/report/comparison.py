@@ -59,9 +59,9 @@ def _called(point: Point) -> str:
 
 
 def _source(result: Result) -> Any:
-    """What tells one source model from another."""
+    """What tells one source model from another; not its fingerprint, which a copy of the files changes."""
     source = result.manifest.get("source") or {}
-    return source.get("fingerprint") or (result.model, result.report["baseline"].get("stored_bytes"))
+    return result.model, source.get("revision"), result.report["baseline"].get("stored_bytes")
 
 
 def _worst(report: Mapping[str, Any], tasks: Sequence[str]) -> str | None:

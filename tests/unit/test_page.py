@@ -3,74 +3,20 @@
 from __future__ import annotations
 
 import base64
-import copy
 import hashlib
 import json
 import re
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-import moe_compress
-from moe_compress.cli import app
-from moe_compress.errors import CheckpointError, UsageError
-from moe_compress.report.page import plain, tight, words, write_page
-from tests.results import CHECKS, OTHER_TASKS, experts, made, manifest, plan, report_of, write_result
+from moe_compress.report.page import write_page
+from tests.parsed_page import Parsed, page_of
+from tests.results import OTHER_TASKS, made, manifest, plan, report_of, write_result
 
 HOSTILE = """<script>alert("1")</script><img src=x onerror='alert(2)'>&amp;</style>--></script> {{ 7 * 7 }}"""
-INLINE = {"span", "b", "strong", "wbr", "data", "code", "small", "sup", "a"}
-VOID = {"meta", "link", "br", "img", "wbr", "input", "hr"}
-
-
-class Parsed(HTMLParser):
-    """What a browser would make of a page: its elements, texts by element, figures and ids."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.open: list[str] = []
-        self.errors: list[str] = []
-        self.feed(text)
-        self.close()
-        self.errors += [f"<{tag}> is never closed" for tag in self.open]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self.texts.append(("", "" if tag in INLINE else " "))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop() != tag:
-            self.errors.append(f"</{tag}> at {self.getpos()} closes something else")
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append((self.open[-1] if self.open else "", data))
-
-    @property
-    def figures(self) -> set[str]:
-        return {attributes["value"] or "" for tag, attributes in self.elements if tag == "data"}
-
-    @property
-    def ids(self) -> list[str]:
-        return [attributes["id"] or "" for _, attributes in self.elements if "id" in attributes]
-
-    @property
-    def text(self) -> str:
-        """What is read, spaces made one."""
-        shown = "".join(data for tag, data in self.texts if tag not in ("script", "style"))
-        return " ".join(shown.replace("\u00a0", " ").split())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 def numbers(content: Any) -> Iterator[int | float]:
@@ -80,13 +26,6 @@ def numbers(content: Any) -> Iterator[int | float]:
             yield from numbers(value)
     elif isinstance(content, int | float) and not isinstance(content, bool):
         yield content
-
-
-def page_of(folder: Path) -> Parsed:
-    parsed = Parsed(write_page([folder]).read_text(encoding="utf-8"))
-    assert parsed.errors == []
-    assert len(set(parsed.ids)) == len(parsed.ids)
-    return parsed
 
 
 # ------------------------------------------------------------------------------------------------------------ contents
@@ -391,12 +330,21 @@ def test_other_evaluations_and_other_models_are_told(tmp_path: Path) -> None:
     other["settings"]["eval"]["limit"] = 50
     other["settings"]["model"] = "org/other"
     changed = manifest()
-    changed["source"]["fingerprint"] = "another"
+    changed["source"]["revision"] = "another"
     folders = [write_result(tmp_path / "a"), write_result(tmp_path / "b", other, manifest_content=changed)]
     text = Parsed(write_page(folders, tmp_path / "page.html").read_text(encoding="utf-8")).text
     assert "2 checkpoints stand" not in text and "org/model" in text and "org/other" in text
     assert "Not evaluated alike: limit differ" in text
     assert "stored size as a share of each one's original" in text
+
+
+def test_a_copied_source_is_the_same_source(tmp_path: Path) -> None:
+    """Of a local folder the fingerprint holds when its files were written."""
+    copied = manifest()
+    copied["source"]["fingerprint"] = "another"
+    folders = [write_result(tmp_path / "a"), write_result(tmp_path / "b", manifest_content=copied)]
+    text = Parsed(write_page(folders, tmp_path / "page.html").read_text(encoding="utf-8")).text
+    assert "by stored size (measured)" in text
 
 
 def test_results_without_a_shared_task_have_no_frontier(tmp_path: Path) -> None:
@@ -412,86 +360,3 @@ def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     folders = [write_result(tmp_path / "x" / "out"), write_result(tmp_path / "y" / "out")]
     text = Parsed(write_page(folders, tmp_path / "page.html").read_text(encoding="utf-8")).text
     assert "x/out" in text and "y/out" in text and str(tmp_path) not in text
-
-
-# --------------------------------------------------------------------------------------------------------- the command
-
-
-def test_where_pages_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    first, second = write_result(tmp_path / "a"), write_result(tmp_path / "b")
-    assert write_page([first]) == first / "report.html"
-    before = (first / "report.html").read_bytes()
-    assert write_page([first]).read_bytes() == before, "the same records, the same page"
-    assert moe_compress.write_page(first, str(second)) == Path("comparison.html")
-    assert (tmp_path / "comparison.html").exists()
-    done = CliRunner().invoke(app, ["report", str(first), "--output", "mine.html"])
-    assert (done.exit_code, done.stdout) == (0, "report: mine.html\n")
-    assert (tmp_path / "mine.html").read_bytes() == before
-    assert not list(tmp_path.rglob("*.part"))
-
-
-def test_refusals_are_one_sentence_and_leave_nothing(tmp_path: Path) -> None:
-    good = write_result(tmp_path / "good")
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "empty").mkdir()
-    damaged = write_result(tmp_path / "damaged")
-    (damaged / "report.json").write_text('{"format": 1')
-    older = write_result(tmp_path / "older", report_of() | {"format": 0})
-    list_plan = write_result(tmp_path / "list")
-    (list_plan / "plan.json").write_text('{"steps": {}}')
-    cases: list[tuple[list[Path], str | None, int, str]] = [
-        ([good, good], None, 2, "named twice"),
-        ([tmp_path / "nothing"], None, 2, "is not a folder"),
-        ([tmp_path / "empty"], None, 2, "holds no report.json"),
-        ([good], "notes.txt", 2, "is no page of moe-compress"),
-        ([good], "empty", 2, "is a folder"),
-        ([good], "no/where.html", 2, "does not exist"),
-        ([damaged], None, 1, "report.json is damaged"),
-        ([older], None, 1, "report.json is damaged, or was written by another version"),
-        ([list_plan], None, 1, "plan.json is damaged"),
-    ]
-    before = sorted(tmp_path.rglob("*"))
-    for folders, output, code, said in cases:
-        arguments = ["report", *map(str, folders)] + (["--output", str(tmp_path / output)] if output else [])
-        done = CliRunner().invoke(app, arguments)
-        assert done.exit_code == code, said
-        assert said in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "notes.txt").read_text() == "mine"
-    with pytest.raises(UsageError):
-        write_page([tmp_path / "empty"])
-    with pytest.raises(CheckpointError):
-        write_page([damaged])
-
-
-def test_the_page_of_a_result_may_be_written_again(tmp_path: Path) -> None:
-    folder = write_result(tmp_path / "out")
-    write_page([folder])
-    report = copy.deepcopy(report_of())
-    report["checks"] = CHECKS | {"extra": {"passed": True, "detail": "one more"}}
-    (folder / "report.json").write_text(json.dumps(report))
-    assert "6 of 6 checks passed" in page_of(folder).text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (3, "3"),
-        (24193536, "24,193,536"),
-        (4.0, "4"),
-        (0.9634366, "0.96344"),
-        (150.41262, "150.41"),
-        (8248203.6, "8,248,204"),
-    ],
-)
-def test_numbers_as_they_are_read(value: float, text: str) -> None:
-    assert plain(value) == text
-
-
-def test_settings_as_they_are_read() -> None:
-    assert words({"a": True, "b": [1, None], "c": {}}) == "a yes, b 1, none, c none"
-    assert tight("33.0 % of 24.2 MB ± 6.1 %") == "33.0\u00a0% of 24.2\u00a0MB ±\u00a06.1\u00a0%"
-
-
-def test_the_records_used_in_the_tests_are_like_real_ones() -> None:
-    assert {entry["layer"] for entry in experts()["steps"][0]["layers"]} == {1, 3}
