@@ -159,7 +159,9 @@ def cost_figures(costs: dict[str, Any]) -> dict[str, Any]:
     """The costs that `report.json` holds of a model."""
     keys = ("total_params", "active_params", "stored_bytes", "active_bytes_per_token", "flops_per_token",
             "decode_flops_per_token", "expert_flops_per_token", "kv_bytes_per_token", "context", "notes")  # fmt: skip
-    return {key: costs[key] for key in keys} | {"experts_per_token_mean": costs["experts_per_token"]}
+    by_part = {"params_by_part": costs["params"], "flops_by_part": costs["prefill_flops"]}
+    figures = {key: costs[key] for key in keys} | {"experts_per_token_mean": costs["experts_per_token"]}
+    return figures | {key: {part: n for part, n in parts.items() if n} for key, parts in by_part.items()}
 
 
 def random_baselines(recipe: Recipe, source: Checkpoint, work: Path, around: Surroundings) -> Iterator[dict[str, Any]]:

@@ -299,8 +299,8 @@ def copy_companions(source: Path, folder: Path) -> None:
 
     What their `auto_map` names and is not there, because code is not downloaded, is left out of it.
     """
-    own = {"config.json", "README.md", "recipe.yaml", "plan.json", "manifest.json", "report.json", "report.md"}
-    own |= {LEDGER_FILE, PROBE_FILE}
+    own = {"config.json", "README.md", "recipe.yaml", "plan.json", "experts.json", "manifest.json"}
+    own |= {"report.json", "report.md", "report.html", LEDGER_FILE, PROBE_FILE}
     for file in source.iterdir():
         weight = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
         if file.is_file() and not weight and file.name not in own and not file.name.startswith("."):
