@@ -17,7 +17,7 @@ ROWS = (
     ("__main__",),
     ("cli", "api"),
     ("console",),
-    ("pipeline", "reference"),
+    ("pipeline", "reference", "publish"),
     ("preview",),
     ("measure",),
     ("steps",),
