@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_compress.checkpoint.writer import sha256_of
-from moe_compress.errors import PublishError, UsageError, VerificationError
+from moe_compress.checkpoint.durable import sha256_of
+from moe_compress.errors import CheckpointError, PublishError, UsageError, VerificationError
 from moe_compress.progress import Progress
 from moe_compress.report.card import published
 from moe_compress.report.markdown import CHECKS
 from moe_compress.text import listed
-from moe_compress.verification.checks import MANIFEST_FILE, load_manifest, raise_on_failure
 
+MANIFEST_FILE = "manifest.json"
 CARD_FILE = "README.md"
 REPORT_FILE = "report.json"
 MAX_LISTED = 8
@@ -55,15 +55,24 @@ def open_bundle(folder: Path, progress: Progress) -> Bundle:
         raise UsageError(f"{folder} is not a folder.")
     if not (folder / MANIFEST_FILE).is_file():
         raise UsageError(f"{folder} has no {MANIFEST_FILE}: `push` publishes folders that `moe-compress run` made.")
-    hashes: dict[str, str] = load_manifest(folder)["files"]
+    hashes = _recorded_hashes(folder)
     _require_same_files(folder, hashes, progress)
-    _require_passed(json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))["checks"])
+    _require_passed(folder, json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))["checks"])
     sizes = {name: (folder / name).stat().st_size for name in [*hashes, MANIFEST_FILE]}
     card = _card(folder)
     if card is not None:
         sizes[CARD_FILE] = len(card.encode())
     here = {entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if entry.is_file()}
     return Bundle(folder, dict(sorted(sizes.items())), hashes, card, sorted(here - sizes.keys()))
+
+
+def _recorded_hashes(folder: Path) -> dict[str, str]:
+    """sha256 by file name, as the manifest records it."""
+    try:
+        files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        return {str(name): str(digest) for name, digest in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{folder / MANIFEST_FILE} is damaged; run again.") from None
 
 
 def _require_same_files(folder: Path, hashes: Mapping[str, str], progress: Progress) -> None:
@@ -86,14 +95,12 @@ def _require_same_files(folder: Path, hashes: Mapping[str, str], progress: Progr
         raise VerificationError(f"{folder} was not pushed: {listed(wrong, MAX_LISTED)}; run again.")
 
 
-def _require_passed(checks: Mapping[str, Any]) -> None:
+def _require_passed(folder: Path, checks: Mapping[str, Any]) -> None:
     """All five checks were run and passed."""
-    missing = [name for name in CHECKS if name not in checks]
-    if missing:
-        raise VerificationError(
-            f"nothing was pushed: {listed(missing, MAX_LISTED)} was never checked; run again.", checks
-        )
-    raise_on_failure(dict(checks))
+    failed = [f"{name} (was not checked)" for name in CHECKS if name not in checks]
+    failed += [f"{name} ({check['detail'].rstrip('.')})" for name, check in checks.items() if not check["passed"]]
+    if failed:
+        raise VerificationError(f"{folder} was not pushed, its verification failed: {'; '.join(failed)}.", checks)
 
 
 def _card(folder: Path) -> str | None:

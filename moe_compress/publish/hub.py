@@ -173,15 +173,16 @@ class Hub:
             raise UsageError(f"`{repo_id}` is no name for a repository; name it owner/name.") from None
         except Exception as error:  # the HTTP library's own exceptions are no part of the Hub client's interface
             sentence = self._without_token(self._sentence(repo_id, error))
-            shown = error if self._without_token(str(error)) == str(error) else None
             kind = UnreachableError if _answer(error) is None else PublishError
-            raise kind(sentence) from shown
+            told = any(self._without_token(str(cause)) != str(cause) for cause in _chain(error))
+            raise kind(sentence) from (None if told else error)
 
     def _sentence(self, repo_id: str, error: Exception) -> str:
         if isinstance(error, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE forbids to reach the Hub; unset it to push."
-        if isinstance(error, ValueError) and "metadata" in str(error):
-            return f"the Hub does not accept the front matter of README.md: {_plain(error)}."
+        if isinstance(error, ValueError) and str(error).startswith("Invalid metadata in README.md"):
+            reasons = [line.strip("-. ") for line in str(error).splitlines()[1:]]
+            return f"the Hub does not accept the front matter of README.md: {'; '.join(reasons)}."
         cause = _answer(error)
         if cause is None:
             return f"the connection to {self.url} failed ({_plain(error)}); {AGAIN}."
@@ -211,12 +212,17 @@ def require_name(repo_id: str) -> None:
         ) from None
 
 
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, what caused it, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
 def _answer(error: BaseException) -> HfHubHTTPError | None:
     """The Hub's answer behind an error, if there was one."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, HfHubHTTPError):
-        cause = cause.__cause__ or cause.__context__
-    return cause
+    return next((cause for cause in _chain(error) if isinstance(cause, HfHubHTTPError)), None)
 
 
 def _plain(error: Exception) -> str:

@@ -20,13 +20,11 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 from moe_compress import __version__
-from moe_compress.checkpoint.source import WEIGHT_SUFFIXES
 from moe_compress.errors import PublishError, UsageError
 from moe_compress.progress import Progress, SilentProgress
-from moe_compress.publish.bundle import CARD_FILE, MAX_LISTED, Bundle, open_bundle
+from moe_compress.publish.bundle import CARD_FILE, MANIFEST_FILE, MAX_LISTED, Bundle, open_bundle
 from moe_compress.publish.hub import AGAIN, MAIN, Hub, Remote, UnreachableError, require_name
 from moe_compress.text import listed
-from moe_compress.verification.checks import MANIFEST_FILE
 
 TOOL = "moe-compress"
 SHA256_DIGITS = 64
@@ -125,7 +123,7 @@ def upload(planned: Push, hub: Hub, progress: Progress | None = None) -> dict[st
     if branch != MAIN and (planned.remote is None or not planned.remote.has_branch):
         hub.create_branch(repo_id, branch)
     additions = {name: _addition(bundle, name) for name in bundle.sizes}
-    weights = [name for name in additions if name.endswith(WEIGHT_SUFFIXES)]
+    weights = [name for name in additions if name.endswith(".safetensors")]
     with progress.stage("push", len(weights) + 1, "file") as stage:
         for name in weights:
             hub.send(repo_id, branch, additions[name])

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 import moe_compress
 from moe_compress import steps
+from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.checkpoint.index import TensorIndex
-from moe_compress.checkpoint.writer import sha256_of
 from moe_compress.cli import app
 from moe_compress.errors import CheckpointError, UsageError, VerificationError
 from moe_compress.manifest import file_hashes
