@@ -15,14 +15,13 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from moe_compress import __version__
+from moe_compress.recipe import OPERATIONS
 from moe_compress.report.citations import papers
 from moe_compress.report.markdown import check_table, comparison_table, headline, limits, random_lines
 from moe_compress.report.scores import is_hub_id, model_index
 
 LOCATION = "path/to/this/folder"
 TAGS = ["moe", "mixture-of-experts", "moe-compress"]
-TAGS_OF_STEPS = {"prune": "pruned", "quantize": "quantized"}
-BITSANDBYTES = ("nf4", "fp4", "int8")
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 # What `moe-compress eval` does unless told otherwise.
 EVAL_DEFAULTS = {"apply_chat_template": False, "batch_size": "auto", "seed": 0}
@@ -36,14 +35,13 @@ def model_card(
     base_model: str,
     revision: str | None = None,
     inherited: Mapping[str, Any] | None = None,
-    ops: Sequence[str] = (),
     tier: Literal["stock", "plugin"] = "stock",
 ) -> str:
     """The card of a checkpoint.
 
     `base_model` is a Hub id when `revision` (its resolved commit) is given, else a local folder, of which only the
     last part is shown. `inherited` are the base model's fields, as `inherited_fields` reads them, left out when
-    unknown. `ops` are the recipe's steps by name.
+    unknown.
     """
     on_hub = revision is not None
     name = base_model if on_hub else Path(base_model).name
@@ -51,12 +49,13 @@ def model_card(
     source = (
         f"[{name}](https://huggingface.co/{name}) at revision `{revision}`" if on_hub else f"the local model `{name}`"
     )
-    steps = report["settings"].get("steps") or []
+    steps = _steps(report)
+    ops = [step["op"] for step in steps]
     recipe = _parsed(recipe_yaml)
     citations = [paper.bibtex for paper in papers(steps)]
     sections = [
         ("Cost and quality", [*comparison_table(report), *_measured_with(report)]),
-        ("How to load", _loading_lines(tier, [*ops])),
+        ("How to load", _loading_lines(tier, _relation(steps) == "quantized")),
         ("What was done", _step_lines(steps)),
         ("Calibration", _calibration_lines(report)),
         ("Against random pruning", random_lines(report)),
@@ -75,7 +74,7 @@ def model_card(
     ]
     for heading, body in sections:
         lines += ["", f"## {heading}", "", *body] if body else []
-    data = _front_matter(report, title, name if on_hub else None, inherited or {}, [*ops], tier)
+    data = _front_matter(report, title, name if on_hub else None, inherited or {}, tier)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
 
 
@@ -105,41 +104,39 @@ def inherited_fields(folder: Path) -> dict[str, Any]:
 
 
 def _front_matter(
-    report: Mapping[str, Any],
-    title: str,
-    base_model: str | None,
-    inherited: Mapping[str, Any],
-    ops: list[str],
-    tier: str,
+    report: Mapping[str, Any], title: str, base_model: str | None, inherited: Mapping[str, Any], tier: str
 ) -> ModelCardData:
-    """Only what is known. The Hub has no relation for `pruned`: without a quantized weight none is claimed."""
-    steps = report["settings"].get("steps") or []
-    formats = []
-    for step in steps:
-        if step.get("op") == "quantize":
-            formats.append("bitsandbytes" if step.get("method") in BITSANDBYTES else "compressed-tensors")
-    criteria = [
-        step["criterion"] for step in steps if isinstance(step.get("criterion"), str) and step["criterion"] != "random"
-    ]
-    tags = [*TAGS, *(TAGS_OF_STEPS[op] for op in ops if op in TAGS_OF_STEPS), *criteria]
+    """Only what is known."""
+    steps = _steps(report)
     datasets = [part["dataset"] for part in _calibration_data(report) if is_hub_id(part["dataset"])]
     return ModelCardData(
         base_model=base_model,
-        base_model_relation="quantized" if base_model and "quantize" in ops else None,
+        base_model_relation=_relation(steps) if base_model else None,
         library_name="transformers",
         **{"pipeline_tag": "text-generation"} | dict(inherited),
-        tags=tags + (formats if tier == "stock" else []),
+        tags=TAGS + [tag for step in steps for tag in OPERATIONS[step["op"]].tags(step, tier)],
         datasets=list(dict.fromkeys(datasets)) or None,
         model_name=title,
         eval_results=model_index(report) or None,
     )
 
 
-def _loading_lines(tier: str, ops: list[str]) -> list[str]:
+def _steps(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The resolved settings of every step."""
+    return list(report["settings"].get("steps") or ())
+
+
+def _relation(steps: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the result is to its source: the last word that a step has for it."""
+    words = [OPERATIONS[step["op"]].RELATION for step in steps]
+    return next((word for word in reversed(words) if word is not None), None)
+
+
+def _loading_lines(tier: str, quantized: bool) -> list[str]:
     if tier == "stock":
         first = [
             "Plain transformers loads it; no other package is needed"
-            + (" but `compressed-tensors`, which unpacks the weights." if "quantize" in ops else "."),
+            + (" but `compressed-tensors`, which unpacks the weights." if quantized else "."),
         ]
         imports = []
         last = [
@@ -158,7 +155,7 @@ def _loading_lines(tier: str, ops: list[str]) -> list[str]:
             "Without that import, `trust_remote_code=True` finds the package where it is installed, and says what is "
             "missing where it is not.",
         ]
-        if "quantize" in ops:
+        if quantized:
             last += ["", "Experts stay packed in memory; `dequantize=True` unpacks them on loading."]
     return [
         *first,

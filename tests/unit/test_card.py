@@ -17,14 +17,15 @@ from typer.testing import CliRunner
 
 from moe_compress import pipeline
 from moe_compress.cli import app
+from moe_compress.compress.prune import config as prune
 from moe_compress.compress.prune.config import PruneConfig
-from moe_compress.compress.quantize.config import QuantizeConfig
+from moe_compress.compress.quantize import config as quantize
 from moe_compress.eval.config import EvalConfig
 from moe_compress.recipe import dump_recipe, load_recipe
 from moe_compress.report import tables
 from moe_compress.report.build import build_report
 from moe_compress.report.card import LOCATION, inherited_fields, model_card, published
-from moe_compress.report.citations import CRITERIA, METHODS, papers
+from moe_compress.report.citations import BIBLIOGRAPHY, papers
 from moe_compress.report.scores import eval_results, write_eval_results
 from moe_compress.report.tables import MISSING
 from tests.hub_rules import mistakes
@@ -84,7 +85,6 @@ def card(report: dict[str, Any], recipe_yaml: str | None = None, **more: Any) ->
         "base_model": "org/model",
         "revision": COMMIT,
         "inherited": {"license": "apache-2.0", "language": ["en", "de"]},
-        "ops": ["prune"],
     }
     return model_card(report, recipe() if recipe_yaml is None else recipe_yaml, **(arguments | more))
 
@@ -94,9 +94,11 @@ def front_matter(text: str) -> dict[str, Any]:
     return dict(yaml.safe_load(content))
 
 
-def quantized(report: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    step = QuantizeConfig(**(QUANTIZE | settings)).model_dump(mode="json")
-    return report | {"settings": report["settings"] | {"steps": [step]}}
+def with_steps(report: dict[str, Any], *steps: dict[str, Any]) -> dict[str, Any]:
+    """The report of a run that had these steps."""
+    dumped = [load_recipe({"model": "a/b", "calibration": CALIBRATION, "steps": [step]}).steps[0] for step in steps]
+    settings = report["settings"] | {"steps": [step.model_dump(mode="json") for step in dumped]}
+    return report | {"settings": settings}
 
 
 # front matter
@@ -118,16 +120,18 @@ def test_front_matter(report: dict[str, Any]) -> None:
 
 def test_a_relation_is_claimed_only_where_the_hub_has_a_word_for_it(report: dict[str, Any]) -> None:
     assert "base_model_relation" not in front_matter(card(report))
-    assert front_matter(card(report, ops=["prune", "quantize"]))["base_model_relation"] == "quantized"
-    local = front_matter(card(report, ops=["quantize"], base_model="/home/someone/mine", revision=None))
+    both = with_steps(report, PRUNE, QUANTIZE)
+    assert front_matter(card(both))["base_model_relation"] == "quantized"
+    local = front_matter(card(both, base_model="/home/someone/mine", revision=None))
     assert "base_model" not in local and "base_model_relation" not in local
 
 
 def test_the_format_is_named_where_others_can_read_it(report: dict[str, Any]) -> None:
-    packed = card(quantized(report), ops=["quantize"])
-    assert {"quantized", "compressed-tensors"} <= set(front_matter(packed)["tags"])
-    assert "`compressed-tensors`, which unpacks" in packed
-    assert "compressed-tensors" not in front_matter(card(quantized(report), ops=["quantize"], tier="plugin"))["tags"]
+    both = with_steps(report, PRUNE | {"criterion": "random"}, QUANTIZE)
+    stock, plugin = card(both), card(both, tier="plugin")
+    assert front_matter(stock)["tags"][3:] == ["pruned", "quantized", "compressed-tensors"]
+    assert "`compressed-tensors`, which unpacks" in stock and "compressed-tensors" not in card(report)
+    assert front_matter(plugin)["tags"][3:] == ["pruned", "quantized"]
 
 
 def test_model_index_holds_the_reports_scores(report: dict[str, Any]) -> None:
@@ -195,11 +199,11 @@ def test_what_is_inherited_from_the_source(text: str | None, expected: dict[str,
 
 
 @pytest.mark.parametrize("tier", ["stock", "plugin"])
-@pytest.mark.parametrize("ops", [[], ["prune"], ["prune", "quantize"]])
-def test_the_hub_accepts_the_front_matter(report: dict[str, Any], ops: list[str], tier: str) -> None:
+@pytest.mark.parametrize("steps", [[], [PRUNE], [PRUNE, QUANTIZE]])
+def test_the_hub_accepts_the_front_matter(report: dict[str, Any], steps: list[dict[str, Any]], tier: str) -> None:
     for arguments in ({}, {"base_model": "./mine", "revision": None, "inherited": None}):
-        assert mistakes(card(report, ops=ops, tier=tier, **arguments)) == []
-        assert mistakes(card(build_report({}, {}), ops=ops, tier=tier, **arguments)) == []
+        assert mistakes(card(with_steps(report, *steps), tier=tier, **arguments)) == []
+        assert mistakes(card(with_steps(build_report({}, {}), *steps), tier=tier, **arguments)) == []
 
 
 # body
@@ -214,7 +218,7 @@ def test_a_local_base_model_is_named_without_its_path(report: dict[str, Any]) ->
 
 
 def test_how_to_load_follows_the_tier(report: dict[str, Any]) -> None:
-    stock, plugin = card(report), card(report, ops=["quantize"], tier="plugin")
+    stock, plugin = card(report), card(with_steps(report, QUANTIZE), tier="plugin")
     assert "import moe_compress" not in stock and "vllm serve" in stock
     assert "import moe_compress" in plugin and "vllm serve" not in plugin
     assert "trust_remote_code=True" in plugin and "dequantize=True" in plugin
@@ -260,7 +264,8 @@ def test_steps_and_data_are_told(report: dict[str, Any]) -> None:
     assert "* `allenai/c4`, en (train): 96 sequences, 196,608 tokens from 301 documents" in text
     assert "* `chats.jsonl` (train): 32 sequences" in text
     assert "Measured with lm_eval 0.4.13, transformers 5.23.0, torch 2.13.0, x86_64, threads: 7." in text
-    nothing = card(build_report({}, {}), ops=[])
+    nothing = card(build_report({}, {}))
+    assert "(no transformation)" in nothing
     assert "## What was done" not in nothing and "## Calibration" not in nothing and "## Citation" not in nothing
 
 
@@ -349,26 +354,40 @@ def test_papers_are_those_that_the_documentation_names() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \|.*\|([^|]*)\|$", pruning, re.MULTILINE))
     assert {"reap", "random", "frequency"} <= rows.keys()
     named = {name: re.findall(r"arXiv (\d{4}\.\d{5})", source) for name, source in rows.items()}
-    assert {name: [paper.arxiv] for name, paper in CRITERIA.items()} == {k: v for k, v in named.items() if v}
+    assert {name: [number] for name, number in prune.CRITERIA.items()} == {k: v for k, v in named.items() if v}
     code = (ROOT / "moe_compress" / "runtime" / "bnb.py").read_text(encoding="utf-8")
     quantization = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
-    for method, paper in METHODS.items():
-        assert re.search(rf"`?{method}`? \(arXiv {paper.arxiv}\)", code + quantization), method
+    for method, number in quantize.METHODS.items():
+        assert re.search(rf"`?{method}`? \(arXiv {number}\)", code + quantization), method
+    assert f"arXiv {quantize.MIXTURE_COMPRESSOR}" in quantization
+    assert f"arXiv {prune.SUPER_EXPERTS}" in pruning and prune.SUPER_EXPERTS == quantize.SUPER_EXPERTS
 
 
-def test_only_what_was_used_is_cited() -> None:
-    def cited(config: type[PruneConfig | QuantizeConfig], **settings: Any) -> list[str]:
-        return [paper.arxiv for paper in papers([config(**settings).model_dump()])]
+def test_only_what_was_used_is_cited(report: dict[str, Any]) -> None:
+    def cited(*steps: dict[str, Any]) -> list[str]:
+        return [paper.arxiv for paper in papers(with_steps(report, *steps)["settings"]["steps"])]
 
-    prune, quantize = {"op": "prune", "keep": 0.5}, {"op": "quantize"}
-    assert cited(PruneConfig, **prune, criterion="mone") == ["2507.00390", "2507.23279"]
-    assert cited(PruneConfig, **prune, criterion="mone", protect_super_experts=False) == ["2507.00390"]
-    assert cited(PruneConfig, **prune, criterion={"b": 1, "alpha": 0, "beta": 2})[0] == "2606.15716"
-    assert cited(PruneConfig, **prune, criterion="frequency", protect_super_experts=False) == []
-    assert cited(QuantizeConfig, **quantize, bits=4) == ["2210.17323"]
-    assert cited(QuantizeConfig, **quantize, method="rtn", bits=4) == []
-    assert cited(QuantizeConfig, **quantize, average_bits=3) == ["2210.17323", "2410.06270", "2507.23279"]
-    assert cited(QuantizeConfig, **quantize, method="nf4") == ["2305.14314"]
-    twice = [PruneConfig(**prune, criterion="reap").model_dump()] * 2
-    assert len(papers(twice)) == 2
-    assert "eprint = {2510.13999}" in papers(twice)[0].bibtex and "year = {2025}" in papers(twice)[0].bibtex
+    unprotected = {"protect_super_experts": False}
+    assert cited(PRUNE | {"criterion": "mone"}) == ["2507.00390", "2507.23279"]
+    assert cited(PRUNE | {"criterion": "mone"} | unprotected) == ["2507.00390"]
+    assert cited(PRUNE | {"criterion": {"b": 1, "alpha": 0, "beta": 2}})[0] == "2606.15716"
+    assert cited(PRUNE | {"criterion": "frequency"} | unprotected) == []
+    assert cited(QUANTIZE) == ["2210.17323"]
+    assert cited(QUANTIZE | {"method": "rtn"}) == []
+    budget = {"op": "quantize", "average_bits": 3.0}
+    assert cited(budget) == ["2210.17323", "2410.06270", "2507.23279"]
+    assert cited(budget | {"allocation": "layer"} | unprotected) == ["2210.17323"]
+    assert cited({"op": "quantize", "method": "nf4"}) == ["2305.14314"]
+    assert cited(PRUNE, PRUNE, budget) == ["2510.13999", "2507.23279", "2210.17323", "2410.06270"]
+    assert cited() == []
+
+
+def test_citations_are_whole(report: dict[str, Any]) -> None:
+    known = {*prune.CRITERIA.values(), prune.FAMILY, prune.SUPER_EXPERTS}
+    known |= {*quantize.METHODS.values(), quantize.MIXTURE_COMPRESSOR}
+    assert BIBLIOGRAPHY.keys() == known
+    assert len({paper.key for paper in BIBLIOGRAPHY.values()}) == len(BIBLIOGRAPHY)
+    shown = re.search(r"```bibtex\n(.*?)```", card(report), re.DOTALL)
+    assert shown is not None
+    assert re.findall(r"eprint = {(.*?)}", shown[1]) == ["2510.13999", "2507.23279"]
+    assert "year = {2025}" in shown[1]
