@@ -55,6 +55,7 @@ class Hub:
     def __init__(self, token: str | None = None) -> None:
         self._token = token or get_token()
         self._api = HfApi(token=self._token or False)
+        self._has_xet: bool | None = None
 
     @property
     def url(self) -> str:
@@ -141,10 +142,11 @@ class Hub:
     def _transport(self, repo_id: str, branch: str) -> Iterator[None]:
         """Send by LFS where the Hub has no Xet storage, on which the client insists whenever `hf_xet` is installed."""
         before = constants.HF_HUB_DISABLE_XET
-        if not before:
+        if not before and self._has_xet is None:
             route = f"{self.url}/api/models/{repo_id}/xet-write-token/{quote(branch, safe='')}"
             answer = get_session().get(route, headers=build_hf_headers(token=self._token))
-            constants.HF_HUB_DISABLE_XET = constants.HUGGINGFACE_HEADER_X_XET_ENDPOINT not in answer.headers
+            self._has_xet = constants.HUGGINGFACE_HEADER_X_XET_ENDPOINT in answer.headers
+        constants.HF_HUB_DISABLE_XET = before or not self._has_xet
         try:
             yield
         finally:

@@ -46,7 +46,7 @@ for call in json.load(sys.stdin):
     answers.append({"code": done.exit_code, "out": done.stdout, "err": done.stderr})
 print("ANSWERS" + json.dumps(answers))
 """
-# Plain transformers on a pushed id: no package of ours, logits of fixed tokens.
+# A pushed checkpoint and the folder it was pushed from, loaded alike: logits of the same text.
 LOAD = """
 import json, sys
 
@@ -58,12 +58,14 @@ else:
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(given["model"], revision=given.get("revision"))
-model = AutoModelForCausalLM.from_pretrained(given["model"], revision=given.get("revision"), dtype="auto")
-tokens = torch.tensor([tokenizer("The quick brown fox").input_ids])
-with torch.inference_mode():
-    logits = model(tokens).logits.double()
-print("ANSWERS" + json.dumps(logits.flatten().tolist()))
+found = []
+for place in given["places"]:
+    tokenizer = AutoTokenizer.from_pretrained(**place)
+    model = AutoModelForCausalLM.from_pretrained(**place, dtype="auto")
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokenizer("The quick brown fox").input_ids])).logits.double()
+    found.append(logits.flatten().tolist())
+print("ANSWERS" + json.dumps(found))
 """
 
 
@@ -138,9 +140,16 @@ def sentence(answer: dict[str, Any], code: int) -> str:
     return errors[0]
 
 
-def logits(hub: Hub, home: Path, model: str, *, plain: bool, revision: str | None = None, **more: str) -> Any:
-    given = json.dumps({"model": model, "plain": plain, "revision": revision})
-    return np.array(json.loads(client(LOAD, given, surroundings(hub, home) | more)))
+def same_logits(hub: Hub, home: Path, repo_id: str, folder: Path, *, plain: bool, **options: str) -> bool:
+    """Whether a fresh process gets from the Hub the model that is in the folder; `plain`: without this package."""
+    pushed_to, here = (
+        {"pretrained_model_name_or_path": repo_id} | options,
+        {"pretrained_model_name_or_path": str(folder)},
+    )
+    given = json.dumps({"places": [pushed_to, here], "plain": plain})
+    answer = json.loads(client(LOAD, given, surroundings(hub, home) | {"HF_TOKEN": "hf_stranger"}))
+    pulled, local = map(np.array, answer)
+    return len(local) > 1000 and np.array_equal(pulled, local)
 
 
 def local_files(folder: Path, repo_id: str) -> dict[str, bytes]:
@@ -184,9 +193,7 @@ def test_push_and_pull(hub: Hub, stock: Path, tmp_path: Path) -> None:
     text = repository.head()["README.md"].decode()
     assert 'from_pretrained("me/small")' in text and LOCATION not in text
     assert yaml.safe_load(text.split("---\n")[1])["license"] == "apache-2.0"
-    pulled = logits(hub, tmp_path / "fresh", "me/small", plain=True, HF_TOKEN="hf_stranger")
-    local = logits(hub, tmp_path / "fresh", str(stock), plain=True, HF_HUB_OFFLINE="1")
-    assert np.array_equal(pulled, local) and len(pulled) > 1000
+    assert same_logits(hub, tmp_path / "fresh", "me/small", stock, plain=True)
 
 
 def test_the_pushed_id_is_evaluated_and_compressed_again(hub: Hub, stock: Path, texts: Path, tmp_path: Path) -> None:
@@ -217,9 +224,7 @@ def test_a_plugin_checkpoint_runs_from_the_hub(hub: Hub, plugin: Path, tmp_path:
     assert repository.head("main") == {".gitattributes": GITATTRIBUTES}
     text = repository.head("bits-3")["README.md"].decode()
     assert 'from_pretrained("me/packed", revision="bits-3"' in text and LOCATION not in text
-    arguments = {"plain": False, "HF_TOKEN": "hf_valid"}
-    pulled = logits(hub, tmp_path / "fresh", "me/packed", revision="bits-3", **arguments)  # type: ignore[arg-type]
-    assert np.array_equal(pulled, logits(hub, tmp_path / "fresh", str(plugin), **arguments))  # type: ignore[arg-type]
+    assert same_logits(hub, tmp_path / "fresh", "me/packed", plugin, plain=False, revision="bits-3")
 
 
 def test_private_repositories(hub: Hub, stock: Path, tmp_path: Path) -> None:
@@ -239,11 +244,9 @@ def test_private_repositories(hub: Hub, stock: Path, tmp_path: Path) -> None:
     assert closed["code"] == 0 and hub.repositories["me/closed"].private
     assert hub.repositories["me/closed"].head() == local_files(stock, "me/closed")
 
-    for token in ("", "hf_stranger"):
-        arguments = json.dumps({"model": "me/secret", "plain": True})
-        with pytest.raises(AssertionError, match="is not a valid model identifier"):
-            client(LOAD, arguments, surroundings(hub, tmp_path / f"other{token}") | {"HF_TOKEN": token})
-    assert len(logits(hub, tmp_path / "fresh", "me/secret", plain=True, HF_TOKEN="hf_valid"))
+    for answer in command(hub, tmp_path / "fresh", *[["inspect", "me/secret"]] * 2, token=["", "hf_stranger"]):
+        assert "no such model on the Hub that you may read" in sentence(answer, 1)
+    assert same_logits(hub, tmp_path / "fresh", "me/secret", stock, token="hf_valid", plain=True)
 
 
 def test_who_may_not_push(hub: Hub, stock: Path, tmp_path: Path) -> None:
