@@ -2,8 +2,8 @@
 
 `run` records the outcome of its five checks in `report.json`, and the hash of every file (that one too) in
 `manifest.json`. Where all recorded checks passed and all hashes are the recorded ones, the folder is bit for bit what
-passed, so nothing has to be loaded again. Only recorded files travel, and with them the manifest and the model card,
-which its owner may edit; whatever else lies in the folder stays where it is.
+passed, so nothing has to be loaded again. Only recorded files travel, and with them the manifest, the model card, which
+its owner may edit, and the report's page, which can be made anew; whatever else lies in the folder stays where it is.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from moe_compress.text import listed
 MANIFEST_FILE = "manifest.json"
 CARD_FILE = "README.md"
 REPORT_FILE = "report.json"
+PAGE_FILE = "report.html"
 MAX_LISTED = 8
 
 
@@ -58,7 +59,8 @@ def open_bundle(folder: Path, progress: Progress) -> Bundle:
     hashes = _recorded_hashes(folder)
     _require_same_files(folder, hashes, progress)
     _require_passed(folder, json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))["checks"])
-    sizes = {name: (folder / name).stat().st_size for name in [*hashes, MANIFEST_FILE]}
+    page = [PAGE_FILE] if (folder / PAGE_FILE).is_file() else []
+    sizes = {name: (folder / name).stat().st_size for name in [*hashes, MANIFEST_FILE, *page]}
     card = _card(folder)
     if card is not None:
         sizes[CARD_FILE] = len(card.encode())

@@ -368,11 +368,13 @@ def test_owners_words_travel_and_strangers_files_do_not(hub: Hub, stock: Path, t
     folder = tmp_path / "out"
     shutil.copytree(stock, folder)
     (folder / ".env").write_text("HF_TOKEN=hf_valid")
+    (folder / "report.html").write_text("<!doctype html>")  # made again after the run
     (folder / "README.md").write_text((folder / "README.md").read_text() + "\n## Contact\n\nAsk me.\n")
     answer = pushed(hub, tmp_path, str(folder), "me/small")
     head = hub.repositories["me/small"].head()
     assert head["README.md"].decode().endswith("Ask me.\n") and ".env" not in head
-    assert "left out, no run wrote it: .env" in answer["out"]
+    assert head["report.html"] == b"<!doctype html>"
+    assert "left out, no run wrote it: .env\n" in answer["out"]
 
     card = (folder / "README.md").read_text()
     (folder / "README.md").write_text(card.replace("library_name: transformers", "library_name: [transformers]"))
