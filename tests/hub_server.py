@@ -247,7 +247,7 @@ class Handler(BaseHTTPRequestHandler):
                 {
                     "path": file["path"],
                     "uploadMode": "lfs" if is_large(file["path"], file["size"]) else "regular",
-                    "shouldIgnore": False,
+                    "shouldIgnore": file["path"] in self.hub.ignored,
                     **({} if known is None else {"oid": known_by(file["path"], known)}),
                 }
             )

@@ -10,7 +10,6 @@ Not covered: pull requests, datasets, spaces.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +26,6 @@ from moe_compress.publish.hub import AGAIN, MAIN, Hub, Remote, UnreachableError,
 from moe_compress.text import listed
 
 TOOL = "moe-compress"
-SHA256_DIGITS = 64
 MIXED_UP = (".safetensors", ".bin", ".index.json")  # in the root of a repository
 
 
@@ -136,7 +134,7 @@ def upload(planned: Push, hub: Hub, progress: Progress | None = None) -> dict[st
             planned.remote.commit if planned.remote else None,
         )
         stage.advance("all others, in one commit")
-    _require_arrived(bundle, additions, hub.contents(repo_id, commit), repo_id)
+    _require_arrived(bundle, hub.contents(repo_id, commit), repo_id)
     tree = "" if branch == MAIN else f"/tree/{branch}"
     return planned.to_json() | {"commit": commit, "url": f"{hub.url}/{repo_id}{tree}"}
 
@@ -200,22 +198,15 @@ def _is_weight(name: str) -> bool:
     return "/" not in name and name.endswith(MIXED_UP)
 
 
-def _require_arrived(
-    bundle: Bundle, additions: Mapping[str, CommitOperationAdd], found: Mapping[str, tuple[int, str]], repo_id: str
-) -> None:
-    """The commit holds every file as it was verified; a rule of the repository may have kept one out."""
-    wrong = [name for name in bundle.sizes if name not in found or not _is_same(additions[name], *found[name])]
+def _require_arrived(bundle: Bundle, found: Mapping[str, tuple[int, str | None]], repo_id: str) -> None:
+    """The commit holds every file, in full; a rule of the repository may have kept one out."""
+    wrong = []
+    for name, size in bundle.sizes.items():
+        there, sha256 = found.get(name, (None, None))
+        if there != size or (sha256 is not None and sha256 != bundle.hashes.get(name, sha256)):
+            wrong.append(name)
     if wrong:
         raise PublishError(
             f"{repo_id} does not hold {listed(wrong, MAX_LISTED)} as it was sent; if it has a .gitignore, remove that, "
             f"then {AGAIN}."
         )
-
-
-def _is_same(addition: CommitOperationAdd, size: int, digest: str) -> bool:
-    """Whether the Hub's file is this one: it knows large files by their sha256, small ones by the id git gives them."""
-    if len(digest) == SHA256_DIGITS:
-        return bool(size == addition.upload_info.size and digest == addition.upload_info.sha256.hex())
-    with addition.as_file() as stream:
-        content = stream.read()
-    return hashlib.sha1(f"blob {size}\0".encode() + content, usedforsecurity=False).hexdigest() == digest

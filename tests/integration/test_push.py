@@ -368,13 +368,17 @@ def test_owners_words_travel_and_strangers_files_do_not(hub: Hub, stock: Path, t
     folder = tmp_path / "out"
     shutil.copytree(stock, folder)
     (folder / ".env").write_text("HF_TOKEN=hf_valid")
-    (folder / "report.html").write_text("<!doctype html>")  # made again after the run
+    (folder / "report.html").write_text("<!doctype html>" + "x" * 10_000)  # made again after the run; large
     (folder / "README.md").write_text((folder / "README.md").read_text() + "\n## Contact\n\nAsk me.\n")
     answer = pushed(hub, tmp_path, str(folder), "me/small")
     head = hub.repositories["me/small"].head()
     assert head["README.md"].decode().endswith("Ask me.\n") and ".env" not in head
-    assert head["report.html"] == b"<!doctype html>"
+    assert head["report.html"] == (folder / "report.html").read_bytes()
     assert "left out, no run wrote it: .env\n" in answer["out"]
+
+    hub.ignored = {"ledger.json"}
+    (kept_out,) = command(hub, tmp_path, ["push", str(folder), "me/third"])
+    assert "me/third does not hold ledger.json" in sentence(kept_out, 1) and ".gitignore" in kept_out["err"]
 
     card = (folder / "README.md").read_text()
     (folder / "README.md").write_text(card.replace("library_name: transformers", "library_name: [transformers]"))
