@@ -20,7 +20,9 @@ import yaml
 
 import moe_compress
 from moe_compress.checkpoint.durable import sha256_of
+from moe_compress.manifest import NOT_HASHED
 from moe_compress.publish import bundle
+from moe_compress.report import page
 from moe_compress.report.card import LOCATION
 from moe_compress.report.markdown import CHECKS
 from moe_compress.verification import checks
@@ -486,5 +488,6 @@ except PublishError as error:
 
 def test_push_knows_what_verify_calls_things() -> None:
     """It loads nothing that loads torch, so it has their names by itself."""
-    assert bundle.MANIFEST_FILE == checks.MANIFEST_FILE
+    assert (bundle.MANIFEST_FILE, bundle.PAGE_FILE) == (checks.MANIFEST_FILE, page.PAGE_FILE)
+    assert {bundle.MANIFEST_FILE, bundle.CARD_FILE, bundle.PAGE_FILE} == set(NOT_HASHED)
     assert all(hasattr(checks, f"check_{name}") for name in CHECKS)
