@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from moe_compress.progress import Stage
 from moe_compress.runtime.remote_code import write_remote_code
 
 PROBE_TOKENS = 32
+PROBES = 1  # batches of a run that are the probe's; calibration tokens follow
 PROBE_POSITIONS = 8  # logits are kept for this many of them
 PROBE_FILE = "probe.npz"
 LEDGER_FILE = "ledger.json"
@@ -65,11 +66,12 @@ class Change:
         """The new tensors of an MoE layer, both sides by name inside the decoder layer, in the model's layout."""
         return state
 
-    def store(self, target: LayerStream, index: int, rehearse: Callable[[], None]) -> dict[str, Tensor]:
+    def store(self, target: LayerStream, index: int, run: Lockstep) -> dict[str, Tensor]:
         """What is written for a layer, by name in the checkpoint.
 
-        The layer is resident in `target` with the tensors that `layer` gave; `rehearse` runs it on all sequences. Where
-        something else is stored than these tensors, they are replaced by what the stored ones stand for.
+        The layer is resident in `target` with the tensors that `layer` gave, and the batches of `run`, the probe's
+        first, stand before it. Where something else is stored than these tensors, they are replaced by what the stored
+        ones stand for.
         """
         return target.stored_layer(index)
 
@@ -132,11 +134,13 @@ def rewrite(
         done, hidden = 0, []
     target.load_trunk()
     probe = probe_tokens(config)
-    batches = [probe, *(() if change.tokens is None else change.tokens.split(change.batch_size))]
+    last = len(target.layers) - 1
+    # Nothing looks at what the calibration tokens leave the last layer with.
+    calibration = () if change.tokens is None or done > last else change.tokens.split(change.batch_size)
     run = Lockstep(
         target.model,
         target.layers,
-        [tokens.to(device) for tokens in batches],
+        [tokens.to(device) for tokens in (probe, *calibration)],
         start=done,
         hidden=[h.to(device) for h in hidden],
     )
@@ -151,15 +155,15 @@ def rewrite(
                 state = change.layer(stream.moe_layers[index], state)
             target.layers[index].load_state_dict(state, assign=True)
             del state
-            stored = change.store(target, index, lambda index=index: run.rehearse(index))  # type: ignore[misc]
-            run.through(index)
+            stored = change.store(target, index, run)
+            run.through(index, PROBES if index == last else None)
             writer.write(_part(index), stored)
             del stored
             target.release(index)
             save_hidden(folder, index + 1, run.hidden)
             stage.advance()
         target.load_head()
-        logits = run.finish(1)[0]
+        logits = run.finish()[0]
     finally:
         run.close()
     positions = np.linspace(0, probe.shape[1] - 1, PROBE_POSITIONS).round().astype(int)
