@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.checkpoint.rewrite import Tensors, described
-from moe_compress.checkpoint.stream import LayerStream
+from moe_compress.checkpoint.stream import TORCH_DTYPES, LayerStream
 from moe_compress.checkpoint.writer import SAFETENSORS_DTYPES
 from moe_compress.compress.quantize.config import BITSANDBYTES, PartConfig, QuantizeConfig
 from moe_compress.compress.quantize.plan import KEEP, SHAPE_BYTES, QuantizePlan, check_shapes
@@ -73,6 +73,13 @@ def linear_savings(config: QuantizeConfig, linears: Iterable[LinearLayer], scale
     return saved
 
 
+def scale_dtype_of(stream: LayerStream) -> torch.dtype:
+    """The type scales are stored in: that of the experts' own weights."""
+    moe = next(iter(stream.moe_layers.values()))
+    name = next(name for name in moe.expert_tensors() if name.endswith("down_proj"))
+    return TORCH_DTYPES[stream.stored_dtypes[f"{moe.block_name}.{name}"]]
+
+
 def _slices(found: Quantized) -> list[Stored]:
     """`pack` for each matrix of a stack [E, O, I]."""
     tensors = pack(found)
@@ -95,17 +102,27 @@ def require_quantizable(config: QuantizeConfig, stream: LayerStream, tier: str) 
     `UsageError` for a group size that does not divide a matrix, `UnsupportedModelError` for experts that
     compressed-tensors cannot pack.
     """
+    packed: set[str] = set()
     for moe in stream.moe_layers.values():
         check_shapes(config, expert_shapes(moe, stream.stored_dtypes))
         if tier == "stock":
             for name in fused_parts(stream, moe):
-                _require_single(stream, moe.layer, name)
+                packed |= _require_single(stream, moe.layer, name).keys()
     for linear in linear_layers(stream.layers, stream.moe_layers):
         if linear.part in config.parts:
             scheme = linear_scheme(config, config.parts[linear.part])
             if scheme.grid is not None:
                 what = f"`{linear.path}.weight` of layer {linear.layer} ({linear.part})"
                 check_group_size(scheme.grid, linear.shape[1], what)
+            if tier == "stock":
+                packed |= _require_single(stream, linear.layer, f"{linear.path}.weight").keys()
+    # What transformers merges on loading it dequantizes first, and weights that are not packed get lost there.
+    lost = next((name for name in stream.merged() if name not in packed), None) if tier == "stock" else None
+    if lost is not None:
+        raise UnsupportedModelError(
+            f"plain transformers cannot load packed checkpoints of this architecture: it merges tensors like `{lost}`, "
+            "which are not packed, and would take them for packed ones; set `export.tier: plugin`."
+        )
 
 
 def _require_single(stream: LayerStream, index: int, name: str) -> dict[str, tuple[int, ...]]:
