@@ -23,6 +23,7 @@ from transformers import AutoConfig, PretrainedConfig
 from moe_compress.checkpoint.durable import sync
 from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, write_hidden
 from moe_compress.checkpoint.index import TensorIndex
+from moe_compress.checkpoint.memory import give_back
 from moe_compress.checkpoint.source import WEIGHT_SUFFIXES, Checkpoint
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import (
@@ -206,6 +207,7 @@ def _write_layers(
             del stored
             target.release(index)
             before = background.submit(finish, index, part, write_hidden(writer.folder, index + 1, run.hidden))
+            give_back()
             stage.advance()
         if before is not None:
             before.result()

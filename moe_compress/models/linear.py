@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 # Multiplications below which handing the tensors over costs more than it gains.
 LEAST_WORK = 1 << 23
-# Rows are filled up to a multiple of this: oneDNN compiles, and keeps, a program for every size it meets.
-ROWS = 64
+# Rows are taken in blocks of this many, the last one filled up to a multiple of ROWS: oneDNN compiles a program for
+# every size it meets, and keeps half a megabyte for each.
+BLOCK = 1024
+ROWS = 128
 
 
 def linear(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -28,10 +30,20 @@ def linear(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> T
         or not torch.backends.mkldnn.is_available()
     ):
         return F.linear(inputs, weight_OI, bias_O)
-    rows_NI = inputs.reshape(-1, inputs.shape[-1])
-    filled_NI = F.pad(rows_NI, (0, 0, 0, -len(rows_NI) % ROWS))
-    output_NO = F.linear(filled_NI.to_mkldnn(), weight_OI, bias_O).to_dense()
-    return output_NO[: len(rows_NI)].view(*inputs.shape[:-1], -1)
+    blocks = inputs.reshape(-1, inputs.shape[-1]).split(BLOCK)
+    if len(blocks) == 1:
+        output_NO = _block(blocks[0], weight_OI, bias_O)
+    else:
+        output_NO = inputs.new_empty(sum(map(len, blocks)), len(weight_OI))
+        for block, part in zip(blocks, output_NO.split(BLOCK), strict=True):
+            part.copy_(_block(block, weight_OI, bias_O))
+    return output_NO.view(*inputs.shape[:-1], -1)
+
+
+def _block(rows_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    missing = -len(rows_NI) % ROWS
+    filled_NI = F.pad(rows_NI, (0, 0, 0, missing)) if missing else rows_NI
+    return F.linear(filled_NI.to_mkldnn(), weight_OI, bias_O).to_dense()[: len(rows_NI)]
 
 
 def speed_up(model: nn.Module) -> None:

@@ -38,10 +38,10 @@ from moe_compress.runtime.grid import (
 # Smallest damping after a factorisation failed with none.
 LEAST_DAMPING = 1e-6
 # Up to this many columns are factorised directly.
-SMALL_TRIANGLE = 64
+SMALL_TRIANGLE = 32
 # Rows of a second moment are added up in so many panels, none lower than this.
 PANELS = 8
-LEAST_PANEL = 128
+LEAST_PANEL = 256
 # Of a chunk of experts: little enough to stay in reused memory, which is faster, or what keeps an accelerator busy.
 CPU_MEMORY = 1 << 27
 DEVICE_MEMORY = 1 << 30
