@@ -39,6 +39,15 @@ def projections(experts: Any) -> dict[str, tuple[str, ...]]:
     return {"gate_up_proj": ("gate_proj", "up_proj") if apart else ("gate_up_proj",), "down_proj": ("down_proj",)}
 
 
+def part_rows(experts: Any, name: str, rows: int) -> dict[str, slice]:
+    """The projections in a fused matrix of `rows` rows, and the rows of each, alternating ones told apart too."""
+    if not experts.has_gate or name == "down_proj":
+        return {name: slice(None)}
+    if experts.is_concatenated:
+        return {"gate_proj": slice(rows // 2), "up_proj": slice(rows // 2, None)}
+    return {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+
+
 def matrix_shape(experts: Any, fused: Tensor) -> tuple[int, int]:
     """Rows and columns [out, in] of one expert's matrix in a fused parameter [E, ...]."""
     _, first, second = fused.shape

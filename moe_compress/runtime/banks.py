@@ -1,0 +1,247 @@
+"""Layers whose routers choose among more experts than are stored: the runtime of merged and tied models.
+
+The section `moe_compress` of `config.json` describes the bank of a layer under `layers.<index>.bank`:
+
+| key | meaning |
+|---|---|
+| `experts` | stored experts b |
+| `slots` | for each routed expert the stored one that runs, or null: a constant stands for it; absent: its own |
+| `ranks` | projection -> rank of each routed expert's difference from its stored one; absent: no differences |
+| `layer` | the layer that stores the experts, when it is not this one |
+
+A stored expert whose members differ from it runs once for all tokens of the members: its first product is computed once
+per token, and every member adds its own two thin products. Dense experts are never built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_compress.models.experts import expert_weight, experts_forward, matrix_shape, part_rows, projections, routed_tokens
+
+
+SIDES = ("left", "right")
+
+
+@dataclass(frozen=True)
+class Bank:
+    """What the experts of a layer are made of; the fields are those of the table above."""
+
+    experts: int
+    slots: tuple[int | None, ...]
+    ranks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    layer: int | None = None
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Bank:
+        ranks = {part: tuple(values) for part, values in content.get("ranks", {}).items()}
+        slots = tuple(content.get("slots") or range(content["experts"]))
+        return cls(content["experts"], slots, ranks, content.get("layer"))
+
+    def to_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"experts": self.experts}
+        if self.slots != tuple(range(self.experts)):
+            found["slots"] = list(self.slots)
+        if self.ranks:
+            found["ranks"] = {part: list(values) for part, values in self.ranks.items()}
+        return found if self.layer is None else found | {"layer": self.layer}
+
+    @property
+    def constants(self) -> list[int]:
+        """The routed experts that are constants, in the order of their rows."""
+        return [expert for expert, slot in enumerate(self.slots) if slot is None]
+
+
+def stored_tensors(experts: Any) -> list[str]:
+    """Names of an experts module's own tensors, each [b, ...]."""
+    names = list(projections(experts))
+    return names + ([f"{name}_bias" for name in names] if experts.has_bias else [])
+
+
+def part_shapes(experts: Any) -> dict[str, tuple[int, int]]:
+    """Rows and columns of one expert's gate (if any), up and down projections, from its fused parameters."""
+    shapes = {}
+    for name in projections(experts):
+        rows, columns = matrix_shape(experts, getattr(experts, name))
+        parts = part_rows(experts, name, rows)
+        shapes |= {part: (rows // len(parts), columns) for part in parts}
+    return shapes
+
+
+class Differences(nn.Module):
+    """What tells the routed experts of a bank from the stored ones, for every projection.
+
+    `<part>_left` [R, out] and `<part>_right` [R, in] hold the factors of all experts one below the other, R being the
+    sum of their ranks; an expert's matrix is that of its slot plus left^T right. Biases are the routed experts' own.
+    """
+
+    def __init__(self, experts: Any, bank: Bank) -> None:
+        super().__init__()
+        self.ranges: dict[str, list[tuple[int, int]]] = {}
+        like = getattr(experts, "down_proj")
+        for part, (rows, columns) in part_shapes(experts).items():
+            ends = [0, *accumulate(bank.ranks[part])]
+            self.ranges[part] = list(pairwise(ends))
+            for side, width in (("left", rows), ("right", columns)):
+                self.register_parameter(f"{part}_{side}", nn.Parameter(like.new_zeros(ends[-1], width)))
+        if experts.has_bias:
+            for name in projections(experts):
+                shape = (len(bank.slots), getattr(experts, f"{name}_bias").shape[1])
+                self.register_parameter(f"{name}_bias", nn.Parameter(like.new_zeros(shape)))
+
+    def product(self, part: str, expert: int, inputs_NI: Tensor) -> Tensor:
+        """What an expert's own part adds to the product of its slot, [N, out]."""
+        start, stop = self.ranges[part][expert]
+        left, right = (self.get_parameter(f"{part}_{side}")[start:stop].to(inputs_NI.dtype) for side in SIDES)
+        return inputs_NI @ right.T @ left
+
+
+class BankedExperts(nn.Module):
+    """Mixed into the experts class of a layer that has a bank; its router's choices are those of `bank.slots`."""
+
+    bank: Bank
+    differences: Differences | None
+    constants: nn.Parameter | None  # [C, H]
+    config: Any
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The gated sum of the routed experts' outputs."""
+        routed_TH: Tensor
+        if self.differences is not None:
+            routed_TH = _with_differences(self, hidden_states, top_k_index, top_k_weights)
+        else:
+            slot_TK = _lookup(self.bank.slots, self.bank.experts, top_k_index)
+            gate_TK = top_k_weights.masked_fill(slot_TK >= self.bank.experts, 0)
+            # A family's own code may not expect a choice that is no expert; the registered functions do.
+            is_eager = self.constants is not None and self.config._experts_implementation == "eager"
+            routed_TH = (
+                experts_forward(self, hidden_states, slot_TK, gate_TK)
+                if is_eager
+                else super().forward(hidden_states, slot_TK, gate_TK)
+            )
+        if self.constants is not None:
+            routed_TH = routed_TH + self._constant_part(top_k_index, top_k_weights).to(routed_TH.dtype)
+        return routed_TH
+
+    def _constant_part(self, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
+        """Sum of gate values times constants, [T, H]."""
+        assert self.constants is not None
+        row = {expert: number for number, expert in enumerate(self.bank.constants)}
+        row_TK = _lookup([row.get(expert) for expert in range(len(self.bank.slots))], len(row), index_TK)
+        gate_TC = gate_TK.new_zeros(len(index_TK), len(row) + 1).scatter_add(1, row_TK, gate_TK)
+        return gate_TC[:, :-1] @ self.constants.to(gate_TK.dtype)
+
+
+def furnish(experts: Any, bank: Bank) -> None:
+    """Give a fused experts module the parameters of its bank; their values are yet to be loaded."""
+    for name in stored_tensors(experts):
+        tensor = getattr(experts, name)
+        fitting = tensor.new_empty(bank.experts, *tensor.shape[1:])
+        setattr(experts, name, nn.Parameter(fitting, requires_grad=tensor.requires_grad))
+    experts.num_experts, experts.bank = bank.experts, bank
+    experts.differences = Differences(experts, bank) if bank.ranks else None
+    constants = None
+    if bank.constants:
+        constants = nn.Parameter(experts.down_proj.new_zeros(len(bank.constants), part_shapes(experts)["down_proj"][0]))
+    experts.register_parameter("constants", constants)
+
+
+def run_banked(experts: Any) -> None:
+    """Make an experts module that was furnished, and perhaps packed since, run as its bank says."""
+    experts._is_expert_parallel = bool(experts.bank.constants)  # so that nothing is computed for what has no slot
+    base = type(experts)
+    experts.__class__ = type(f"Banked{base.__name__}", (BankedExperts, base), {"__module__": __name__})
+
+
+def share(experts: Any, owner: Any) -> None:
+    """Let a module use the stored experts of another one, packed alike; nothing is copied."""
+    for name in stored_tensors(experts):
+        if name in owner._parameters:
+            experts._parameters[name] = owner._parameters[name]
+    for part in _parts(experts):
+        if part in owner._modules:
+            experts._modules[part] = owner._modules[part]
+
+
+def shared_tensors(owner: Any) -> list[str]:
+    """The names of what `share` lets another module use."""
+    own = [name for name in stored_tensors(owner) if name in owner._parameters]
+    packed = [f"{part}.{name}" for part in _parts(owner) if part in owner._modules for name in owner._modules[part]._buffers]
+    return own + packed
+
+
+def _parts(experts: Any) -> list[str]:
+    return [part for parts in projections(experts).values() for part in parts]
+
+
+def _lookup(table: Sequence[int | None], default: int, index_TK: Tensor) -> Tensor:
+    """The entry of each chosen expert; `default` for None and for what is no routed expert."""
+    entries = [*(default if entry is None else entry for entry in table), default]
+    return torch.tensor(entries, device=index_TK.device)[index_TK.clamp(max=len(table))]
+
+
+def _with_differences(experts: Any, hidden_TH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
+    """Gated sum [T, H] of the outputs of routed experts that differ from their slots; see `experts_forward`."""
+    bank, top_k = experts.bank, index_TK.shape[1]
+    index_TK = index_TK.masked_fill(gate_TK == 0, len(bank.slots))
+    pairs = dict(routed_tokens(index_TK, len(bank.slots)))
+    observer = getattr(experts, "observer", None)
+    outputs = hidden_TH.new_zeros(index_TK.numel(), hidden_TH.shape[1])
+    for slot in range(bank.experts):
+        members = [expert for expert in pairs if bank.slots[expert] == slot]
+        if not members:
+            continue
+        pair_N = torch.cat([pairs[expert] for expert in members])
+        sizes = [len(pairs[expert]) for expert in members]
+        output_NH = _slot_output(experts, slot, members, sizes, hidden_TH, pair_N // top_k)
+        gate_N = gate_TK.flatten()[pair_N]
+        if observer is not None:
+            observer.expert(slot, pair_N // top_k, gate_N, output_NH)
+        outputs[pair_N] = output_NH * gate_N[:, None].to(output_NH.dtype)
+    routed_TH = outputs.view(*index_TK.shape, -1).sum(dim=1)
+    if observer is not None:
+        observer.block(_lookup(bank.slots, bank.experts, index_TK), routed_TH)
+    return routed_TH
+
+
+def _slot_output(
+    experts: Any, slot: int, members: Sequence[int], sizes: Sequence[int], hidden_TH: Tensor, token_N: Tensor
+) -> Tensor:
+    """Raw outputs [N, H] of the experts of one slot, `sizes` tokens each, one expert's after the other's."""
+    first = next(iter(projections(experts)))
+    token_U, unique_N = token_N.unique(return_inverse=True)  # a token that chose two of them is computed once
+    shared_UF = F.linear(hidden_TH[token_U], expert_weight(experts, first, slot, hidden_TH.dtype))
+    input_NH = hidden_TH[token_N]
+    mixed_NF = shared_UF[unique_N] + _own_part(experts, first, members, input_NH.split(list(sizes)))
+    inner_NF = experts._apply_gate(mixed_NF) if experts.has_gate else experts.act_fn(mixed_NF)
+    if hasattr(experts, "recorder") and experts.recorder(slot, input_NH, inner_NF):
+        return torch.zeros_like(input_NH)
+    output_NH = F.linear(inner_NF, expert_weight(experts, "down_proj", slot, hidden_TH.dtype))
+    output_NH = output_NH + _own_part(experts, "down_proj", members, inner_NF.split(list(sizes)))
+    return experts.post_expert_norm(output_NH) if experts.has_post_expert_norm else output_NH
+
+
+def _own_part(experts: Any, name: str, members: Sequence[int], inputs: Sequence[Tensor]) -> Tensor:
+    """What the members of a slot add to its product with a fused matrix, biases included; [N, out]."""
+    differences: Differences = experts.differences
+    parts = part_rows(experts, name, 0)
+    found = []
+    for expert, input_NI in zip(members, inputs, strict=True):
+        products = [differences.product(part, expert, input_NI) for part in parts]
+        if len(parts) == 1:
+            own = products[0]
+        elif experts.is_concatenated:
+            own = torch.cat(products, dim=-1)
+        else:  # gate and up alternate
+            own = torch.stack(products, dim=-1).flatten(-2)
+        if experts.has_bias:
+            own = own + differences.get_parameter(f"{name}_bias")[expert].to(own.dtype)
+        found.append(own)
+    return torch.cat(found)
