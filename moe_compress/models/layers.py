@@ -57,6 +57,11 @@ class MoELayer:
         """What the block multiplies the experts' gated sum with, where this is not in the gate values already."""
         return float(getattr(self.block, "routed_scaling_factor", 1.0))
 
+    @property
+    def experts_path(self) -> str:
+        """The experts module inside its decoder layer."""
+        return f"{self.block_path}.{self.experts_name.removeprefix(self.block_name).lstrip('.')}".lstrip(".")
+
     def expert_tensors(self) -> dict[str, Tensor]:
         """The experts' tensors by name relative to the block, each [E, ...]."""
         return {name: tensor for name, (tensor, _) in self._tensors().items() if self._of_experts(name)}
@@ -73,8 +78,16 @@ class MoELayer:
 
     def select(self, state: Mapping[str, Tensor], experts: Tensor) -> dict[str, Tensor]:
         """The decoder layer's tensors with only these experts (int64 [n], in their new order), as a new dictionary."""
+        return self._selected(state, experts, self.counted)
+
+    def select_stored(self, state: Mapping[str, Tensor], experts: Tensor) -> dict[str, Tensor]:
+        """The decoder layer's tensors with only these experts, but all that the router has."""
+        own = {f"{self.block_path}.{name}".lstrip(".") for name in self.expert_tensors()}
+        return self._selected(state, experts, {name: dim for name, dim in self.counted.items() if name in own})
+
+    def _selected(self, state: Mapping[str, Tensor], experts: Tensor, counted: Mapping[str, int]) -> dict[str, Tensor]:
         selected = {}
-        for name, dimension in self.counted.items():
+        for name, dimension in counted.items():
             beyond = torch.arange(self.num_experts, state[name].shape[dimension])
             entries = torch.cat([experts, beyond]).to(state[name].device)
             selected[name] = state[name].index_select(dimension, entries)

@@ -24,10 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_compress.models.experts import expert_weight, experts_forward, matrix_shape, part_rows, projections, routed_tokens
-
-
-SIDES = ("left", "right")
+from moe_compress.models.experts import (
+    expert_weight,
+    experts_forward,
+    matrix_shape,
+    part_rows,
+    projections,
+    routed_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def stored_tensors(experts: Any) -> list[str]:
 
 def part_shapes(experts: Any) -> dict[str, tuple[int, int]]:
     """Rows and columns of one expert's gate (if any), up and down projections, from its fused parameters."""
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for name in projections(experts):
         rows, columns = matrix_shape(experts, getattr(experts, name))
         parts = part_rows(experts, name, rows)
@@ -75,32 +79,44 @@ def part_shapes(experts: Any) -> dict[str, tuple[int, int]]:
     return shapes
 
 
+def short(part: str) -> str:
+    """A projection's name in those of the differences: not its own, which conversions of some families look for."""
+    return part.removesuffix("_proj")
+
+
 class Differences(nn.Module):
     """What tells the routed experts of a bank from the stored ones, for every projection.
 
-    `<part>_left` [R, out] and `<part>_right` [R, in] hold the factors of all experts one below the other, R being the
-    sum of their ranks; an expert's matrix is that of its slot plus left^T right. Biases are the routed experts' own.
+    A routed expert's matrix is scale times that of its slot, plus left^T right. `gate_left` [R, out], `gate_right`
+    [R, in] and so on hold the factors of all experts one below the other, R being the sum of their ranks; `gate_scale`
+    is [E]. Biases are the routed experts' own.
     """
 
     def __init__(self, experts: Any, bank: Bank) -> None:
         super().__init__()
         self.ranges: dict[str, list[tuple[int, int]]] = {}
-        like = getattr(experts, "down_proj")
+        like, routed = experts.down_proj, len(bank.slots)
         for part, (rows, columns) in part_shapes(experts).items():
             ends = [0, *accumulate(bank.ranks[part])]
             self.ranges[part] = list(pairwise(ends))
-            for side, width in (("left", rows), ("right", columns)):
-                self.register_parameter(f"{part}_{side}", nn.Parameter(like.new_zeros(ends[-1], width)))
+            for side, shape in (("left", (ends[-1], rows)), ("right", (ends[-1], columns)), ("scale", (routed,))):
+                self.register_parameter(f"{short(part)}_{side}", nn.Parameter(like.new_ones(shape)))
         if experts.has_bias:
             for name in projections(experts):
-                shape = (len(bank.slots), getattr(experts, f"{name}_bias").shape[1])
+                shape = (routed, getattr(experts, f"{name}_bias").shape[1])
                 self.register_parameter(f"{name}_bias", nn.Parameter(like.new_zeros(shape)))
 
-    def product(self, part: str, expert: int, inputs_NI: Tensor) -> Tensor:
-        """What an expert's own part adds to the product of its slot, [N, out]."""
+    def factors(self, part: str, expert: int) -> tuple[Tensor, Tensor]:
+        """Views of left [r, out] and right [r, in] of one routed expert."""
         start, stop = self.ranges[part][expert]
-        left, right = (self.get_parameter(f"{part}_{side}")[start:stop].to(inputs_NI.dtype) for side in SIDES)
-        return inputs_NI @ right.T @ left
+        left, right = (self.get_parameter(f"{short(part)}_{side}") for side in ("left", "right"))
+        return left[start:stop], right[start:stop]
+
+    def product(self, part: str, expert: int, slot_NO: Tensor, input_NI: Tensor) -> Tensor:
+        """An expert's product [N, out] with its inputs, from that of its slot."""
+        left, right = (factor.to(input_NI.dtype) for factor in self.factors(part, expert))
+        scale = self.get_parameter(f"{short(part)}_scale")[expert].to(input_NI.dtype)
+        return slot_NO * scale + input_NI @ right.T @ left
 
 
 class BankedExperts(nn.Module):
@@ -173,7 +189,9 @@ def share(experts: Any, owner: Any) -> None:
 def shared_tensors(owner: Any) -> list[str]:
     """The names of what `share` lets another module use."""
     own = [name for name in stored_tensors(owner) if name in owner._parameters]
-    packed = [f"{part}.{name}" for part in _parts(owner) if part in owner._modules for name in owner._modules[part]._buffers]
+    packed = [
+        f"{part}.{name}" for part in _parts(owner) if part in owner._modules for name in owner._modules[part]._buffers
+    ]
     return own + packed
 
 
@@ -219,29 +237,32 @@ def _slot_output(
     token_U, unique_N = token_N.unique(return_inverse=True)  # a token that chose two of them is computed once
     shared_UF = F.linear(hidden_TH[token_U], expert_weight(experts, first, slot, hidden_TH.dtype))
     input_NH = hidden_TH[token_N]
-    mixed_NF = shared_UF[unique_N] + _own_part(experts, first, members, input_NH.split(list(sizes)))
+    mixed_NF = _own_products(experts, first, members, sizes, shared_UF[unique_N], input_NH)
     inner_NF = experts._apply_gate(mixed_NF) if experts.has_gate else experts.act_fn(mixed_NF)
     if hasattr(experts, "recorder") and experts.recorder(slot, input_NH, inner_NF):
         return torch.zeros_like(input_NH)
-    output_NH = F.linear(inner_NF, expert_weight(experts, "down_proj", slot, hidden_TH.dtype))
-    output_NH = output_NH + _own_part(experts, "down_proj", members, inner_NF.split(list(sizes)))
+    shared_NH = F.linear(inner_NF, expert_weight(experts, "down_proj", slot, hidden_TH.dtype))
+    output_NH = _own_products(experts, "down_proj", members, sizes, shared_NH, inner_NF)
     return experts.post_expert_norm(output_NH) if experts.has_post_expert_norm else output_NH
 
 
-def _own_part(experts: Any, name: str, members: Sequence[int], inputs: Sequence[Tensor]) -> Tensor:
-    """What the members of a slot add to its product with a fused matrix, biases included; [N, out]."""
+def _own_products(
+    experts: Any, name: str, members: Sequence[int], sizes: Sequence[int], slot_NO: Tensor, input_NI: Tensor
+) -> Tensor:
+    """The members' own products [N, out] with a fused matrix, biases included, from those of their slot."""
     differences: Differences = experts.differences
-    parts = part_rows(experts, name, 0)
+    rows = part_rows(experts, name, slot_NO.shape[1])
     found = []
-    for expert, input_NI in zip(members, inputs, strict=True):
-        products = [differences.product(part, expert, input_NI) for part in parts]
-        if len(parts) == 1:
-            own = products[0]
+    pieces = zip(members, slot_NO.split(list(sizes)), input_NI.split(list(sizes)), strict=True)
+    for expert, slot_MO, input_MI in pieces:
+        products = [differences.product(part, expert, slot_MO[:, where], input_MI) for part, where in rows.items()]
+        if len(products) == 1:
+            own_MO = products[0]
         elif experts.is_concatenated:
-            own = torch.cat(products, dim=-1)
+            own_MO = torch.cat(products, dim=-1)
         else:  # gate and up alternate
-            own = torch.stack(products, dim=-1).flatten(-2)
+            own_MO = torch.stack(products, dim=-1).flatten(-2)
         if experts.has_bias:
-            own = own + differences.get_parameter(f"{name}_bias")[expert].to(own.dtype)
-        found.append(own)
+            own_MO = own_MO + differences.get_parameter(f"{name}_bias")[expert].to(own_MO.dtype)
+        found.append(own_MO)
     return torch.cat(found)
