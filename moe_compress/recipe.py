@@ -15,6 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field
 
 from moe_compress.calibrate.config import CalibrationConfig
+from moe_compress.compress.merge import config as merge
+from moe_compress.compress.merge.config import MergeConfig
 from moe_compress.compress.prune import config as prune
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.quantize import config as quantize
@@ -33,6 +35,9 @@ class OperationSettings(Protocol):
 
     LAST: str | None  # why no step may follow, if none may
 
+    def leaves_banks(self, step: Mapping[str, Any]) -> bool:
+        """Whether routers choose among more experts than are stored afterwards; then only `quantize` may follow."""
+
     def needs_tokens(self, step: Mapping[str, Any]) -> bool:
         """Whether calibration tokens pass through the model."""
 
@@ -43,7 +48,7 @@ class OperationSettings(Protocol):
         """Settings whose result plain transformers cannot load, or loads wrong without a word, with the reason."""
 
 
-OPERATIONS: dict[str, OperationSettings] = {"prune": prune, "quantize": quantize}
+OPERATIONS: dict[str, OperationSettings] = {"merge": merge, "prune": prune, "quantize": quantize}
 
 
 class ExportConfig(BaseModel):
@@ -69,7 +74,7 @@ class Recipe(BaseModel):
         default=CalibrationConfig(dataset=REFERENCE),
         description="The tokens that experts are measured on; required when there are steps.",
     )
-    steps: list[Annotated[PruneConfig | QuantizeConfig, Discriminator("op")]] = Field(
+    steps: list[Annotated[MergeConfig | PruneConfig | QuantizeConfig, Discriminator("op")]] = Field(
         default=[], description="Transformations in order; none copies the checkpoint unchanged."
     )
     export: ExportConfig = Field(default=ExportConfig(), description="How the result is written.")
@@ -256,6 +261,11 @@ def _beyond_tier(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
     for index, operation in enumerate(operations[:-1]):
         if operation is not None and operation.LAST is not None:
             yield ("steps", index, "op"), f"`{steps[index]['op']}` must be the last step: {operation.LAST}"
+    for index, (step, operation) in enumerate(zip(steps[:-1], operations, strict=False)):
+        after = operations[index + 1]
+        if operation is not None and operation.leaves_banks(step) and after not in (None, quantize):
+            why = f"step {index} leaves routers that choose among more experts than are stored; put it after this one"
+            yield ("steps", index + 1, "op"), why
     if isinstance(export, dict) and export.get("tier") == "plugin":
         return
     for index, (step, operation) in enumerate(zip(steps, operations, strict=True)):

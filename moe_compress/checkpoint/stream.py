@@ -129,8 +129,11 @@ class LayerStream:
         down = next(name for name in own if name.endswith("down_proj"))
         exact = set()
         for name in [*own, *moe.bank_tensors()]:
-            possible = (f"{moe.block_name}.{name}", f"{owner.block_name}.{name}", f"{owner.block_name}.{down}")
-            target = next(target for target in possible if target in sources)
+            like = (
+                f"{moe.block_name}.{name}",
+                *(f"{owner.block_name}.{n}" for n in (name, name.replace("differences.", ""), down)),
+            )
+            target = next(target for target in like if target in sources)
             dtypes = sources[target]
             dtype = TORCH_DTYPES.get(min(dtypes), torch.float32) if len(dtypes) == 1 else torch.float32
             _retype(moe.block, name, dtype)

@@ -200,6 +200,15 @@ def banks(config: Any) -> dict[int, dict[str, Any]]:
     return {int(layer): found[BANK] for layer, found in layers.items() if BANK in found}
 
 
+def require_no_banks(config: Any, op: str) -> None:
+    """Raise `UnsupportedModelError` when the routers of a checkpoint choose among more experts than are stored."""
+    if banks(config):
+        raise UnsupportedModelError(
+            f"`{op}` needs an expert for every row of the router, and this checkpoint was merged or tied with its "
+            "routers kept; start from the original."
+        )
+
+
 def without_banks(config: Any) -> Any:
     """A copy of the configuration in which every layer keeps an expert for every row of its router."""
     changed = type(config).from_dict(config.to_dict())

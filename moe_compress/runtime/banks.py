@@ -103,8 +103,8 @@ class Differences(nn.Module):
                 self.register_parameter(f"{short(part)}_{side}", nn.Parameter(like.new_ones(shape)))
         if experts.has_bias:
             for name in projections(experts):
-                shape = (routed, getattr(experts, f"{name}_bias").shape[1])
-                self.register_parameter(f"{name}_bias", nn.Parameter(like.new_zeros(shape)))
+                bias = getattr(experts, f"{name}_bias")
+                self.register_parameter(f"{name}_bias", nn.Parameter(bias.new_zeros(routed, bias.shape[1])))
 
     def factors(self, part: str, expert: int) -> tuple[Tensor, Tensor]:
         """Views of left [r, out] and right [r, in] of one routed expert."""

@@ -17,7 +17,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.errors import UnsupportedModelError
-from moe_compress.models.layers import SECTION
+from moe_compress.models.layers import BANK, SECTION, family_num_experts
+from moe_compress.models.skeleton import build_skeleton
+from moe_compress.runtime.banks import Bank
 from moe_compress.runtime.model import CompressedModel
 from moe_compress.runtime.packed import packed_conversions
 from moe_compress.runtime.registration import COMPRESSED
@@ -40,6 +42,18 @@ def plugin_config(config: Mapping[str, Any], section: Mapping[str, Any]) -> dict
         "auto_map": AUTO_MAP,
         SECTION: dict(section),
     }
+
+
+def with_banks(config: PretrainedConfig, banks: Mapping[int, Bank]) -> PretrainedConfig:
+    """The configuration of the compressed family whose layers, by index, run from these banks."""
+    content = config.to_dict()
+    found = content.get(SECTION) or plugin_section(family_num_experts(build_skeleton(config)))
+    layers = {**found["layers"]}
+    for layer, bank in banks.items():
+        layers[str(layer)] = {**layers.get(str(layer), {}), BANK: bank.to_json()}
+    content = plugin_config(content, found | {"layers": layers})
+    made: PretrainedConfig = CONFIG_MAPPING[content["model_type"]].from_dict(content)
+    return made
 
 
 def causal_model(config: Mapping[str, Any]) -> Any:

@@ -60,7 +60,9 @@ class Case:
     def stream(self) -> LayerStream:
         return LayerStream(self.source)
 
-    def plan(self, layers: dict[int, list[list[int]]], ranks: dict[str, int] | None = None, **settings: Any) -> MergePlan:
+    def plan(
+        self, layers: dict[int, list[list[int]]], ranks: dict[str, int] | None = None, **settings: Any
+    ) -> MergePlan:
         """Groups by layer, each with its dominant expert first and equal shares."""
         config = MergeConfig.model_validate({"op": "merge", "grouping": "router", "keep": 4} | settings)
         found = []

@@ -43,7 +43,7 @@ class MergeChange(Change):
         section = config.get(SECTION) or plugin_section(before)
         layers = {**section["layers"]}
         for layer, found in self.layers.items():
-            layers[str(layer)] = {**layers.get(str(layer), {}), BANK: _bank(found).to_json()}
+            layers[str(layer)] = {**layers.get(str(layer), {}), BANK: bank_of(found).to_json()}
         return plugin_config(config, section | {"layers": layers})
 
     def layer(self, moe: MoELayer, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ class MergeChange(Change):
         state = moe.select_stored(state, dominants)
         if self.settings.keep_differences is not None:
             device = next(iter(own.values())).device
-            empty = Differences(moe.experts, _bank(plan))
+            empty = Differences(moe.experts, bank_of(plan))
             for name, tensor in empty.state_dict().items():
                 fill = 1.0 if name.endswith("_scale") else 0.0
                 state[f"{path}.differences.{name}"] = torch.full_like(tensor, fill, device=device)
@@ -119,7 +119,7 @@ def needs_tokens(plan: MergePlan) -> bool:
     return plan.config.align == "activations" or plan.config.keep_differences is not None
 
 
-def _bank(plan: MergedLayer) -> Bank:
+def bank_of(plan: MergedLayer) -> Bank:
     """What the runtime is told of a layer that keeps its router."""
     led = set(plan.dominants)
     ranks = {

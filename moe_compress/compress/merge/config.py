@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from moe_compress.compress.prune.config import _check_keep
+from moe_compress.compress.prune.config import check_keep
 
 Criterion = Literal["frequency", "seer", "ean", "reap", "man", "msan", "easy_ep", "mone"]
 
@@ -43,7 +44,7 @@ class MergeConfig(BaseModel):
 
     op: Literal["merge"] = Field(description="Put routed experts together.")
     grouping: Literal["hc", "router", "ream"] = Field(description="How groups are found.")
-    keep: Annotated[int | float, BeforeValidator(_check_keep)] = Field(
+    keep: Annotated[int | float, BeforeValidator(check_keep)] = Field(
         description="Groups per layer: a fraction in (0, 1] of the experts, or a whole number."
     )
     multiple_of: int = Field(default=1, ge=1, description="Round the number of groups to the nearest multiple of this.")
@@ -77,3 +78,37 @@ class MergeConfig(BaseModel):
     def keeps_router(self) -> bool:
         """Whether every expert keeps its router row."""
         return self.router == "keep" or self.keep_differences is not None
+
+
+# Rules between settings, judged in the step as it is written (see `recipe.OperationSettings`).
+
+LAST: str | None = None
+
+
+def needs_tokens(step: Mapping[str, Any]) -> bool:
+    return True
+
+
+def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if step.get("grouping") in {"hc", "router"} and "max_group_size" in step:
+        yield "max_group_size", "only the grouping `ream` limits the size of groups"
+    if step.get("keep_differences") is not None:
+        if "weighting" in step:
+            yield "weighting", "`keep_differences` averages nothing"
+        if step.get("router") == "keep":
+            yield "router", "`keep_differences` keeps the router by itself"
+    uses_saliency = step.get("grouping") != "router" and step.get("keep_differences") is None
+    if "criterion" in step and not (
+        uses_saliency or step.get("grouping") == "ream" or step.get("weighting") == "saliency"
+    ):
+        yield "criterion", "nothing here goes by saliency"
+
+
+def leaves_banks(step: Mapping[str, Any]) -> bool:
+    return step.get("router") == "keep" or step.get("keep_differences") is not None
+
+
+def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    key = "keep_differences" if step.get("keep_differences") is not None else "router"
+    if leaves_banks(step):
+        yield key, "plain transformers cannot let a router choose among more experts than there are"

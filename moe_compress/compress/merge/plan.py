@@ -21,8 +21,10 @@ from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.prune.plan import criterion_scores, keep_count, super_experts
 from moe_compress.compress.quantize.plan import ExpertShapes
 from moe_compress.errors import UsageError
+from moe_compress.text import listed
 
 FORMAT = 1
+MAX_LISTED = 20
 Array = NDArray[np.float64]
 
 
@@ -75,13 +77,38 @@ class MergePlan:
         """Groups of all layers."""
         return sum(len(layer.groups) for layer in self.layers)
 
+    @property
+    def num_asked(self) -> float:
+        """Groups of all layers that `keep` asked for, before any rounding."""
+        keep = self.config.keep
+        return float(keep * len(self.layers) if isinstance(keep, int) else keep * self.num_experts)
+
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON-able values."""
+        """The plan as JSON-able values; `summary` is for the reader."""
         return {
             "format": FORMAT,
+            "op": "merge",
+            "summary": self._summary(),
             "config": self.config.model_dump(mode="json"),
             "layers": [asdict(layer) for layer in self.layers],
         }
+
+    def _summary(self) -> list[str]:
+        config = self.config
+        sizes = [len(group.members) for layer in self.layers for group in layer.groups]
+        what = "share one" if config.keep_differences is None else "are kept as differences from one"
+        lines = [
+            f"grouping {config.grouping}: the {self.num_experts} experts of {len(self.layers)} layers fall into "
+            f"{self.num_groups} groups of 1 to {max(sizes)}; the members of a group {what}.",
+            "The router keeps its rows." if config.keeps_router else "Each group has one row of the router.",
+        ]
+        ranks = sorted({rank for layer in self.layers for rank in layer.ranks.values()})
+        if ranks:
+            lines.append(f"Differences have rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}.")
+        protected = [f"layer {layer.layer} expert {expert}" for layer in self.layers for expert in layer.protected]
+        if protected:
+            lines.append(f"Super experts by themselves: {listed(protected, MAX_LISTED)}.")
+        return lines
 
 
 def group_count(config: MergeConfig, *, num_experts: int, top_k: int, num_groups: int = 1, **limits: Any) -> int:
@@ -141,6 +168,19 @@ def plan_merge(
             MergedLayer(layer.layer, layer.num_experts, tuple(groups), tuple(saliency.tolist()), protected, ranks)
         )
     return MergePlan(config, tuple(layers))
+
+
+def stored_bytes(plan: MergePlan, shapes: Sequence[ExpertShapes]) -> int:
+    """Bytes of the routed experts of all layers, of their differences, and of the router rows that count them."""
+    total = 0
+    for layer, shape in zip(plan.layers, shapes, strict=True):
+        groups, rows = len(layer.groups), shape.num_experts if plan.config.keeps_router else len(layer.groups)
+        total += groups * (shape.weights * shape.weight_bytes + shape.bias_bytes) + rows * (
+            shape.other_bytes - shape.bias_bytes
+        )
+        for rank in set(layer.ranks.values()):
+            total += difference_bytes(shape, groups, rank) + shape.num_experts * shape.bias_bytes
+    return total
 
 
 def difference_bytes(shape: ExpertShapes, num_groups: int, rank: int) -> int:

@@ -56,7 +56,7 @@ def _criterion_form(value: Any) -> str:
     return "custom" if isinstance(value, (dict, CustomCriterion)) else "name"
 
 
-def _check_keep(value: Any) -> Any:
+def check_keep(value: Any) -> Any:
     """One sentence for every wrong `keep`, where a plain union would complain once per alternative."""
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     is_fraction = isinstance(value, float) and 0 < value <= 1
@@ -82,7 +82,7 @@ class PruneConfig(BaseModel):
         Annotated[CriterionName, Tag("name")] | Annotated[CustomCriterion, Tag("custom")],
         Discriminator(_criterion_form),
     ] = Field(description="How experts are scored: a name, or {b, alpha, beta} of the unified family.")
-    keep: Annotated[int | float, BeforeValidator(_check_keep)] = Field(
+    keep: Annotated[int | float, BeforeValidator(check_keep)] = Field(
         description="Experts to keep: a fraction in (0, 1] of all, or a whole number of experts per layer "
         "(with `scope: global`, per layer on average). 1.0 keeps all, 1 keeps one."
     )
@@ -115,6 +115,10 @@ class PruneConfig(BaseModel):
 # Rules between settings, judged in the step as it is written (see `recipe.OperationSettings`).
 
 LAST: str | None = None
+
+
+def leaves_banks(step: Mapping[str, Any]) -> bool:
+    return False
 
 
 def needs_tokens(step: Mapping[str, Any]) -> bool:

@@ -60,6 +60,7 @@ class ExpertShapes:
     projections: Mapping[str, tuple[int, int]]  # name -> rows, columns
     weight_bytes: int  # of one weight, and of one scale
     other_bytes: int  # what an expert has besides: biases, its rows of the router
+    bias_bytes: int = 0  # of these, those of biases
 
     @property
     def weights(self) -> int:

@@ -66,4 +66,4 @@ class Sizes:
 
     def active_share(self) -> float:
         """Of the routed experts, what a token uses."""
-        return sum(shape.top_k for shape in self.shapes) / sum(shape.num_experts for shape in self.shapes)
+        return min(1.0, sum(shape.top_k for shape in self.shapes) / sum(shape.num_experts for shape in self.shapes))
