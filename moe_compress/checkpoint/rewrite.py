@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from moe_compress.checkpoint.durable import sync
-from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, save_hidden
+from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, write_hidden
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.source import WEIGHT_SUFFIXES, Checkpoint
 from moe_compress.checkpoint.stream import LayerStream
@@ -142,22 +143,7 @@ def rewrite(
     )
     target.release_embeddings()
     try:
-        for index in range(len(stream.layers)):
-            if index < done:
-                stage.advance("done before")
-                continue
-            state = take_layer(stream, index)
-            if index in stream.moe_layers:
-                state = change.layer(stream.moe_layers[index], state)
-            target.layers[index].load_state_dict(state, assign=True)
-            del state
-            stored = change.store(target, index, lambda index=index: run.rehearse(index))  # type: ignore[misc]
-            run.through(index)
-            writer.write(_part(index), stored)
-            del stored
-            target.release(index)
-            save_hidden(folder, index + 1, run.hidden)
-            stage.advance()
+        unchanged = _write_layers(stream, target, change, run, writer, stage, done)
         target.load_head()
         logits = run.finish(1)[0]
     finally:
@@ -168,12 +154,57 @@ def rewrite(
     transformed = sorted(set(source.index) - set(copied))
     shards = writer.finish(["rest", *(_part(index) for index in range(len(stream.layers)))])
     forget_hidden(folder)
-    unchanged = {name: tensor_sha256(source.index[name]) for name in stream.passing(change.packs)}
     ledger = Ledger(source.index.nbytes, copied, transformed, unchanged, expected, shards)
     for entry in folder.rglob("*"):
         sync(entry)
     write_json(folder / LEDGER_FILE, ledger.to_json())
     return ledger
+
+
+def _write_layers(
+    stream: LayerStream,
+    target: LayerStream,
+    change: Change,
+    run: Lockstep,
+    writer: ShardWriter,
+    stage: Stage,
+    done: int,
+) -> dict[str, str]:
+    """Load, change, run and write every layer from `done` on; returns hashes of what must come out as it went in.
+
+    While one layer is worked on, the one before it waits for the disk.
+    """
+    unchanged: dict[str, str] = {}
+
+    def finish(index: int, *commits: Callable[[], None]) -> None:
+        names = stream.passing(index, change.packs(index))
+        unchanged.update({name: tensor_sha256(stream.checkpoint.index[name]) for name in names})
+        for commit in commits:
+            commit()
+
+    with ThreadPoolExecutor(1) as background:
+        before: Future[None] | None = None
+        for index in range(done):
+            finish(index)
+            stage.advance("done before")
+        for index in range(done, len(stream.layers)):
+            state = take_layer(stream, index)
+            if index in stream.moe_layers:
+                state = change.layer(stream.moe_layers[index], state)
+            target.layers[index].load_state_dict(state, assign=True)
+            del state
+            stored = change.store(target, index, lambda index=index: run.rehearse(index))  # type: ignore[misc]
+            run.through(index)
+            if before is not None:
+                before.result()
+            part = writer.begin(_part(index), stored)
+            del stored
+            target.release(index)
+            before = background.submit(finish, index, part, write_hidden(writer.folder, index + 1, run.hidden))
+            stage.advance()
+        if before is not None:
+            before.result()
+    return unchanged
 
 
 def take_layer(stream: LayerStream, index: int) -> dict[str, Tensor]:
