@@ -170,9 +170,9 @@ def random_baselines(recipe: Recipe, source: Checkpoint, work: Path, around: Sur
                 drawn = PruneStep(step.model_copy(update={"criterion": "random", "seed": seed}))
                 plan = drawn.plan(scores, current.config)
                 kept = [found.select(layer.keep) for found, layer in zip(scores.layers, plan.layers, strict=True)]
-                scores = replace(scores, layers=kept)
                 folder = work / f"random-{seed}-{number}"
-                drawn.apply(plan, current, folder, around, title)
+                drawn.apply(plan, current, folder, around, title, scores)
+                scores = replace(scores, layers=kept)
                 current = open_rewritten(folder, current)
             settings = recipe.eval.model_copy(update={"speed": False})
             found = evaluate(current, settings, around, f"random seed {seed}")

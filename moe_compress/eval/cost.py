@@ -168,6 +168,8 @@ def model_cost(
     notes = {mixer.note for mixer in mixers if mixer.note}
     if towers:
         notes.add("vision or audio towers are stored, but no work is counted for them")
+    if any(getattr(layer.experts, "constants", None) is not None for layer in layers):
+        notes.add("every routed expert is counted as if it ran, those that are constants too")
     if getattr(model.config, "quantization_config", None) is not None:
         notes.add(f"active bytes are derived for unquantized {str(embedding.dtype).removeprefix('torch.')} weights")
     return Cost(

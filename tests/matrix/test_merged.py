@@ -17,12 +17,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from moe_compress.checkpoint.rewrite import Ledger, rewrite, take_layer
+from moe_compress.calibrate.scores import LayerScores, Scores
+from moe_compress.checkpoint.rewrite import Change, Ledger, rewrite, take_layer
 from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.compress.merge.apply import MergeChange
 from moe_compress.compress.merge.config import MergeConfig
 from moe_compress.compress.merge.plan import Group, MergedLayer, MergePlan
+from moe_compress.compress.prune.apply import PruneChange
+from moe_compress.compress.prune.config import PruneConfig
+from moe_compress.compress.prune.plan import LayerPlan, PrunePlan
 from moe_compress.models.layers import routing_groups
 from moe_compress.progress import SilentProgress
 from tests.matrix.families import NUM_EXPERTS, NUM_LAYERS, save, tiny_config, tiny_model
@@ -73,15 +77,11 @@ class Case:
         return MergePlan(config, tuple(found))
 
     def apply(self, name: str, plan: MergePlan) -> Ledger:
+        return self.rewrite(name, MergeChange(plan, TOKENS, batch_size=2))
+
+    def rewrite(self, name: str, change: Change) -> Ledger:
         with SilentProgress().stage(name, NUM_LAYERS) as stage:
-            return rewrite(
-                self.source,
-                self.folder / name,
-                MergeChange(plan, TOKENS, batch_size=2),
-                max_shard_bytes=60_000,
-                device="cpu",
-                stage=stage,
-            )
+            return rewrite(self.source, self.folder / name, change, max_shard_bytes=60_000, device="cpu", stage=stage)
 
     def load(self, name: str) -> PreTrainedModel:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -197,6 +197,35 @@ def test_experts_that_differ_by_the_order_of_neurons(case: Case, align: str, tmp
         twin.apply("scrambled", twin.plan(everywhere(case), align=False, router="keep"))
         assert twin.probe_error(twin.load("scrambled"), "scrambled") < TOLERANCE
         assert twin.source_error("scrambled") > 2 * rounding
+
+
+def test_constants_in_place_of_dropped_experts(case: Case) -> None:
+    """What the calibration tokens gave on average, for experts whose router rows stay."""
+    keep = (0, 3, 6)
+    rng = np.random.default_rng(0)
+    layers, measured = [], []
+    for layer, moe in case.stream.moe_layers.items():
+        layers.append(LayerPlan(layer, NUM_EXPERTS, keep, (0.0,) * NUM_EXPERTS, ()))
+        tokens = rng.integers(1, 9, NUM_EXPERTS).astype(float)
+        statistics = {"tokens": tokens, "output_sum": rng.normal(size=(NUM_EXPERTS, moe.width))}
+        measured.append(LayerScores(layer, NUM_EXPERTS, moe.top_k, 40, 0.9, statistics))
+    config = PruneConfig(op="prune", criterion="mone", keep=3, replace="constant")
+    ledger = case.rewrite("constants", PruneChange(PrunePlan(config, tuple(layers)), Scores(measured, {})))
+    after = stored(case.folder / "constants")
+    assert {name: found[:2] for name, found in after.items()} == ledger.expected
+    model = case.load("constants")
+    assert case.probe_error(model, "constants") < TOLERANCE
+    for scores in measured:
+        moe = case.stream.moe_layers[scores.layer]
+        experts: Any = model.get_submodule(moe.experts_name)
+        dropped = [expert for expert in range(NUM_EXPERTS) if expert not in keep]
+        expected = scores.statistics["output_sum"][dropped] / scores.statistics["tokens"][dropped, None]
+        np.testing.assert_allclose(experts.constants.detach().numpy(), expected, rtol=1e-2)
+        before = take_layer(case.stream, scores.layer)
+        for name in moe.router_tensors():
+            path = f"{moe.block_path}.{name}".lstrip(".")
+            found = model.get_submodule(moe.block_name).state_dict()[name]
+            assert torch.equal(found.float(), before[path].float()), name
 
 
 def test_differences(case: Case) -> None:

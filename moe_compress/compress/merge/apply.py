@@ -19,10 +19,10 @@ from moe_compress.compress.merge.differences import Differ
 from moe_compress.compress.merge.neurons import Expert, Original, inner_activations, read_expert, write_expert
 from moe_compress.compress.merge.plan import Group, MergedLayer, MergePlan
 from moe_compress.compress.prune.apply import with_counts
-from moe_compress.models.layers import BANK, SECTION, MoELayer
+from moe_compress.models.layers import MoELayer
 from moe_compress.models.lockstep import Enough
 from moe_compress.runtime.banks import Bank, Differences
-from moe_compress.runtime.families import plugin_config, plugin_section
+from moe_compress.runtime.families import with_banks
 
 ALIGNED_TOKENS = 2048  # on which neurons are compared
 
@@ -40,11 +40,7 @@ class MergeChange(Change):
         before = self.plan.layers[0].num_experts
         if not self.settings.keeps_router:
             return with_counts(config, before, {layer: len(found.groups) for layer, found in self.layers.items()})
-        section = config.get(SECTION) or plugin_section(before)
-        layers = {**section["layers"]}
-        for layer, found in self.layers.items():
-            layers[str(layer)] = {**layers.get(str(layer), {}), BANK: bank_of(found).to_json()}
-        return plugin_config(config, section | {"layers": layers})
+        return with_banks(config, before, {layer: bank_of(found) for layer, found in self.layers.items()})
 
     def layer(self, moe: MoELayer, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The layer with the dominant experts as they are; `store` merges the others into them."""

@@ -22,7 +22,7 @@ from moe_compress.compress.quantize.sizes import Sizes
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.models.layers import require_no_banks, set_num_experts
 from moe_compress.runtime.banks import Bank
-from moe_compress.runtime.families import causal_model, with_banks
+from moe_compress.runtime.families import banked, causal_model
 from moe_compress.verification.checks import require_coverage
 
 TARGET_TOLERANCE = 0.02  # of the share of groups, or of bytes
@@ -65,7 +65,6 @@ class MergeStep(Step[MergeConfig]):
         return {"mean_outputs": True} if self.config.grouping == "hc" else {}
 
     def run(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Record:
-        require_no_banks(source.config, "merge")
         scores = self.score(source, folder / "scores", around, title)
         sizes = Sizes.of_stream(LayerStream(source, around.device))
         plan = self.plan(scores, sizes, source.config)
@@ -109,7 +108,7 @@ class MergeStep(Step[MergeConfig]):
         else:
             slots = tuple(min(expert, count - 1) for expert in range(shape.num_experts))
             banks = {shape.layer: Bank(count, slots) for shape in sizes.shapes}
-        return before.resized(with_banks(before.config, banks))
+        return before.resized(banked(before.config, shape.num_experts, banks))
 
     def _record(self, plan: MergePlan, scores: Scores, sizes: Sizes) -> Record:
         shapes = sizes.shapes

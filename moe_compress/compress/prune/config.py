@@ -72,7 +72,8 @@ class PruneConfig(BaseModel):
 
     Criteria: the (b, alpha, beta) family with frequency, SEER, EAN, MAN and MSAN (arXiv 2606.15716), REAP
     (arXiv 2510.13999), EASY-EP (arXiv 2504.06792), the variance score of MoNE (arXiv 2507.00390), and `random`, the
-    baseline. Super experts (arXiv 2507.23279) are kept whatever they score.
+    baseline. Super experts (arXiv 2507.23279) are kept whatever they score. Dropped experts may leave their mean output
+    behind (`replace: constant`, the novices of MoNE).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -99,6 +100,11 @@ class PruneConfig(BaseModel):
         default="layer",
         description="layer: the same count in every layer. global: one ranking over all layers, counts differ.",
     )
+    replace: Literal["constant"] | None = Field(
+        default=None,
+        description="constant: a dropped expert keeps its row of the router and becomes its mean output; needs "
+        "`export.tier: plugin`.",
+    )
     seed: int = Field(default=0, ge=0, description="Seed of `criterion: random`.")
 
     @field_validator("multiple_of")
@@ -118,7 +124,7 @@ LAST: str | None = None
 
 
 def leaves_banks(step: Mapping[str, Any]) -> bool:
-    return False
+    return step.get("replace") is not None
 
 
 def needs_tokens(step: Mapping[str, Any]) -> bool:
@@ -131,6 +137,8 @@ def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if step.get("replace") is not None:
+        yield "replace", "plain transformers knows no expert that is a constant"
     if step.get("scope") == "global":
         yield (
             "scope",
