@@ -21,6 +21,8 @@ from moe_compress.compress.prune import config as prune
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.quantize import config as quantize
 from moe_compress.compress.quantize.config import QuantizeConfig
+from moe_compress.compress.tie import config as tie
+from moe_compress.compress.tie.config import TieConfig
 from moe_compress.errors import UsageError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.settings import Document, Location, Size, did_you_mean, plain, read_yaml
@@ -48,7 +50,12 @@ class OperationSettings(Protocol):
         """Settings whose result plain transformers cannot load, or loads wrong without a word, with the reason."""
 
 
-OPERATIONS: dict[str, OperationSettings] = {"merge": merge, "prune": prune, "quantize": quantize}
+OPERATIONS: dict[str, OperationSettings] = {
+    "merge": merge,
+    "prune": prune,
+    "quantize": quantize,
+    "tie": tie,
+}
 
 
 class ExportConfig(BaseModel):
@@ -74,7 +81,7 @@ class Recipe(BaseModel):
         default=CalibrationConfig(dataset=REFERENCE),
         description="The tokens that experts are measured on; required when there are steps.",
     )
-    steps: list[Annotated[MergeConfig | PruneConfig | QuantizeConfig, Discriminator("op")]] = Field(
+    steps: list[Annotated[MergeConfig | PruneConfig | QuantizeConfig | TieConfig, Discriminator("op")]] = Field(
         default=[], description="Transformations in order; none copies the checkpoint unchanged."
     )
     export: ExportConfig = Field(default=ExportConfig(), description="How the result is written.")

@@ -21,8 +21,14 @@ from moe_compress.compress.operation import Step
 from moe_compress.compress.prune.step import PruneStep
 from moe_compress.compress.quantize.step import QuantizeStep
 from moe_compress.compress.surroundings import Surroundings
+from moe_compress.compress.tie.step import TieStep
 
-OPERATIONS: dict[str, type[Step[Any]]] = {"merge": MergeStep, "prune": PruneStep, "quantize": QuantizeStep}
+OPERATIONS: dict[str, type[Step[Any]]] = {
+    "merge": MergeStep,
+    "prune": PruneStep,
+    "quantize": QuantizeStep,
+    "tie": TieStep,
+}
 
 
 def make_step(config: Any) -> Step[Any]:

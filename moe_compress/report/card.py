@@ -11,7 +11,7 @@ import yaml
 from moe_compress.report.markdown import check_table, comparison_table, headline, limits, random_lines
 
 TAGS = ["moe", "mixture-of-experts", "moe-compress"]
-TAGS_OF_STEPS = {"merge": "merged", "prune": "pruned", "quantize": "quantized"}
+TAGS_OF_STEPS = {"merge": "merged", "prune": "pruned", "quantize": "quantized", "tie": "tied"}
 
 
 def model_card(

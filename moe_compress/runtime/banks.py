@@ -199,6 +199,27 @@ def _parts(experts: Any) -> list[str]:
     return [part for parts in projections(experts).values() for part in parts]
 
 
+def dense_experts(experts: Any) -> dict[str, Tensor]:
+    """The tensors [E, ...] of a plain experts module that computes what a banked one without constants does."""
+    bank, differences = experts.bank, experts.differences
+    slots = torch.tensor(bank.slots)
+    found = {name: getattr(experts, name)[slots.to(getattr(experts, name).device)] for name in stored_tensors(experts)}
+    if differences is None:
+        return found
+    for name in projections(experts):
+        for expert in range(len(bank.slots)):
+            matrix_OI = expert_weight(experts, name, bank.slots[expert], torch.float32)
+            dense_OI = torch.empty_like(matrix_OI)
+            for part, rows in part_rows(experts, name, len(matrix_OI)).items():
+                left, right = (factor.float() for factor in differences.factors(part, expert))
+                scale = differences.get_parameter(f"{short(part)}_scale")[expert].float()
+                dense_OI[rows] = scale * matrix_OI[rows] + left.T @ right
+            found[name][expert] = (dense_OI.T if experts.is_transposed else dense_OI).to(found[name])
+        if experts.has_bias:
+            found[f"{name}_bias"] = differences.get_parameter(f"{name}_bias").to(found[f"{name}_bias"])
+    return found
+
+
 def _lookup(table: Sequence[int | None], default: int, index_TK: Tensor) -> Tensor:
     """The entry of each chosen expert; `default` for None and for what is no routed expert."""
     entries = [*(default if entry is None else entry for entry in table), default]

@@ -39,6 +39,7 @@ COMMON: dict[str, set[str]] = {
         "compress.merge.config",
         "compress.prune.config",
         "compress.quantize.config",
+        "compress.tie.config",
     },
 }
 RANK = {part: row for row, parts in enumerate(ROWS) for part in parts}

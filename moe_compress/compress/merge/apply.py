@@ -15,13 +15,13 @@ from moe_compress.checkpoint.rewrite import Change
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.compress.merge import align
 from moe_compress.compress.merge.average import average
-from moe_compress.compress.merge.differences import Differ
+from moe_compress.compress.merge.differences import Differ, empty_differences
 from moe_compress.compress.merge.neurons import Expert, Original, inner_activations, read_expert, write_expert
 from moe_compress.compress.merge.plan import Group, MergedLayer, MergePlan
 from moe_compress.compress.prune.apply import with_counts
 from moe_compress.models.layers import MoELayer
 from moe_compress.models.lockstep import Enough
-from moe_compress.runtime.banks import Bank, Differences
+from moe_compress.runtime.banks import Bank
 from moe_compress.runtime.families import with_banks
 
 ALIGNED_TOKENS = 2048  # on which neurons are compared
@@ -54,10 +54,7 @@ class MergeChange(Change):
         state = moe.select_stored(state, dominants)
         if self.settings.keep_differences is not None:
             device = next(iter(own.values())).device
-            empty = Differences(moe.experts, bank_of(plan))
-            for name, tensor in empty.state_dict().items():
-                fill = 1.0 if name.endswith("_scale") else 0.0
-                state[f"{path}.differences.{name}"] = torch.full_like(tensor, fill, device=device)
+            state |= empty_differences(moe.experts, bank_of(plan), f"{path}.differences.", device)
         return state
 
     @torch.no_grad()
@@ -69,10 +66,12 @@ class MergeChange(Change):
             differ = Differ(experts) if self.settings.keep_differences is not None else None
             for slot, group in enumerate(plan.groups):
                 aligned = self._aligned(group, original, sample_NH)
-                if differ is not None:
-                    differ.add(group.dominant, dict(zip(group.members, aligned, strict=True)))
-                else:
+                if differ is None:
                     write_expert(experts, slot, average(aligned, group.weights))
+                    continue
+                lead = aligned[group.members.index(group.dominant)]
+                for expert, member in zip(group.members, aligned, strict=True):
+                    differ.add(expert, member, None if member is lead else lead)
             if differ is not None:
                 differ.fit(rehearse)
         self._original = None

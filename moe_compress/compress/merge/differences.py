@@ -1,14 +1,14 @@
-"""Fitting what tells the members of a group from its dominant expert: a scale and a low-rank matrix each, by matrix.
+"""Fitting what tells routed experts from the stored ones that run for them: a scale and a low-rank matrix, by matrix.
 
 Gate and up projections are fitted on the inputs that the router sends the member, weighted by the gate value squared.
 The down projection is then fitted to the member's true output on what the fitted ones give it: with h the true and h'
 the fitted activations, the matrix M with the least sum of g^2 |W h - M h'|^2 takes the place of W. The scale of the
-dominant matrix is the best one without the low-rank part (in arXiv 2608.07814 it is 1).
+stored matrix is the best one without the low-rank part (in arXiv 2608.07814 it is 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,29 +18,38 @@ from moe_compress.compress.merge.low_rank import best_factors, damped
 from moe_compress.compress.merge.neurons import DOWN, Expert, inner_activations
 from moe_compress.models.experts import routed_tokens
 from moe_compress.models.lockstep import Enough
-from moe_compress.runtime.banks import Differences, short
+from moe_compress.runtime.banks import Bank, Differences, short
 
 MOMENT_BYTES = 4 << 30  # of second moments held at a time
 
 
+def empty_differences(experts: Any, bank: Bank, prefix: str, device: torch.device) -> dict[str, Tensor]:
+    """Tensors of differences that say nothing, by name after `prefix`, for a module whose own may be empty ones."""
+    return {
+        f"{prefix}{name}": torch.full_like(tensor, 1.0 if name.endswith("_scale") else 0.0, device=device)
+        for name, tensor in Differences(experts, bank).state_dict().items()
+    }
+
+
 class Differ:
-    """The members of a layer's groups, and the experts module of the new model that is to stand for them."""
+    """The routed experts of a layer, and the experts module of the new model that is to stand for them."""
 
     def __init__(self, experts: Any) -> None:
         self.experts = experts
         self.differences: Differences = experts.differences
-        self.members: dict[int, Expert] = {}  # by routed expert, aligned; without the dominant ones
-        self.leads: dict[int, Expert] = {}  # the dominant expert of each
+        self.members: dict[int, Expert] = {}  # by routed expert
+        self.leads: dict[int, Expert] = {}  # the stored expert of each
 
-    def add(self, dominant: int, aligned: Mapping[int, Expert]) -> None:
-        """Enter a group: its members by number, the dominant one among them."""
-        for expert, member in aligned.items():
-            self._write_biases(expert, member)
-            if expert != dominant:
-                self.members[expert], self.leads[expert] = member, aligned[dominant]
+    def add(self, expert: int, member: Expert, lead: Expert | None) -> None:
+        """Enter a routed expert, aligned with the stored one that it is to differ from; None if it is that one."""
+        self._write_biases(expert, member)
+        if lead is not None:
+            self.members[expert], self.leads[expert] = member, lead
 
     def fit(self, rehearse: Callable[[], None]) -> None:
         """Find the differences of all members; `rehearse` runs the layer on the calibration tokens."""
+        if not self.members:
+            return
         hidden, width = next(iter(self.members.values())).parts[DOWN].shape
         for chunk in self._chunks(8 * width**2):
             self._fit_inputs(rehearse, chunk, width)

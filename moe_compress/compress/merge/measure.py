@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_compress.compress.sampling import EvenSample
 from moe_compress.models.experts import expert_output
 from moe_compress.models.layers import MoELayer
 
@@ -16,27 +17,19 @@ SAMPLED_TOKENS = 1024
 class MeanOutputs:
     """A `Measurement` that keeps a sample of the layer's tokens and runs every expert on it.
 
-    Every token comes to the same number of experts, so evenly spaced ones of all (token, expert) pairs are a sample of
-    the tokens. Of a sample that has grown too large every other one is dropped, and only half as many taken from then.
+    Every token comes to the same number of experts, so an even sample of (token, expert) pairs is one of the tokens.
     """
 
     def __init__(self, moe: MoELayer, limit: int = SAMPLED_TOKENS) -> None:
-        self.moe, self.limit = moe, limit
-        self._kept: list[Tensor] = []  # [1, H] each
-        self._step, self._passed = 1, 0
+        self.moe, self._sample = moe, EvenSample(limit)
 
     def add(self, expert: int, input_NH: Tensor, block_input_NH: Tensor, gate_N: Tensor) -> None:
-        first = -self._passed % self._step
-        self._kept += list(input_NH[first :: self._step].split(1))
-        self._passed += len(input_NH)
-        while len(self._kept) > self.limit:
-            del self._kept[1::2]
-            self._step *= 2
+        self._sample.add(input_NH)
 
     @torch.no_grad()
     def measure(self) -> dict[str, NDArray[np.float64]]:
         """`mean_output` float64 [E, H]."""
-        sample_NH = torch.cat(self._kept)
+        (sample_NH,) = self._sample.kept
         means = [
             expert_output(self.moe.experts, expert, sample_NH).mean(0, dtype=torch.float64)
             for expert in range(self.moe.num_experts)

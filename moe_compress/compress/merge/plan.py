@@ -185,23 +185,15 @@ def stored_bytes(plan: MergePlan, shapes: Sequence[ExpertShapes]) -> int:
 
 def difference_bytes(shape: ExpertShapes, num_groups: int, rank: int) -> int:
     """Stored bytes of one layer's differences: factors of the members that lead no group, scales of all, biases."""
-    members, matrices = shape.num_experts - num_groups, _matrices(shape)
+    members, matrices = shape.num_experts - num_groups, shape.matrices
     sides = sum(rows + columns for rows, columns in matrices.values())
     return shape.weight_bytes * (members * rank * sides + shape.num_experts * len(matrices))
-
-
-def _matrices(shape: ExpertShapes) -> dict[str, tuple[int, int]]:
-    """Rows and columns of an expert's gate (if any), up and down projections."""
-    height, width = shape.projections["down_proj"]
-    rows = sum(rows for name, (rows, _) in shape.projections.items() if name != "down_proj")
-    names = ["gate_proj", "up_proj"] if rows == 2 * width else ["up_proj"]
-    return dict.fromkeys(names, (width, height)) | {"down_proj": (height, width)}
 
 
 def _ranks(config: MergeConfig, shape: ExpertShapes, num_groups: int) -> dict[str, int]:
     """The rank of every difference of one layer, by projection."""
     assert config.keep_differences is not None
-    matrices = _matrices(shape)
+    matrices = shape.matrices
     largest = min(min(matrix) for matrix in matrices.values())
     members, rank = shape.num_experts - num_groups, config.keep_differences.rank
     if rank is None:

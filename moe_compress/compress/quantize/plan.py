@@ -67,6 +67,14 @@ class ExpertShapes:
         """Weights of one expert."""
         return sum(rows * columns for rows, columns in self.projections.values())
 
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of the gate (if any), up and down projections, told apart however they are stored."""
+        height, width = self.projections["down_proj"]
+        rows = sum(rows for name, (rows, _) in self.projections.items() if name != "down_proj")
+        names = ["gate_proj", "up_proj"] if rows == 2 * width else ["up_proj"]
+        return dict.fromkeys(names, (width, height)) | {"down_proj": (height, width)}
+
 
 @dataclass(frozen=True)
 class QuantizedLayer:
