@@ -54,7 +54,7 @@ def steps() -> dict[str, Row]:
             found[f"{keep}: merge {grouping}, align weights, router kept"] = kept
     for keep in (1, 2, 4):
         step = {"op": "merge", "grouping": "router", "keep": keep, "keep_differences": HALF}
-        found[f"8: differences from {keep}"] = step
+        found[f"8: differences from {keep}"] = step | ({"protect_super_experts": False} if keep == 1 else {})
     found["8: differences from 2, align no"] = found["8: differences from 2"] | {"align": False}
     return found
 

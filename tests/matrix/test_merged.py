@@ -1,4 +1,4 @@
-"""Merged checkpoints of many kinds of families: reduced routers, kept ones, differences.
+"""Merged and tied checkpoints of many kinds of families: reduced routers, kept ones, differences, constants, banks.
 
 The judge is what `AutoModelForCausalLM` makes of the folder; the functions of experts are compared with those of the
 source, computed here in float64 from its tensors.
@@ -18,19 +18,26 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from moe_compress.calibrate.scores import LayerScores, Scores
-from moe_compress.checkpoint.rewrite import Change, Ledger, rewrite, take_layer
+from moe_compress.checkpoint.rewrite import Change, Ledger, open_rewritten, rewrite, take_layer
 from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.compress.merge.apply import MergeChange
 from moe_compress.compress.merge.config import MergeConfig
+from moe_compress.compress.merge.neurons import read_expert
 from moe_compress.compress.merge.plan import Group, MergedLayer, MergePlan
 from moe_compress.compress.prune.apply import PruneChange
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.prune.plan import LayerPlan, PrunePlan
+from moe_compress.compress.tie.apply import ExpandChange, TieChange
+from moe_compress.compress.tie.bank import make_banks
+from moe_compress.compress.tie.config import TieConfig
+from moe_compress.compress.tie.plan import TiedGroup, TiedLayer, TiePlan
+from moe_compress.compress.tie.samples import ExpertSamples
 from moe_compress.models.layers import routing_groups
 from moe_compress.progress import SilentProgress
 from tests.matrix.families import NUM_EXPERTS, NUM_LAYERS, save, tiny_config, tiny_model
 from tests.matrix.test_quantized import TOLERANCE, relative, stored
+from tests.unit.test_banks import routed_expert
 
 # What is special about them is in docs/architectures.md: biases and transposed weights (gpt_oss), correction biases
 # (deepseek_v3, minimax_m2, ernie4_5_moe), shared experts (deepseek_v3, qwen2_moe), experts without a gate in a latent
@@ -243,3 +250,99 @@ def test_differences(case: Case) -> None:
         assert case.probe_error(case.load(name), name) < TOLERANCE
         errors[name] = case.source_error(name)
     assert errors["whole"] < 0.2 * errors["small"]
+
+
+def tie_plan(case: Case, rank: int, **settings: Any) -> TiePlan:
+    """The first two MoE layers share a bank; expert e of the second one has place (3 e + 1) mod 8 in it."""
+    layers = list(case.stream.moe_layers)[:2]
+    moe = case.stream.moe_layers[layers[0]]
+    parts = ["gate_proj", "up_proj", "down_proj"] if moe.experts.has_gate else ["up_proj", "down_proj"]
+    slots = tuple((3 * expert + 1) % NUM_EXPERTS for expert in range(NUM_EXPERTS))
+    half = (0.5,) * NUM_EXPERTS
+    tied = (TiedLayer(layers[0], tuple(range(NUM_EXPERTS)), half), TiedLayer(layers[1], slots, half))
+    config = TieConfig.model_validate({"op": "tie", "residual_rank": rank} | settings)
+    ranks = dict.fromkeys(parts, min(rank, width(moe.experts), moe.width)) if rank else {}
+    return TiePlan(config, (TiedGroup(NUM_EXPERTS, tied, ranks),), len(case.stream.moe_layers))
+
+
+def tie(case: Case, name: str, plan: TiePlan) -> Path:
+    """Write a tied checkpoint and, as `name` with `-stock`, the dense one that it stands for."""
+    folder = case.folder / f"{name}-work"
+    (folder / "samples").mkdir(parents=True)
+    for tied in plan.groups[0].layers:
+        moe = case.stream.moe_layers[tied.layer]
+        sampled = ExpertSamples(moe, folder / "samples", limit=16)
+        generator = torch.Generator().manual_seed(tied.layer)
+        for expert in range(NUM_EXPERTS):
+            rows = torch.randn(12, moe.width, generator=generator)
+            sampled.add(expert, rows, rows, torch.rand(12, generator=generator))
+        sampled.measure()
+    with SilentProgress().stage(name, 1) as stage:
+        make_banks(plan, LayerStream(case.source), folder / "samples", folder / "banks", stage)
+    ledger = case.rewrite(name, TieChange(plan, folder / "banks", TOKENS, batch_size=2))
+    assert {key: found[:2] for key, found in stored(case.folder / name).items()} == ledger.expected
+    expand = ExpandChange(LayerStream(open_rewritten(case.folder / name, case.source)))
+    case.rewrite(f"{name}-stock", expand)
+    return case.folder / name
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_tied_layers(case: Case, rank: int) -> None:
+    """One bank on disk and in memory; the reload gives the sweep's logits, and so does the expanded checkpoint."""
+    if len(case.stream.moe_layers) < 2 or unlike(case):
+        pytest.skip("no two MoE layers of equal shapes")
+    name = f"tied-{rank}"
+    plan = tie_plan(case, rank, fit="closed_form")
+    tie(case, name, plan)
+    model = case.load(name)
+    assert case.probe_error(model, name) < TOLERANCE
+    leader, follower = (case.stream.moe_layers[tied.layer] for tied in plan.groups[0].layers)
+    first, second = (model.get_submodule(moe.experts_name) for moe in (leader, follower))
+    for tensor in leader.expert_tensors():
+        leaf = tensor.rpartition(".")[2]
+        assert first.get_parameter(leaf).data_ptr() == second.get_parameter(leaf).data_ptr(), leaf
+    names = stored(case.folder / name)
+    assert not [key for key in names if key.startswith(f"{follower.experts_name}.") and "differences" not in key]
+    expanded = case.load(f"{name}-stock")
+    assert not type(expanded).__name__.startswith("Compressed")
+    assert rank or case.probe_error(expanded, name) < TOLERANCE  # differences are rounded once more
+    for moe in (leader, follower):
+        banked, dense = (model.get_submodule(moe.experts_name) for model in (model, expanded))
+        for expert in range(NUM_EXPERTS):
+            expected = routed_expert(banked, expert) if hasattr(banked, "bank") else read_expert(banked, expert)
+            found = read_expert(dense, expert)
+            torch.testing.assert_close(found.rows_FD, expected.rows_FD, rtol=0.01, atol=0.01)
+    source = AutoModelForCausalLM.from_pretrained(case.folder / "source", dtype=torch.float32)
+    original = dict(source.named_parameters())
+    own = tuple(f"{moe.experts_name}." for moe in (leader, follower))
+    for key, tensor in model.named_parameters():
+        assert key.startswith(own) or torch.equal(tensor, original[key]), key
+
+
+def unlike(case: Case) -> bool:
+    """Whether the first two MoE layers have experts of different shapes."""
+    one, other = list(case.stream.moe_layers.values())[:2]
+    return [t.shape for t in one.expert_tensors().values()] != [t.shape for t in other.expert_tensors().values()]
+
+
+def test_layers_with_the_same_experts_in_another_order(case: Case, tmp_path: Path) -> None:
+    """Tied without loss, wherever the experts and their neurons are."""
+    if len(case.stream.moe_layers) < 2 or unlike(case):
+        pytest.skip("no two MoE layers of equal shapes")
+    twin = Case.__new__(Case)
+    twin.name, twin.folder = case.name, tmp_path
+    model = tiny_model(tiny_config(case.name))
+    plan = tie_plan(case, 0, fit="average", align="weights")
+    generator = torch.Generator().manual_seed(3)
+    leader, follower = (
+        model.get_submodule(case.stream.moe_layers[tied.layer].experts_name) for tied in plan.groups[0].layers
+    )
+    for expert, slot in enumerate(plan.groups[0].layers[1].slots):
+        order = torch.randperm(width(leader), generator=generator)
+        for name, tensor in leader.named_parameters(recurse=False):
+            follower.get_parameter(name).data[expert] = tensor.data[slot]
+        permute(follower, expert, expert, order)
+    save(model, tmp_path / "source")
+    tie(twin, "tied", plan)
+    assert twin.probe_error(twin.load("tied"), "tied") < TOLERANCE
+    assert twin.source_error("tied") < 0.02

@@ -81,10 +81,9 @@ class ExpandChange(Change):
 
     def layer(self, moe: MoELayer, state: dict[str, Tensor]) -> dict[str, Tensor]:
         experts: Any = self.tied.moe_layers[moe.layer].experts
-        if not hasattr(experts, "bank"):
-            return state
         self.tied.load(moe.layer)
-        dense = {f"{moe.experts_path}.{name}": tensor for name, tensor in dense_experts(experts).items()}
+        found = dense_experts(experts) if hasattr(experts, "bank") else dict(experts.named_parameters(recurse=False))
+        dense = {f"{moe.experts_path}.{name}": tensor for name, tensor in found.items()}
         self.tied.release(moe.layer)
         return state | {name: tensor.to(state[name]) for name, tensor in dense.items()}
 
