@@ -202,6 +202,24 @@ class LayerStream:
         changed = {f"{self.layers_name}.{index}.{name}" for name in (*(moe.counted if moe is not None else ()), *packs)}
         return [name for target, stored in self.layer_names[index].items() if target not in changed for name in stored]
 
+    def merged(self) -> Iterator[str]:
+        """The stored weights (`*.weight`) that transformers merges into larger tensors on loading."""
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        # as a quantizer of transformers picks them
+        merging = {
+            pattern
+            for entry in converters
+            if len(entry.target_patterns) == 1
+            and all(source.endswith(".weight") for source in entry._original_source_patterns)
+            for pattern in entry.source_patterns
+        }
+        known, prefix = self.model.state_dict(), self.model.base_model_prefix
+        for name in self.checkpoint.index:
+            target, pattern = rename_source_key(name, renamings, converters, prefix, known)
+            if pattern in merging and target in known:
+                yield name
+
     def stored_layer(self, index: int, without: Collection[str] = ()) -> dict[str, Tensor]:
         """The layer's tensors under the Hub's names, in the source's types; on the meta device if not resident.
 

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,19 +89,16 @@ class ShardWriter:
             if not all(_is_whole(self.folder / shard.file, shard) for shard in shards):
                 del self.parts[part]
 
-    def write(self, part: str, tensors: dict[str, Tensor] | Iterable[TensorInfo]) -> None:
-        """Write one part: tensors in memory by name, or stored tensors copied byte for byte."""
+    def write(self, part: str, tensors: Mapping[str, Tensor | TensorInfo]) -> None:
+        """Write one part: tensors in memory, or stored ones that are copied byte for byte, by name."""
         self.begin(part, tensors)()
 
-    def begin(self, part: str, tensors: dict[str, Tensor] | Iterable[TensorInfo]) -> Callable[[], None]:
+    def begin(self, part: str, tensors: Mapping[str, Tensor | TensorInfo]) -> Callable[[], None]:
         """Write one part under temporary names; what is returned waits for the disk and then enters the part.
 
         It needs the tensors no more, and may run beside other work on the same folder.
         """
-        if isinstance(tensors, dict):
-            entries = [Entry.of(name, tensor) for name, tensor in sorted(tensors.items())]
-        else:
-            entries = [Entry.of(info.name, info) for info in tensors]
+        entries = [Entry.of(name, tensor) for name, tensor in sorted(tensors.items())]
         shards = [
             _write_shard(self.folder / f"{part}-{number}.safetensors", group)
             for number, group in enumerate(_groups(entries, self.max_shard_bytes))
