@@ -28,7 +28,7 @@ from moe_compress.checkpoint.index import TensorInfo
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.errors import CheckpointError
 from moe_compress.models.experts import IMPLEMENTATION
-from moe_compress.models.layers import MoELayer, banks, decoder_layers, find_moe_layers
+from moe_compress.models.layers import MoELayer, decoder_layers, find_moe_layers, owners
 from moe_compress.models.skeleton import build_skeleton, release
 from moe_compress.runtime.banks import share
 
@@ -87,8 +87,7 @@ class LayerStream:
         self.model: Any = build_skeleton(checkpoint.config, device=device, experts_implementation=IMPLEMENTATION)
         self.layers_name, self.layers = decoder_layers(self.model)
         self.moe_layers: dict[int, MoELayer] = {found.layer: found for found in find_moe_layers(self.model)}
-        # layers whose experts another layer stores
-        self.owners = {i: bank["layer"] for i, bank in banks(self.model.config).items() if "layer" in bank}
+        self.owners = owners(self.model.config)
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         self._sort_names()
 

@@ -200,6 +200,11 @@ def banks(config: Any) -> dict[int, dict[str, Any]]:
     return {int(layer): found[BANK] for layer, found in layers.items() if BANK in found}
 
 
+def owners(config: Any) -> dict[int, int]:
+    """The decoder layers whose experts another layer stores, with that layer."""
+    return {layer: bank["layer"] for layer, bank in banks(config).items() if "layer" in bank}
+
+
 def require_no_banks(config: Any, op: str) -> None:
     """Raise `UnsupportedModelError` when the routers of a checkpoint choose among more experts than are stored."""
     if banks(config):

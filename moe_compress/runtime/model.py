@@ -22,6 +22,7 @@ from moe_compress.models.layers import (
     decoder_layers,
     expert_counts,
     is_experts_module,
+    owners,
     set_num_experts,
 )
 from moe_compress.runtime.banks import Bank, BankedExperts, furnish, run_banked, share, shared_tensors
@@ -85,9 +86,9 @@ class CompressedModel(PreTrainedModel):
     def dequantize(self, dtype: torch.dtype | None = None) -> None:
         """Replace every packed weight by its numbers, in the model's dtype; saving then writes a dense checkpoint."""
         dtype = dtype or self.dtype
-        owners = {id(experts): owner for experts, _, owner in _banked_experts(self)}
+        stored_by = {id(experts): owner for experts, _, owner in _banked_experts(self)}
         for module in [module for module in self.modules() if isinstance(module, PackedExperts)]:
-            _unpack_experts(module, dtype, owners.get(id(module)))
+            _unpack_experts(module, dtype, stored_by.get(id(module)))
         for name, module in [*self.named_modules()]:
             if isinstance(module, PackedLinear):
                 self.set_submodule(name, _dense_linear(module, dtype))
@@ -201,7 +202,7 @@ def _pack(model: PreTrainedModel, cache: ExpertCache | None) -> None:
     scale_dtype: torch.dtype = getattr(torch, packed["scale_dtype"])
     _, layers = decoder_layers(model)
     tables = {int(index): table for index, table in packed["experts"].items()}
-    tables |= {index: tables[bank["layer"]] for index, bank in banks(model.config).items() if "layer" in bank}
+    tables |= {index: tables[owner] for index, owner in owners(model.config).items()}
     for index, table in tables.items():
         chosen = {
             part: [None if number is None else schemes[number] for number in numbers] for part, numbers in table.items()

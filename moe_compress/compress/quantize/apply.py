@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moe_compress.checkpoint.rewrite import Change, TableFormat, Tensors
@@ -25,6 +26,7 @@ from moe_compress.compress.quantize.gptq import POOL_BELOW, Hessians, gptq
 from moe_compress.compress.quantize.plan import KEEP, QuantizedLayer, QuantizePlan
 from moe_compress.compress.quantize.rtn import rtn
 from moe_compress.compress.quantize.shapes import LinearLayer
+from moe_compress.compress.quantize.shared import load_moments
 from moe_compress.compress.quantize.storage import (
     Packed,
     PluginStorage,
@@ -44,7 +46,10 @@ HESSIAN_BYTES = 4 << 30  # of second moments held at a time
 
 
 class QuantizeChange(Change):
-    """Applies a plan; `tokens` are needed by gptq alone. What `notes` remembers survives an interruption."""
+    """Applies a plan; `tokens` are needed by gptq alone. What `notes` remembers survives an interruption.
+
+    `moments` is the folder of second moments of experts that several layers use.
+    """
 
     def __init__(
         self,
@@ -56,6 +61,7 @@ class QuantizeChange(Change):
         tokens: Tensor | None,
         batch_size: int,
         notes: Path | None = None,
+        moments: Path | None = None,
     ) -> None:
         self.plan, self.settings, self.scale_dtype = plan, plan.config, scale_dtype
         self.layers: dict[int, QuantizedLayer] = {layer.layer: layer for layer in plan.layers}
@@ -63,7 +69,8 @@ class QuantizeChange(Change):
         self.storage = StockStorage(self) if tier == "stock" else PluginStorage(self)
         self.tokens = tokens if plan.config.method == "gptq" else None
         self.batch_size = batch_size
-        self._notes = notes
+        self._notes, self._moments = notes, moments
+        self._shared: dict[int, dict[str, Tensor]] = {}  # by layer that stores them: quantized experts' values
         self._pooled: dict[str, list[int]] = {}  # layer -> experts as numbered in the source
         if notes is not None and notes.exists():
             self._pooled = json.loads(notes.read_text(encoding="utf-8"))
@@ -80,6 +87,8 @@ class QuantizeChange(Change):
         return self.storage.config(config)
 
     def layer(self, moe: MoELayer, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if moe.layer not in self.layers:  # its experts are another layer's
+            return state
         keep = self.layers[moe.layer].keep
         return state if len(keep) == moe.num_experts else moe.select(state, torch.tensor(keep))
 
@@ -88,14 +97,20 @@ class QuantizeChange(Change):
         packed, few = Packed(index), set[int]()
         linears = [linear for linear in self.linears if linear.layer == index]
         moe = target.moe_layers.get(index)
-        moments = _Moments(target.layers[index], moe, linears) if self.tokens is not None else None
-        if moments is not None:
+        moments = None
+        if self.tokens is not None:
+            shared = self._moments if index in target.owners.values() else None
+            moments = _Moments(target.layers[index], moe, linears, shared)
             moments.collect_linears(rehearse)
         for linear in linears:
             self._quantize_linear(target.layers[index], linear, moments, packed)
-        if moe is not None:
+        if index in target.owners:
+            self._use_shared(target, index)
+        elif moe is not None:
             for name in projections(moe.experts):
                 few |= self._quantize_experts(moe, name, moments, rehearse, packed)
+            if index in target.owners.values():
+                self._keep_shared(moe)
         self._pooled[str(index)] = sorted(few)
         if self._notes is not None:
             write_json(self._notes, self._pooled)
@@ -121,6 +136,26 @@ class QuantizeChange(Change):
     def linear_scheme(self, linear: LinearLayer) -> Scheme:
         """How a linear layer outside the experts is stored."""
         return linear_scheme(self.settings, self.settings.parts[linear.part])
+
+    def _keep_shared(self, moe: MoELayer) -> None:
+        """Keep the values of a bank for the layers that use it later, over an interruption too."""
+        self._shared[moe.layer] = {name: getattr(moe.experts, name).data for name in projections(moe.experts)}
+        if self._notes is not None:
+            save_file({k: v.cpu() for k, v in self._shared[moe.layer].items()}, self._shared_file(moe.layer))
+
+    def _use_shared(self, target: LayerStream, index: int) -> None:
+        """Let a layer run the quantized experts of the layer that stores them."""
+        owner, experts = target.owners[index], target.moe_layers[index].experts
+        if owner not in self._shared:
+            self._shared[owner] = load_file(self._shared_file(owner), device=str(target.device))
+        for name, values in self._shared[owner].items():
+            getattr(experts, name).data = values
+        if index == max(layer for layer, stored_by in target.owners.items() if stored_by == owner):
+            del self._shared[owner]
+
+    def _shared_file(self, layer: int) -> Path:
+        assert self._notes is not None, "an interruption is survived with notes"
+        return self._notes.with_name(f"shared-{layer:05d}.safetensors")
 
     def _quantize_linear(self, layer: nn.Module, linear: LinearLayer, moments: _Moments | None, packed: Packed) -> None:
         module: Any = layer.get_submodule(linear.path)
@@ -208,8 +243,10 @@ class QuantizeChange(Change):
 class _Moments:
     """Second moments of the inputs of one layer's matrices, from rehearsals of the layer."""
 
-    def __init__(self, layer: nn.Module, moe: MoELayer | None, linears: Sequence[LinearLayer]) -> None:
-        self.moe = moe
+    def __init__(
+        self, layer: nn.Module, moe: MoELayer | None, linears: Sequence[LinearLayer], shared: Path | None = None
+    ) -> None:
+        self.moe, self._shared = moe, shared  # a folder of moments collected before, over several layers
         self._layer = layer
         self._widths = {linear.path: linear.shape[1] for linear in linears}
         self._same: dict[str, str] = {}  # linear layer -> the one before it that has the same inputs, or itself
@@ -262,6 +299,13 @@ class _Moments:
 
     def experts(self, name: str, members: list[int], rehearse: Callable[[], None]) -> tuple[Tensor, list[int]]:
         """[len(members), I, I] of these experts' inputs of a fused matrix, and the experts whose moment was pooled."""
+        if self._shared is not None and name not in self._experts:
+            assert self.moe is not None
+            self._experts.clear()
+            everything = list(range(self.moe.num_experts))
+            sums = load_moments(self._shared, self.moe.layer, name)
+            sums.sums_EII = sums.sums_EII.to(next(self.moe.experts.parameters()).device)
+            self._experts[name] = (everything, *sums.finish(POOL_BELOW))
         held = self._experts.get(name)
         if held is None or not set(members) <= set(held[0]):
             self._collect(name, members, rehearse)
