@@ -8,7 +8,7 @@ The dominant expert of a group lends it its router row (`router: reduce`), the o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,19 @@ class MergedLayer:
         """The dominant expert of each group, ascending."""
         return tuple(group.dominant for group in self.groups)
 
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-able values; `groups` are the members of each, `dominants` and `weights` beside them."""
+        return {
+            "layer": self.layer,
+            "num_experts": self.num_experts,
+            "groups": [list(group.members) for group in self.groups],
+            "dominants": list(self.dominants),
+            "weights": [list(group.weights) for group in self.groups],
+            "scores": list(self.scores),
+            "protected": list(self.protected),
+            "ranks": self.ranks,
+        }
+
 
 @dataclass(frozen=True)
 class MergePlan:
@@ -90,8 +103,15 @@ class MergePlan:
             "op": "merge",
             "summary": self._summary(),
             "config": self.config.model_dump(mode="json"),
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [layer.to_json() for layer in self.layers],
+            "maps": [self._map()],
         }
+
+    def _map(self) -> dict[str, Any]:
+        """Whom each expert follows, for the page of the report."""
+        values = {layer.layer: [layer.dominants[slot] for slot in layer.slots] for layer in self.layers}
+        note = "The dominant expert of each expert's group."
+        return {"title": "Dominant expert", "note": note, "provenance": "decided", "values": values}
 
     def _summary(self) -> list[str]:
         config = self.config
@@ -163,7 +183,7 @@ def plan_merge(
             experts = list(range(region * size, (region + 1) * size))
             groups += _groups(config, layer, saliency, experts, set(protected), count // regions)
         groups.sort(key=lambda group: group.dominant)
-        ranks = _ranks(config, shape, len(groups)) if config.keep_differences is not None else {}
+        ranks = difference_ranks(config, shape, len(groups))
         layers.append(
             MergedLayer(layer.layer, layer.num_experts, tuple(groups), tuple(saliency.tolist()), protected, ranks)
         )
@@ -190,9 +210,13 @@ def difference_bytes(shape: ExpertShapes, num_groups: int, rank: int) -> int:
     return shape.weight_bytes * (members * rank * sides + shape.num_experts * len(matrices))
 
 
-def _ranks(config: MergeConfig, shape: ExpertShapes, num_groups: int) -> dict[str, int]:
-    """The rank of every difference of one layer, by projection."""
-    assert config.keep_differences is not None
+def difference_ranks(config: MergeConfig, shape: ExpertShapes, num_groups: int) -> dict[str, int]:
+    """The rank of every difference of one layer, by projection; empty where none are kept.
+
+    Raises `UsageError` when the bytes that are asked for leave no room.
+    """
+    if config.keep_differences is None:
+        return {}
     matrices = shape.matrices
     largest = min(min(matrix) for matrix in matrices.values())
     members, rank = shape.num_experts - num_groups, config.keep_differences.rank

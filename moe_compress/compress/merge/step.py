@@ -15,9 +15,10 @@ from moe_compress.compress import scoring
 from moe_compress.compress.merge.apply import MergeChange, bank_of, needs_tokens
 from moe_compress.compress.merge.config import MergeConfig
 from moe_compress.compress.merge.measure import MeanOutputs
-from moe_compress.compress.merge.plan import MergePlan, group_count, plan_merge, stored_bytes
+from moe_compress.compress.merge.plan import MergePlan, difference_ranks, group_count, plan_merge, stored_bytes
 from moe_compress.compress.operation import Outlook, Step
 from moe_compress.compress.prune.step import routing_limits
+from moe_compress.compress.quantize.plan import ExpertShapes
 from moe_compress.compress.quantize.sizes import Sizes
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.models.layers import require_no_banks, set_num_experts
@@ -106,9 +107,17 @@ class MergeStep(Step[MergeConfig]):
         if plan is not None:
             banks = {layer.layer: bank_of(layer) for layer in plan.layers}
         else:
-            slots = tuple(min(expert, count - 1) for expert in range(shape.num_experts))
-            banks = {shape.layer: Bank(count, slots) for shape in sizes.shapes}
+            banks = {shape.layer: self._outline(shape, count) for shape in sizes.shapes}
         return before.resized(banked(before.config, shape.num_experts, banks))
+
+    def _outline(self, shape: ExpertShapes, count: int) -> Bank:
+        """A layer's bank of `count` experts as far as it is known without scores: its sizes."""
+        slots = tuple(min(expert, count - 1) for expert in range(shape.num_experts))
+        ranks = {
+            part: (0,) * count + (rank,) * (shape.num_experts - count)
+            for part, rank in difference_ranks(self.config, shape, count).items()
+        }
+        return Bank(count, slots, ranks)
 
     def _record(self, plan: MergePlan, scores: Scores, sizes: Sizes) -> Record:
         shapes = sizes.shapes

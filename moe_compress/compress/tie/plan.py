@@ -61,7 +61,14 @@ class TiePlan:
             "summary": self._summary(),
             "config": self.config.model_dump(mode="json"),
             "groups": [asdict(group) for group in self.groups],
+            "maps": [self._map()],
         }
+
+    def _map(self) -> dict[str, Any]:
+        """Where each expert is, for the page of the report."""
+        values = {tied.layer: list(tied.slots) for group in self.groups for tied in group.layers}
+        note = "Which expert of the group's first layer each expert is tied to."
+        return {"title": "Place in the bank", "note": note, "provenance": "decided", "values": values}
 
     def _summary(self) -> list[str]:
         tied = len(self.group_of)
