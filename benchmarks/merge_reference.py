@@ -21,10 +21,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.prune_reference import calibration_sets, figures
+from benchmarks.prune_reference import calibration_sets, figures, sha256
 from moe_compress import __version__
 from moe_compress.checkpoint.rewrite import open_rewritten
-from moe_compress.checkpoint.source import open_checkpoint
+from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
+from moe_compress.eval.cost import cost
 from moe_compress.manifest import hardware, library_versions
 from moe_compress.pipeline import surroundings
 from moe_compress.recipe import load_recipe
@@ -67,20 +68,30 @@ def run(name: str, step: Row, folder: Path, calibration: dict[str, Any]) -> Row:
     source = open_checkpoint("reference")
     work = folder / "step"
     shutil.rmtree(work, ignore_errors=True)
-    scores = folder / f"scores-{step.get('grouping') == 'hc'}"
     around, found = surroundings(recipe, "cpu", None), make_step(recipe.steps[0])
+    scores = folder / f"scores-{sha256(json.dumps(found.score_settings(), sort_keys=True).encode())[:12]}"
     found.score(source, scores, around, "score")
     shutil.copytree(scores, work / "scores")
     found.run(source, work, around, name)
     written = open_rewritten(work / "checkpoint", source)
-    experts = sum(info.nbytes for tensor, info in written.index.items() if ".experts." in tensor)
     return {
         "name": name,
         "step": step,
-        "stored_bytes": written.index.nbytes,
-        "expert_bytes": experts,
+        **sizes(written),
         "tasks": figures(written.folder),
         "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes on disk, of all and of the routed experts, and parameters in memory."""
+    experts = sum(info.nbytes for tensor, info in checkpoint.index.items() if ".experts." in tensor)
+    figures = cost(checkpoint.config)
+    return {
+        "stored_bytes": checkpoint.index.nbytes,
+        "expert_bytes": experts,
+        "total_params": figures.total_params,
+        "expert_flops_per_token": round(figures.expert_flops_per_token),
     }
 
 
@@ -94,16 +105,16 @@ def table(rows: list[Row]) -> str:
     return "\n".join(f"{line[0]:<45}" + "".join(f"{cell:>8}" for cell in line[1:]) for line in lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(results: Path, wanted: dict[str, Row], description: str | None) -> None:
+    """Make the rows that `results` does not hold yet."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder unless given")
     parser.add_argument("--only", default="", help="rows whose name holds this text")
     arguments = parser.parse_args()
     made_with = {"hardware": hardware("cpu"), "versions": {"moe_compress": __version__} | library_versions()}
-    kept: list[Row] = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
-    wanted = steps()
+    kept: list[Row] = json.loads(results.read_text(encoding="utf-8"))["rows"] if results.exists() else []
     rows = [row for row in kept if row["name"] == "original" or wanted.get(row["name"]) == row["step"]]
-    with tempfile.TemporaryDirectory(prefix="merge-reference-", dir=arguments.folder) as name:
+    with tempfile.TemporaryDirectory(prefix=f"{results.stem}-", dir=arguments.folder) as name:
         folder = Path(name)
         calibration = calibration_sets(folder)[SET].model_dump(exclude_unset=True)
         for title in ["original", *wanted]:
@@ -111,19 +122,17 @@ def main() -> None:
                 continue
             if title == "original":
                 source = open_checkpoint("reference")
-                experts = sum(info.nbytes for tensor, info in source.index.items() if ".experts." in tensor)
-                sizes = {"stored_bytes": source.index.nbytes, "expert_bytes": experts}
-                row = {"name": title, "step": None, **sizes, "tasks": figures(source.folder)}
+                row = {"name": title, "step": None, **sizes(source), "tasks": figures(source.folder)}
             else:
                 row = run(title, wanted[title], folder, calibration)
             order = ["original", *wanted]
             rows = sorted([*rows, row], key=lambda row: order.index(row["name"]))
             described = {"set": SET, "num_samples": 64, "sequence_length": 512}
             content = made_with | {"calibration": described, "rows": rows}
-            RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            results.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             print(json.dumps(row), flush=True)
     print(table(rows))
 
 
 if __name__ == "__main__":
-    main()
+    main(RESULTS, steps(), __doc__)

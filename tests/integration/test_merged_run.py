@@ -189,11 +189,11 @@ print(psutil.Process().memory_info().rss - before, len({e.down_proj.data_ptr() f
 
 
 def test_a_bank_is_in_memory_once(source: Path, texts: Path, tmp_path: Path, no_reload: None) -> None:
-    """Four layers with one bank of 100 MB take the memory of one; expanded they take that of four."""
-    large = {"hidden_size": 256, "moe_intermediate_size": 1024, "num_experts": 32}
+    """Four layers with one bank of 50 MB take the memory of one; expanded they take that of four."""
+    large = {"hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 32}
     tiny_checkpoint(tmp_path / "model", num_hidden_layers=LAYERS, max_shard_size="1GB", **large)
     step = WHOLE | {"match": False, "fit": "average"}
-    bank = 32 * 3 * 256 * 1024 * 4
+    bank = 32 * 3 * 256 * 512 * 4
     taken = {}
     for tier in ("plugin", "stock"):
         settings = recipe(tmp_path / "model", texts, step) | {"export": {"tier": tier}}
@@ -204,8 +204,7 @@ def test_a_bank_is_in_memory_once(source: Path, texts: Path, tmp_path: Path, no_
         assert done.returncode == 0, done.stderr
         taken[tier], pointers = map(int, done.stdout.split())
         assert pointers == (1 if tier == "plugin" else LAYERS)
-    print(taken, bank)
-    assert taken["plugin"] < 1.2 * bank
+    assert taken["plugin"] < 1.3 * bank
     assert taken["stock"] > 3.5 * bank
 
 
