@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 import moe_compress
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.errors import UnsupportedModelError, UsageError
+from moe_compress.runtime.banks import Bank
+from moe_compress.runtime.families import banked
 from moe_compress.verification import checks
 from tests.integration.test_run import content, interrupted_at
 from tests.tiny_checkpoint import tiny_checkpoint, tiny_model, tiny_recipe, write_texts
@@ -188,24 +190,25 @@ print(psutil.Process().memory_info().rss - before, len({e.down_proj.data_ptr() f
 """
 
 
-def test_a_bank_is_in_memory_once(source: Path, texts: Path, tmp_path: Path, no_reload: None) -> None:
-    """Four layers with one bank of 50 MB take the memory of one; expanded they take that of four."""
-    large = {"hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 32}
-    tiny_checkpoint(tmp_path / "model", num_hidden_layers=LAYERS, max_shard_size="1GB", **large)
-    step = WHOLE | {"match": False, "fit": "average"}
-    bank = 32 * 3 * 256 * 512 * 4
+def test_a_bank_is_in_memory_once(source: Path, tmp_path: Path) -> None:
+    """Four layers with one bank of 100 MB take the memory of one; each with its own they take that of four."""
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 1024, "num_experts": 32, "num_hidden_layers": LAYERS}
+    bank = 32 * 3 * 256 * 1024 * 4
+    dense = tiny_model(**sizes)
+    slots = tuple(range(32))
+    shared = {layer: Bank(32, slots, layer=0) for layer in range(1, LAYERS)}
+    tied = AutoModelForCausalLM.from_config(banked(dense.config, 32, shared))
     taken = {}
-    for tier in ("plugin", "stock"):
-        settings = recipe(tmp_path / "model", texts, step) | {"export": {"tier": tier}}
-        moe_compress.run(settings, tmp_path / tier)
-        line = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / tier)]
+    for name, model in (("tied", tied), ("dense", dense)):
+        model.to(torch.bfloat16).save_pretrained(tmp_path / name)
+        line = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / name)]
         plain = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
         done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False, env=plain)
         assert done.returncode == 0, done.stderr
-        taken[tier], pointers = map(int, done.stdout.split())
-        assert pointers == (1 if tier == "plugin" else LAYERS)
-    assert taken["plugin"] < 1.3 * bank
-    assert taken["stock"] > 3.5 * bank
+        taken[name], pointers = map(int, done.stdout.split())
+        assert pointers == (1 if name == "tied" else LAYERS)
+    assert taken["tied"] < 1.3 * bank
+    assert taken["dense"] > 3.5 * bank
 
 
 def test_saving_a_loaded_model_again_keeps_the_bank_shared(
