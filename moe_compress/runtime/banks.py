@@ -15,16 +15,16 @@ per token, and every member adds its own two thin products. Dense experts are ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_compress.models.experts import (
+    expert_inner,
     expert_weight,
     experts_forward,
     matrix_shape,
@@ -32,6 +32,7 @@ from moe_compress.models.experts import (
     projections,
     routed_tokens,
 )
+from moe_compress.models.linear import linear
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,35 @@ class BankedExperts(nn.Module):
             routed_TH = routed_TH + self._constant_part(top_k_index, top_k_weights).to(routed_TH.dtype)
         return routed_TH
 
+    def routed_slots(self, index_TK: Tensor, gate_TK: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Every stored expert with tokens and its positions in the flattened routing table.
+
+        Those of one routed expert come together where routed experts differ from their slots.
+        """
+        bank = self.bank
+        if self.differences is None:
+            yield from routed_tokens(_lookup(bank.slots, bank.experts, index_TK), gate_TK, bank.experts)
+            return
+        pairs = dict(routed_tokens(index_TK, gate_TK, len(bank.slots)))
+        for slot in range(bank.experts):
+            found = [pair_N for expert, pair_N in pairs.items() if bank.slots[expert] == slot]
+            if found:
+                yield slot, torch.cat(found)
+
+    def slot_inner(self, slot: int, hidden_TH: Tensor, index_TK: Tensor, pair_N: Tensor) -> Tensor:
+        """Inputs [N, F] of a stored expert's down projection, for positions that `routed_slots` gave with it."""
+        token_N = pair_N // index_TK.shape[1]
+        if self.differences is None:
+            return expert_inner(self, slot, hidden_TH.index_select(0, token_N))
+        first = next(iter(projections(self)))
+        token_U, unique_N = token_N.unique(return_inverse=True)  # a token that chose two members is computed once
+        shared_UF = linear(hidden_TH[token_U], expert_weight(self, first, slot, hidden_TH.dtype))
+        expert_N = index_TK.flatten()[pair_N]
+        mixed_NF = _own_products(self, first, expert_N, shared_UF[unique_N], hidden_TH[token_N])
+        module: Any = self
+        inner_NF: Tensor = module._apply_gate(mixed_NF) if module.has_gate else module.act_fn(mixed_NF)
+        return inner_NF
+
     def _constant_part(self, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """Sum of gate values times constants, [T, H]."""
         assert self.constants is not None
@@ -228,53 +258,34 @@ def _lookup(table: Sequence[int | None], default: int, index_TK: Tensor) -> Tens
 
 def _with_differences(experts: Any, hidden_TH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
     """Gated sum [T, H] of the outputs of routed experts that differ from their slots; see `experts_forward`."""
-    bank, top_k = experts.bank, index_TK.shape[1]
-    index_TK = index_TK.masked_fill(gate_TK == 0, len(bank.slots))
-    pairs = dict(routed_tokens(index_TK, len(bank.slots)))
     observer = getattr(experts, "observer", None)
-    outputs = hidden_TH.new_zeros(index_TK.numel(), hidden_TH.shape[1])
-    for slot in range(bank.experts):
-        members = [expert for expert in pairs if bank.slots[expert] == slot]
-        if not members:
-            continue
-        pair_N = torch.cat([pairs[expert] for expert in members])
-        sizes = [len(pairs[expert]) for expert in members]
-        output_NH = _slot_output(experts, slot, members, sizes, hidden_TH, pair_N // top_k)
-        gate_N = gate_TK.flatten()[pair_N]
+    known: dict[int, Tensor] = experts.__dict__.pop("known_inner", {})
+    routed_TH = torch.zeros_like(hidden_TH)
+    for slot, pair_N in experts.routed_slots(index_TK, gate_TK):
+        inner_NF = known.pop(slot, None)
+        if inner_NF is None:
+            inner_NF = experts.slot_inner(slot, hidden_TH, index_TK, pair_N)
+        shared_NH = linear(inner_NF, expert_weight(experts, "down_proj", slot, hidden_TH.dtype))
+        output_NH = _own_products(experts, "down_proj", index_TK.flatten()[pair_N], shared_NH, inner_NF)
+        output_NH = experts.post_expert_norm(output_NH) if experts.has_post_expert_norm else output_NH
+        token_N, gate_N = pair_N // index_TK.shape[1], gate_TK.flatten()[pair_N]
         if observer is not None:
-            observer.expert(slot, pair_N // top_k, gate_N, output_NH)
-        outputs[pair_N] = output_NH * gate_N[:, None].to(output_NH.dtype)
-    routed_TH = outputs.view(*index_TK.shape, -1).sum(dim=1)
+            observer.expert(slot, token_N, gate_N, output_NH)
+        routed_TH.index_add_(0, token_N, output_NH * gate_N[:, None].to(output_NH.dtype))
     if observer is not None:
-        observer.block(_lookup(bank.slots, bank.experts, index_TK), routed_TH)
+        slot_TK = _lookup(experts.bank.slots, experts.bank.experts, index_TK)
+        observer.block(slot_TK.masked_fill(gate_TK == 0, experts.bank.experts), routed_TH)
     return routed_TH
 
 
-def _slot_output(
-    experts: Any, slot: int, members: Sequence[int], sizes: Sequence[int], hidden_TH: Tensor, token_N: Tensor
-) -> Tensor:
-    """Raw outputs [N, H] of the experts of one slot, `sizes` tokens each, one expert's after the other's."""
-    first = next(iter(projections(experts)))
-    token_U, unique_N = token_N.unique(return_inverse=True)  # a token that chose two of them is computed once
-    shared_UF = F.linear(hidden_TH[token_U], expert_weight(experts, first, slot, hidden_TH.dtype))
-    input_NH = hidden_TH[token_N]
-    mixed_NF = _own_products(experts, first, members, sizes, shared_UF[unique_N], input_NH)
-    inner_NF = experts._apply_gate(mixed_NF) if experts.has_gate else experts.act_fn(mixed_NF)
-    if hasattr(experts, "recorder") and experts.recorder(slot, input_NH, inner_NF):
-        return torch.zeros_like(input_NH)
-    shared_NH = F.linear(inner_NF, expert_weight(experts, "down_proj", slot, hidden_TH.dtype))
-    output_NH = _own_products(experts, "down_proj", members, sizes, shared_NH, inner_NF)
-    return experts.post_expert_norm(output_NH) if experts.has_post_expert_norm else output_NH
-
-
-def _own_products(
-    experts: Any, name: str, members: Sequence[int], sizes: Sequence[int], slot_NO: Tensor, input_NI: Tensor
-) -> Tensor:
-    """The members' own products [N, out] with a fused matrix, biases included, from those of their slot."""
+def _own_products(experts: Any, name: str, expert_N: Tensor, slot_NO: Tensor, input_NI: Tensor) -> Tensor:
+    """The own products [N, out] of routed experts (in runs) with a fused matrix, from those of their slot."""
     differences: Differences = experts.differences
     rows = part_rows(experts, name, slot_NO.shape[1])
+    members, counts = expert_N.unique_consecutive(return_counts=True)
+    sizes = counts.tolist()
     found = []
-    pieces = zip(members, slot_NO.split(list(sizes)), input_NI.split(list(sizes)), strict=True)
+    pieces = zip(members.tolist(), slot_NO.split(sizes), input_NI.split(sizes), strict=True)
     for expert, slot_MO, input_MI in pieces:
         products = [differences.product(part, expert, slot_MO[:, where], input_MI) for part, where in rows.items()]
         if len(products) == 1:

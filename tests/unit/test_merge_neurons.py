@@ -14,7 +14,7 @@ from transformers.integrations.moe import use_experts_implementation
 from moe_compress.compress.merge import align
 from moe_compress.compress.merge.average import average
 from moe_compress.compress.merge.neurons import Expert, inner_activations, read_expert, write_expert
-from moe_compress.models.experts import expert_output
+from moe_compress.models.experts import whole_expert
 
 HIDDEN, NEURONS, EXPERTS = 12, 8, 4
 LAYOUTS = {
@@ -77,17 +77,17 @@ def output(experts: Any, expert: Expert, inputs: Tensor) -> Tensor:
 
 def test_parts_compute_what_the_module_does(experts: Any, inputs: Tensor) -> None:
     for number in range(EXPERTS):
-        expected = expert_output(experts, number, inputs)
+        expected = whole_expert(experts, number, inputs)
         found = output(experts, read_expert(experts, number), inputs)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_permuted_expert_is_the_same_function(experts: Any, inputs: Tensor) -> None:
     order = torch.randperm(NEURONS, generator=torch.Generator().manual_seed(1))
-    before = expert_output(experts, 2, inputs)
+    before = whole_expert(experts, 2, inputs)
     expert = read_expert(experts, 2)
     write_expert(experts, 1, expert.permuted(order))
-    torch.testing.assert_close(expert_output(experts, 1, inputs), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole_expert(experts, 1, inputs), before, rtol=1e-4, atol=1e-4)
     write_expert(experts, 1, expert)
     for name, tensor in experts.named_parameters():
         assert torch.equal(tensor[1], tensor[2]), name

@@ -5,13 +5,12 @@ Where activations are needed, the calibration tokens pass through the layers tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_compress.checkpoint.rewrite import Change
+from moe_compress.checkpoint.rewrite import PROBES, Change
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.compress.merge import align
 from moe_compress.compress.merge.average import average
@@ -20,7 +19,7 @@ from moe_compress.compress.merge.neurons import Expert, Original, inner_activati
 from moe_compress.compress.merge.plan import Group, MergedLayer, MergePlan
 from moe_compress.compress.prune.apply import with_counts
 from moe_compress.models.layers import MoELayer
-from moe_compress.models.lockstep import Enough
+from moe_compress.models.lockstep import Enough, Lockstep
 from moe_compress.runtime.banks import Bank
 from moe_compress.runtime.families import with_banks
 
@@ -58,11 +57,11 @@ class MergeChange(Change):
         return state
 
     @torch.no_grad()
-    def store(self, target: LayerStream, index: int, rehearse: Callable[[], None]) -> dict[str, Tensor]:
+    def store(self, target: LayerStream, index: int, run: Lockstep) -> dict[str, Tensor]:
         plan = self.layers.get(index)
         if plan is not None and any(len(group.members) > 1 for group in plan.groups):
             experts, original = target.moe_layers[index].experts, self._original
-            sample_NH = self._sample(experts, rehearse) if self.settings.align == "activations" else None
+            sample_NH = self._sample(experts, run, index) if self.settings.align == "activations" else None
             differ = Differ(experts) if self.settings.keep_differences is not None else None
             for slot, group in enumerate(plan.groups):
                 aligned = self._aligned(group, original, sample_NH)
@@ -73,7 +72,7 @@ class MergeChange(Change):
                 for expert, member in zip(group.members, aligned, strict=True):
                     differ.add(expert, member, None if member is lead else lead)
             if differ is not None:
-                differ.fit(rehearse)
+                differ.fit(run, index)
         self._original = None
         return target.stored_layer(index)
 
@@ -93,18 +92,19 @@ class MergeChange(Change):
             for member, order in zip(members, orders, strict=True)
         ]
 
-    def _sample(self, experts: Any, rehearse: Callable[[], None]) -> Tensor:
+    def _sample(self, experts: Any, run: Lockstep, index: int) -> Tensor:
         """Some of the tokens [N, H] that come to the layer's experts, evenly spaced."""
         assert self.tokens is not None
         step = max(1, self.tokens.numel() // ALIGNED_TOKENS)
         kept: list[Tensor] = []
 
         def enter(module: Any, inputs: Any) -> None:
-            kept.append(inputs[0][::step].clone())
+            if run.batch >= PROBES:
+                kept.append(inputs[0][::step].clone())
             raise Enough
 
         handle = experts.register_forward_pre_hook(enter)
-        rehearse()
+        run.rehearse(index)
         handle.remove()
         return torch.cat(kept)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from moe_compress.compress.prune.config import check_keep
+from moe_compress.compress.prune.config import SUPER_EXPERTS, check_keep
 
 Criterion = Literal["frequency", "seer", "ean", "reap", "man", "msan", "easy_ep", "mone"]
 
@@ -83,6 +83,9 @@ class MergeConfig(BaseModel):
 # Rules between settings, judged in the step as it is written (see `recipe.OperationSettings`).
 
 LAST: str | None = None
+RELATION: str | None = None  # the Hub's word `merge` is for models put together
+GROUPINGS = {"hc": "2410.08589", "router": "2310.01334", "ream": "2604.04356"}
+DIFFERENCES = "2608.07814"
 
 
 def needs_tokens(step: Mapping[str, Any]) -> bool:
@@ -112,3 +115,12 @@ def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     key = "keep_differences" if step.get("keep_differences") is not None else "router"
     if leaves_banks(step):
         yield key, "plain transformers cannot let a router choose among more experts than there are"
+
+
+def tags(step: Mapping[str, Any], tier: str) -> list[str]:
+    return ["merged"]
+
+
+def papers(step: Mapping[str, Any]) -> list[str]:
+    found = [GROUPINGS[step["grouping"]]] + ([DIFFERENCES] if step["keep_differences"] is not None else [])
+    return found + ([SUPER_EXPERTS] if step["protect_super_experts"] else [])

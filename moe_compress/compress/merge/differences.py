@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_compress.checkpoint.rewrite import PROBES
 from moe_compress.compress.merge.low_rank import best_factors, damped
 from moe_compress.compress.merge.neurons import DOWN, Expert, inner_activations
 from moe_compress.models.experts import routed_tokens
-from moe_compress.models.lockstep import Enough
+from moe_compress.models.lockstep import Enough, Lockstep
 from moe_compress.runtime.banks import Bank, Differences, short
 
 MOMENT_BYTES = 4 << 30  # of second moments held at a time
@@ -46,17 +47,17 @@ class Differ:
         if lead is not None:
             self.members[expert], self.leads[expert] = member, lead
 
-    def fit(self, rehearse: Callable[[], None]) -> None:
-        """Find the differences of all members; `rehearse` runs the layer on the calibration tokens."""
+    def fit(self, run: Lockstep, index: int) -> None:
+        """Find the differences of all members, on the calibration tokens of `run` before layer `index`."""
         if not self.members:
             return
         hidden, width = next(iter(self.members.values())).parts[DOWN].shape
         for chunk in self._chunks(8 * width**2):
-            self._fit_inputs(rehearse, chunk, width)
+            self._fit_inputs(run, index, chunk, width)
         for chunk in self._chunks(2 * 8 * hidden**2):
-            self._fit_down(rehearse, chunk, hidden)
+            self._fit_down(run, index, chunk, hidden)
 
-    def _fit_inputs(self, rehearse: Callable[[], None], chunk: list[int], width: int) -> None:
+    def _fit_inputs(self, run: Lockstep, index: int, chunk: list[int], width: int) -> None:
         device = self.experts.down_proj.device
         moments = {expert: torch.zeros(width, width, dtype=torch.float64, device=device) for expert in chunk}
 
@@ -64,12 +65,12 @@ class Differ:
             weighted_NH = gate_N[:, None] * hidden_NH
             moments[expert] += (weighted_NH.T @ weighted_NH).double()
 
-        self._observe(rehearse, chunk, see)
+        self._observe(run, index, chunk, see)
         for expert in chunk:
             for part in self._input_parts():
                 self._write(expert, part, self.members[expert].parts[part], moments[expert])
 
-    def _fit_down(self, rehearse: Callable[[], None], chunk: list[int], hidden: int) -> None:
+    def _fit_down(self, run: Lockstep, index: int, chunk: list[int], hidden: int) -> None:
         fitted = {expert: self._fitted(expert) for expert in chunk}
         device = self.experts.down_proj.device
         shape, kind = (hidden, hidden), {"dtype": torch.float64, "device": device}
@@ -82,7 +83,7 @@ class Differ:
             crosses[expert] += (true_NF.T @ found_NF).double()
             moments[expert] += (found_NF.T @ found_NF).double()
 
-        self._observe(rehearse, chunk, see)
+        self._observe(run, index, chunk, see)
         for expert in chunk:
             own = self.members[expert].parts[DOWN].T.double()
             moment = damped(moments[expert])
@@ -117,21 +118,21 @@ class Differ:
         return Expert(parts)
 
     def _observe(
-        self, rehearse: Callable[[], None], wanted: list[int], see: Callable[[int, Tensor, Tensor], None]
+        self, run: Lockstep, index: int, wanted: list[int], see: Callable[[int, Tensor, Tensor], None]
     ) -> None:
         """Show `see` what the router sends these experts: inputs [N, H] and gate values [N]."""
-        num_experts = len(self.experts.bank.slots)
 
         def enter(module: Any, inputs: Any) -> None:
             hidden_TH, index_TK, gate_TK = inputs
-            for expert, pair_N in routed_tokens(index_TK.masked_fill(gate_TK == 0, num_experts), num_experts):
-                if expert in wanted:
-                    gate_N = gate_TK.flatten()[pair_N].to(hidden_TH.dtype)
-                    see(expert, hidden_TH[pair_N // index_TK.shape[1]], gate_N)
+            if run.batch >= PROBES:
+                for expert, pair_N in routed_tokens(index_TK, gate_TK, len(module.bank.slots)):
+                    if expert in wanted:
+                        gate_N = gate_TK.flatten()[pair_N].to(hidden_TH.dtype)
+                        see(expert, hidden_TH.index_select(0, pair_N // index_TK.shape[1]), gate_N)
             raise Enough
 
         handle = self.experts.register_forward_pre_hook(enter)
-        rehearse()
+        run.rehearse(index)
         handle.remove()
 
     def _chunks(self, bytes_each: int) -> Iterator[list[int]]:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_compress.compress.sampling import EvenSample
-from moe_compress.models.experts import expert_output
+from moe_compress.models.experts import whole_expert
 from moe_compress.models.layers import MoELayer
 
 SAMPLED_TOKENS = 1024
@@ -31,7 +31,7 @@ class MeanOutputs:
         """`mean_output` float64 [E, H]."""
         (sample_NH,) = self._sample.kept
         means = [
-            expert_output(self.moe.experts, expert, sample_NH).mean(0, dtype=torch.float64)
+            whole_expert(self.moe.experts, expert, sample_NH).mean(0, dtype=torch.float64)
             for expert in range(self.moe.num_experts)
         ]
         return {"mean_output": torch.stack(means).cpu().numpy()}

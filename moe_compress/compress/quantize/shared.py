@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from moe_compress.calibrate.scores import LayerScores, Scores
 from moe_compress.checkpoint.durable import replace_durably
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.compress.quantize.gptq import Hessians
-from moe_compress.models.experts import matrix_shape, projections
+from moe_compress.models.experts import matrix_shape, projections, routed_experts, routed_inner
 from moe_compress.models.lockstep import Lockstep
 from moe_compress.progress import Stage
 
@@ -66,9 +67,9 @@ def collect_moments(stream: LayerStream, tokens: Tensor, batch_size: int, folder
             if owner in last:
                 experts: Any = stream.moe_layers[index].experts
                 sums = held.setdefault(owner, _empty(experts))
-                experts.recorder = _recorder(sums)
+                hook = experts.register_forward_pre_hook(partial(_see, sums))
                 run.through(index)
-                del experts.recorder
+                hook.remove()
                 if index == last[owner]:
                     _save(folder, owner, held.pop(owner))
             else:
@@ -99,13 +100,14 @@ def _empty(experts: Any) -> dict[str, Hessians]:
     }
 
 
-def _recorder(sums: dict[str, Hessians]) -> Any:
-    def see(expert: int, hidden_NH: Tensor, inner_NF: Tensor) -> bool:
+def _see(sums: dict[str, Hessians], experts: Any, inputs: Any) -> None:
+    hidden_TH, index_TK, gate_TK = inputs
+    for expert, slot_N in routed_experts(experts, index_TK, gate_TK):
         for name, hessians in sums.items():
-            hessians.add(expert, inner_NF if name == "down_proj" else hidden_NH)
-        return False
-
-    return see
+            if name == "down_proj":
+                hessians.add(expert, routed_inner(experts, expert, hidden_TH, index_TK, slot_N))
+            else:
+                hessians.add(expert, hidden_TH.index_select(0, slot_N // index_TK.shape[1]))
 
 
 def _save(folder: Path, owner: int, sums: dict[str, Hessians]) -> None:

@@ -5,7 +5,6 @@ The calibration tokens pass through the layers that are already tied, where diff
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from moe_compress.compress.merge.neurons import Original, read_expert
 from moe_compress.compress.tie.bank import load_bank
 from moe_compress.compress.tie.plan import TiedGroup, TiePlan
 from moe_compress.models.layers import MoELayer
+from moe_compress.models.lockstep import Lockstep
 from moe_compress.runtime.banks import Bank, dense_experts
 from moe_compress.runtime.families import with_banks
 
@@ -54,14 +54,14 @@ class TieChange(Change):
         return state
 
     @torch.no_grad()
-    def store(self, target: LayerStream, index: int, rehearse: Callable[[], None]) -> dict[str, Tensor]:
+    def store(self, target: LayerStream, index: int, run: Lockstep) -> dict[str, Tensor]:
         group = self.plan.group_of.get(index)
         if group is not None and group.ranks:
-            self._differ(group, target, index, rehearse)
+            self._differ(group, target, index, run)
         self._original = None
         return target.stored_layer(index)
 
-    def _differ(self, group: TiedGroup, target: LayerStream, index: int, rehearse: Callable[[], None]) -> None:
+    def _differ(self, group: TiedGroup, target: LayerStream, index: int, run: Lockstep) -> None:
         """Fit what this layer's experts keep beside those of the bank."""
         experts = target.moe_layers[index].experts
         differ = Differ(experts)
@@ -70,7 +70,7 @@ class TieChange(Change):
             lead, member = read_expert(experts, slot), read_expert(self._original, expert)
             order = align.by_weights(lead.rows_FD, member.rows_FD)
             differ.add(expert, member.permuted(order), lead)
-        differ.fit(rehearse)
+        differ.fit(run, index)
 
 
 class ExpandChange(Change):

@@ -44,6 +44,8 @@ class TieConfig(BaseModel):
 # Rules between settings, judged in the step as it is written (see `recipe.OperationSettings`).
 
 LAST: str | None = None
+RELATION: str | None = None  # the Hub has no word for tied
+TYING = "2606.16825"
 
 
 def needs_tokens(step: Mapping[str, Any]) -> bool:
@@ -61,3 +63,11 @@ def leaves_banks(step: Mapping[str, Any]) -> bool:
 
 def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     return iter(())
+
+
+def tags(step: Mapping[str, Any], tier: str) -> list[str]:
+    return ["tied"]
+
+
+def papers(step: Mapping[str, Any]) -> list[str]:
+    return [TYING]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_compress.compress.merge.neurons import Expert, read_expert
 from moe_compress.compress.tie.samples import Sample
-from moe_compress.models.experts import expert_output
+from moe_compress.models.experts import whole_expert
 
 Array = NDArray[np.float64]
 
@@ -38,10 +38,10 @@ def _one_sided(own: Any, other: Any, samples: Sequence[Sample]) -> Array:
     gate_N = torch.cat([sample.gate_N for sample in samples])
     sizes, num_experts = [len(sample.gate_N) for sample in samples], len(samples)
     pieces = zip(range(num_experts), input_NH.split(sizes), strict=True)
-    true_NH = torch.cat([expert_output(own, expert, piece) for expert, piece in pieces])
+    true_NH = torch.cat([whole_expert(own, expert, piece) for expert, piece in pieces])
     costs = np.zeros((num_experts, num_experts))
     for expert in range(num_experts):
-        error_NH = gate_N[:, None] * (expert_output(other, expert, input_NH) - true_NH)
+        error_NH = gate_N[:, None] * (whole_expert(other, expert, input_NH) - true_NH)
         squares = error_NH.square().sum(1, dtype=torch.float64).split(sizes)
         costs[:, expert] = [float(piece.sum()) for piece in squares]
     return costs
