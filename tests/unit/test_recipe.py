@@ -278,7 +278,7 @@ def test_code_that_comes_with_a_checkpoint_cannot_be_trusted() -> None:
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean `prune-reap-25`"):
         load_recipe("prune-reap-52")
-    with pytest.raises(UsageError, match="packaged are budget-joint, demo, mc-2"):
+    with pytest.raises(UsageError, match="packaged are budget-joint, demo, differences-50, mc-2"):
         load_recipe("nowhere/x.yml")
 
 
