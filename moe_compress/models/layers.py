@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.models.families import EXPERT_COUNT_KEYS, TOP_K_KEYS
+from moe_compress.models.routing import SECTION as SECTION
+from moe_compress.models.routing import Routing, layer_routings, router_rows
 from moe_compress.models.skeleton import SUPPORTED, build_skeleton
 
-SECTION = "moe_compress"  # in the config.json of a compressed family: how the layers depart from it
-PACKED = "packed"  # in that section: which weights are packed, and how
+PACKED = "packed"  # in the section: which weights are packed, and how
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ class MoELayer:
     block: nn.Module
     experts: nn.Module
     num_experts: int
-    top_k: int
+    top_k: int  # that the router picks
     counted: Mapping[str, int]
+    routing: Routing = Routing()
+    num_groups: int = 1
 
     @property
     def width(self) -> int:
@@ -56,6 +59,11 @@ class MoELayer:
         """What the block multiplies the experts' gated sum with, where this is not in the gate values already."""
         return float(getattr(self.block, "routed_scaling_factor", 1.0))
 
+    @property
+    def experts_per_token(self) -> float:
+        """Routed experts that a token uses on average: measured where the configuration has it, else derived."""
+        return self.routing.expected(self.num_experts, self.top_k)
+
     def expert_tensors(self) -> dict[str, Tensor]:
         """The experts' tensors by name relative to the block, each [E, ...]."""
         return {name: tensor for name, (tensor, _) in self._tensors().items() if self._of_experts(name)}
@@ -66,12 +74,30 @@ class MoELayer:
 
     def select(self, state: Mapping[str, Tensor], experts: Tensor) -> dict[str, Tensor]:
         """The decoder layer's tensors with only these experts (int64 [n], in their new order), as a new dictionary."""
+        inside = self.experts_name.removeprefix(self.block_name).lstrip(".")
+        of_experts = f"{self.block_path}.{inside}.".lstrip(".")
         selected = {}
         for name, dimension in self.counted.items():
-            beyond = torch.arange(self.num_experts, state[name].shape[dimension])
-            entries = torch.cat([experts, beyond]).to(state[name].device)
-            selected[name] = state[name].index_select(dimension, entries)
+            entries = experts if name.startswith(of_experts) else self.rows(experts, state[name].shape[dimension])
+            selected[name] = state[name].index_select(dimension, entries.to(state[name].device))
         return {**state, **selected}
+
+    def rows(self, experts: Tensor, length: int) -> Tensor:
+        """The entries (int64) that a router tensor with `length` of them has with only these experts.
+
+        Zero experts stay, behind the experts of their group; so does what follows them all.
+        """
+        if not self.routing.zero_experts:
+            return torch.cat([experts, torch.arange(self.num_experts, length)])
+        own, zeros = router_rows(self.num_experts, self.routing.zero_experts, self.num_groups)
+        groups = torch.cat(
+            [
+                torch.tensor(own)[experts].view(self.num_groups, -1),
+                torch.tensor(zeros, dtype=torch.int64).view(self.num_groups, -1),
+            ],
+            dim=1,
+        )
+        return torch.cat([groups.flatten(), torch.arange(len(own) + len(zeros), length)])
 
     def _tensors(self) -> dict[str, tuple[Tensor, int]]:
         tensors = self.block.state_dict(keep_vars=True)
@@ -115,6 +141,7 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     config: Any = model.config
     paths = _experts_paths(model, layers)
     counted = counted_tensors(model)
+    routings = layer_routings(config)
     found = []
     for index, path in paths.items():
         prefix = f"{layers_name}.{index}."
@@ -130,8 +157,10 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
             block=layers[index].get_submodule(block_path),
             experts=experts,
             num_experts=len(experts.down_proj),
-            top_k=top_k(config.get_text_config(), index),
+            top_k=routings.get(index, Routing()).normalise_over or top_k(config.get_text_config(), index),
             counted={name.removeprefix(prefix): counted.pop(name) for name in inside},
+            routing=routings.get(index, Routing()),
+            num_groups=routing_groups(config),
         )
         _require_scoring_router(layer)
         found.append(layer)
@@ -181,7 +210,10 @@ def with_expert_counts(config: Any, before: int, num_experts: int, counts: Mappi
     section = getattr(changed, SECTION, None)
     set_num_experts(changed, before, num_experts)
     if section:
-        layers = {layer: found | {"num_experts": counts[int(layer)]} for layer, found in section["layers"].items()}
+        layers = {
+            layer: entry | ({"num_experts": counts[int(layer)]} if int(layer) in counts else {})
+            for layer, entry in section["layers"].items()
+        }
         setattr(changed, SECTION, section | {"num_experts": num_experts, "layers": layers})
     return changed
 
@@ -196,7 +228,7 @@ def family_num_experts(model: PreTrainedModel) -> int:
 
 
 def top_k(config: Any, layer: int) -> int:
-    """Routed experts per token in a decoder layer."""
+    """Experts that the router of a decoder layer picks for a token, by the family's own setting."""
     for key in TOP_K_KEYS:
         value = getattr(config, key, None)
         if isinstance(value, list):
