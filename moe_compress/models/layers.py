@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.models.families import EXPERT_COUNT_KEYS, TOP_K_KEYS
+from moe_compress.models.routing import FAMILY_ROUTING, Routing, layer_routings, router_rows
 from moe_compress.models.routing import SECTION as SECTION
-from moe_compress.models.routing import Routing, layer_routings, router_rows
 from moe_compress.models.skeleton import SUPPORTED, build_skeleton
 
 PACKED = "packed"  # in the section: which weights are packed, and how
@@ -45,7 +45,7 @@ class MoELayer:
     num_experts: int
     top_k: int  # that the router picks
     counted: Mapping[str, int]
-    routing: Routing = Routing()
+    routing: Routing = FAMILY_ROUTING
     num_groups: int = 1
 
     @property
@@ -149,6 +149,7 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
         block_name = f"{prefix}{block_path}".rstrip(".")
         inside = [name for name in counted if name.startswith(f"{block_name}.")]
         experts: Any = layers[index].get_submodule(path)
+        routing = routings.get(index, FAMILY_ROUTING)
         layer = MoELayer(
             layer=index,
             block_name=block_name,
@@ -157,9 +158,9 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
             block=layers[index].get_submodule(block_path),
             experts=experts,
             num_experts=len(experts.down_proj),
-            top_k=routings.get(index, Routing()).normalise_over or top_k(config.get_text_config(), index),
+            top_k=routing.normalise_over or top_k(config.get_text_config(), index),
             counted={name.removeprefix(prefix): counted.pop(name) for name in inside},
-            routing=routings.get(index, Routing()),
+            routing=routing,
             num_groups=routing_groups(config),
         )
         _require_scoring_router(layer)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SECTION = "moe_compress"  # in the config.json of a compressed family: how the layers depart from it
+EXPERTS_PER_TOKEN = "experts_per_token"  # in a layer's entry: measured
 USE_ZERO_EXPERTS = "use_zero_experts"  # in that section: false gives the original model back
 
 
@@ -51,7 +52,7 @@ class Routing:
             top_k=entry.get("top_k"),
             normalise_over=entry.get("normalise_over", entry.get("top_k")),
             skip=None if skip is None else Skip(**skip),
-            experts_per_token=entry.get("experts_per_token"),
+            experts_per_token=entry.get(EXPERTS_PER_TOKEN),
         )
 
     @property
@@ -70,11 +71,14 @@ class Routing:
         return slots * num_experts / (num_experts + self.zero_experts)
 
 
+FAMILY_ROUTING = Routing()
+
+
 def layer_routings(config: Any) -> dict[int, Routing]:
     """The decoder layers whose entry in the section says something about routing."""
     layers = (getattr(config, SECTION, None) or {}).get("layers", {})
     found = {int(layer): Routing.from_json(entry) for layer, entry in layers.items()}
-    return {layer: routing for layer, routing in found.items() if routing != Routing()}
+    return {layer: routing for layer, routing in found.items() if routing != FAMILY_ROUTING}
 
 
 def router_rows(num_experts: int, zero_experts: int, num_groups: int) -> tuple[list[int], list[int]]:

@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.models.layers import SECTION
+from moe_compress.models.routing import EXPERTS_PER_TOKEN
 from moe_compress.runtime.model import CompressedModel
 from moe_compress.runtime.packed import packed_conversions
 from moe_compress.runtime.registration import COMPRESSED
@@ -29,6 +30,22 @@ FORMAT = 1
 def plugin_section(num_experts: int) -> dict[str, Any]:
     """The section `moe_compress` of a model that does not depart from its family, whose layers have `num_experts`."""
     return {"format": FORMAT, "num_experts": num_experts, "layers": {}}
+
+
+def with_layers(
+    config: Mapping[str, Any], num_experts: int, entries: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The content of `config.json` for the tier `plugin` with these additions to its layers' entries.
+
+    `num_experts` is that of a layer, needed where the model does not depart from its family yet. What was measured of
+    the routing of these layers no longer holds and is left out, unless an addition brings it.
+    """
+    section = config.get(SECTION) or plugin_section(num_experts)
+    layers = {**section["layers"]}
+    for layer, entry in entries.items():
+        known = {key: value for key, value in layers.get(str(layer), {}).items() if key != EXPERTS_PER_TOKEN}
+        layers[str(layer)] = {**known, **entry}
+    return plugin_config(config, section | {"layers": layers})
 
 
 def plugin_config(config: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from moe_compress.compress.zero_experts.config import ZeroExpertsConfig
 from moe_compress.compress.zero_experts.plan import ZeroExpertsPlan
 from moe_compress.models.layers import SECTION, MoELayer
 from moe_compress.models.routing import USE_ZERO_EXPERTS, router_rows
-from moe_compress.runtime.families import plugin_config, plugin_section
+from moe_compress.runtime.families import with_layers
 
 
 class ZeroExpertsChange(Change):
@@ -29,11 +29,9 @@ class ZeroExpertsChange(Change):
         self.counts = {layer.layer: layer.zero_experts for layer in plan.layers}
 
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
-        section = config.get(SECTION) or plugin_section(self.plan.layers[0].num_experts)
-        layers = {**section["layers"]}
-        for layer, count in self.counts.items():
-            layers[str(layer)] = {**layers.get(str(layer), {}), "zero_experts": count}
-        return plugin_config(config, section | {USE_ZERO_EXPERTS: True, "layers": layers})
+        entries = {layer: {"zero_experts": count} for layer, count in self.counts.items()}
+        new = with_layers(config, self.plan.layers[0].num_experts, entries)
+        return new | {SECTION: {USE_ZERO_EXPERTS: True, **new[SECTION]}}
 
     def layer(self, moe: MoELayer, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The layer's tensors with the zero experts' rows in its router."""
