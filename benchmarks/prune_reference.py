@@ -34,11 +34,12 @@ from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.rewrite import open_rewritten
 from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
 from moe_compress.compress.prune.config import CriterionName, PruneConfig
+from moe_compress.compress.prune.step import PruneStep
+from moe_compress.compress.surroundings import Surroundings
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.harness import evaluate
 from moe_compress.manifest import hardware, library_versions
 from moe_compress.progress import SilentProgress
-from moe_compress.steps import Surroundings, apply, plan_step
 
 RESULTS = Path(__file__).parent / "results" / "prune_reference.json"
 KEEP = 0.75
@@ -123,13 +124,14 @@ def figures(folder: Path) -> dict[str, float]:
 def pruned(criterion: str, seed: int, scores: Scores, source: Checkpoint, folder: Path, rows: list[Row]) -> Row:
     """One pruning and its figures, which are those of an earlier row when the same experts stay."""
     config = PruneConfig.model_validate({"op": "prune", "criterion": criterion, "keep": KEEP, "seed": seed})
-    plan = plan_step(config, scores, source)
+    step = PruneStep(config)
+    plan = step.plan(scores, source.config)
     kept = sha256(json.dumps([layer.keep for layer in plan.layers]).encode())
     tasks = next((row["tasks"] for row in rows if row["kept_sha256"] == kept), None)
     if tasks is None:
         around = Surroundings(CalibrationConfig(dataset="reference"), 4 * 10**9, "cpu", SilentProgress())
         shutil.rmtree(folder, ignore_errors=True)
-        apply(plan, source, folder, around, criterion)
+        step.apply(plan, source, folder, around, criterion)
         tasks = figures(open_rewritten(folder, source).folder)
     return {"kept_sha256": kept, "tasks": tasks}
 

@@ -26,15 +26,19 @@ from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.compress.prune.apply import PruneChange
 from moe_compress.compress.prune.config import PruneConfig
-from moe_compress.compress.quantize.apply import QuantizeChange, scale_dtype_of
+from moe_compress.compress.prune.step import PruneStep
+from moe_compress.compress.quantize.apply import QuantizeChange
 from moe_compress.compress.quantize.config import QuantizeConfig
+from moe_compress.compress.quantize.sizes import Sizes
+from moe_compress.compress.quantize.step import QuantizeStep
+from moe_compress.compress.quantize.storage import scale_dtype_of
+from moe_compress.compress.scoring import calibration_data
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.harness import evaluate
 from moe_compress.manifest import hardware, library_versions
 from moe_compress.pipeline import surroundings
 from moe_compress.progress import SilentProgress
 from moe_compress.recipe import load_recipe
-from moe_compress.steps import calibration_data, plan_quantize_step, plan_step, score_step
 
 RESULTS = Path(__file__).parent / "results"
 TEXTS = ["reference_code", "reference_documentation"]
@@ -90,7 +94,7 @@ class Bench:
         self.folder, self.source = folder, open_checkpoint("reference")
         config, self.around = self._settings(SCORED)
         self.data = calibration_data(self.source, self.around)
-        self.scores = score_step(self.source, folder / "scores", self.around, "score", config)
+        self.scores = QuantizeStep(config).score(self.source, folder / "scores", self.around, "score")
 
     def row(self, settings: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
         """Sizes and task results of one row; `known` are the rows that are there already."""
@@ -106,7 +110,7 @@ class Bench:
             source, scores = self._pruned(keep)
         config, _ = self._settings(COMMON | settings)
         stream = LayerStream(source)
-        plan = plan_quantize_step(config, scores, source, stream, "plugin")
+        plan = QuantizeStep(config).plan(scores, Sizes.of_stream(stream), source.config, "plugin")
         tokens = self.data.tokens if config.method == "gptq" else None
         change = QuantizeChange(
             plan, [], tier="plugin", scale_dtype=scale_dtype_of(stream), tokens=tokens, batch_size=8
@@ -128,7 +132,7 @@ class Bench:
         config = PruneConfig(op="prune", criterion="reap", keep=keep)
         out = self.folder / "pruned"
         if not out.exists():
-            self._rewrite(self.source, out, PruneChange(plan_step(config, self.scores, self.source)))
+            self._rewrite(self.source, out, PruneChange(PruneStep(config).plan(self.scores, self.source.config)))
         return open_rewritten(out, self.source), None
 
     def _rewrite(self, source: Checkpoint, out: Path, change: Any) -> None:

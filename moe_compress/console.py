@@ -18,7 +18,6 @@ from rich.text import Text
 from moe_compress.text import listed
 
 # The settings of a quantize step that a plan shows.
-QUANTIZE_KEYS = ("method", "bits", "average_bits", "stored_bytes", "active_bytes", "average_bits_chosen")
 
 PIPE_WIDTH = 200  # columns where no terminal says its own
 FIGURE_WIDTH = 24  # characters; a longer cell is no figure
@@ -86,19 +85,10 @@ def print_plan(planned: Mapping[str, Any]) -> None:
     from moe_compress.report.tables import FIGURES, figure_label, format_bytes, format_percent
 
     for index, step in enumerate(planned["steps"]):
-        if step["op"] == "quantize":
-            _print_quantize(index, step)
-            continue
-        print(f"steps.{index}: {step['op']}, criterion {_word(step['criterion'])}, keep {step['keep']}")
-        layers = [layer for layer in step.get("layers", ()) if layer.get("keep")]
-        if layers:
-            rows = [["layer", "experts", "kept", "which"]]
-            for layer in layers:
-                kept = layer["keep"]
-                rows.append([str(layer["layer"]), str(layer["num_experts"]), str(len(kept)), " ".join(map(str, kept))])
-            print_table(rows)
-        else:
-            print(f"{step['experts_per_layer']} experts stay in each layer; `moe-compress score` tells which")
+        print(f"steps.{index}: {step['op']}, {_settings(step)}")
+        for line in step["summary"]:
+            print(f"  {line}")
+        _print_layers(step.get("layers", ()))
     rows = [["predicted", "baseline", "compressed", "ratio"]]
     for path, label, show in FIGURES:
         before, after = (planned[side].get(path[0]) for side in ("baseline", "predicted"))
@@ -167,18 +157,21 @@ def print_frontier(setting: str, found: Sequence[Mapping[str, Any]]) -> None:
     print_table(rows)
 
 
-def _print_quantize(index: int, step: Mapping[str, Any]) -> None:
-    """A quantize step's settings, and the widths of every layer's experts where they are known."""
-    shown = ", ".join(f"{key} {_word(value)}" for key, value in step.items() if key in QUANTIZE_KEYS)
-    print(f"steps.{index}: quantize, {shown}")
-    if "note" in step:
-        print(f"  {step['note']}")
-    for layer in step.get("layers", ()):
-        names = Counter(name for options in layer["bits"].values() for name in options)
-        total = sum(names.values())
-        widths = ", ".join(f"{count / total:.0%} at {name}" for name, count in sorted(names.items()))
-        print(f"  layer {layer['layer']}: {len(layer['keep'])} of {layer['num_experts']} experts, {widths}")
+def _settings(step: Mapping[str, Any]) -> str:
+    """The settings a step was given, those that are one value."""
+    words = (f"{key} {value}" for key, value in step.items() if key != "op" and isinstance(value, str | int | float))
+    return ", ".join(words)
 
 
-def _word(criterion: object) -> str:
-    return criterion if isinstance(criterion, str) else json.dumps(criterion)
+def _print_layers(layers: Sequence[Mapping[str, Any]]) -> None:
+    """Which experts of each layer stay, and in how many bits."""
+    if not layers:
+        return
+    rows = [["layer", "experts", "kept", "bits" if "options" in layers[0] else "which"]]
+    for layer in layers:
+        kept = layer["keep"]
+        names = Counter(name for options in layer.get("options", {}).values() for name in options)
+        shares = [f"{count / sum(names.values()):.0%} at {name}" for name, count in sorted(names.items())]
+        what = ", ".join(shares) or " ".join(map(str, kept))
+        rows.append([str(layer["layer"]), str(layer["num_experts"]), str(len(kept)), what])
+    print_table(rows)

@@ -17,6 +17,8 @@ from moe_compress.checkpoint.rewrite import dense_config, open_rewritten
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.prune.config import PruneConfig
+from moe_compress.compress.prune.step import PruneStep
+from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import MeasurementError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.cost import cost
@@ -25,7 +27,6 @@ from moe_compress.models.layers import PACKED, SECTION, find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.progress import Stage
 from moe_compress.recipe import Recipe
-from moe_compress.steps import Surroundings, apply, plan_step
 
 EXPERT_TENSOR = re.compile(r"\.experts\.\d+\.")
 
@@ -166,12 +167,12 @@ def random_baselines(recipe: Recipe, source: Checkpoint, work: Path, around: Sur
             for number, step in enumerate(recipe.steps):
                 assert isinstance(step, PruneConfig), "recipes with other steps have no random baselines"
                 title = f"random seed {seed}"
-                drawn = step.model_copy(update={"criterion": "random", "seed": seed})
-                plan = plan_step(drawn, scores, current)
+                drawn = PruneStep(step.model_copy(update={"criterion": "random", "seed": seed}))
+                plan = drawn.plan(scores, current.config)
                 kept = [found.select(layer.keep) for found, layer in zip(scores.layers, plan.layers, strict=True)]
                 scores = replace(scores, layers=kept)
                 folder = work / f"random-{seed}-{number}"
-                apply(plan, current, folder, around, title)
+                drawn.apply(plan, current, folder, around, title)
                 current = open_rewritten(folder, current)
             settings = recipe.eval.model_copy(update={"speed": False})
             found = evaluate(current, settings, around, f"random seed {seed}")

@@ -16,22 +16,22 @@ from transformers import PretrainedConfig
 
 from moe_compress import __version__, preview
 from moe_compress.calibrate.scores import Scores
+from moe_compress.checkpoint.record import Record
 from moe_compress.checkpoint.rewrite import PROBE_FILE
 from moe_compress.checkpoint.source import REFERENCE, Checkpoint, open_checkpoint, open_config, small_files
 from moe_compress.checkpoint.writer import write_json
-from moe_compress.compress.quantize.config import BITSANDBYTES, BUDGETS, QuantizeConfig
-from moe_compress.compress.quantize.plan import measured_settings
+from moe_compress.compress.scoring import read_calibration
+from moe_compress.compress.scoring import score as measure_all
+from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import CheckpointError, MeasurementError, UsageError, VerificationError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.manifest import FORMAT, describe_source, file_hashes, hardware, identity_digest, library_versions
 from moe_compress.measure import measure, model_figures, random_baselines
-from moe_compress.models.layers import find_moe_layers
-from moe_compress.models.skeleton import build_skeleton
 from moe_compress.preview import (
     calibration_differences,
     disk_needed,
-    expert_counts,
     inspect,
+    look_ahead,
     plan,
     require_same_model,
     task_warnings,
@@ -42,15 +42,7 @@ from moe_compress.report.build import build_report
 from moe_compress.report.card import license_fields, model_card
 from moe_compress.report.markdown import report_markdown
 from moe_compress.report.paths import without_local_paths
-from moe_compress.steps import (
-    Surroundings,
-    is_calibrated,
-    load_record,
-    read_calibration,
-    run_identity,
-    run_step,
-    score_step,
-)
+from moe_compress.steps import load_record, make_step, run_identity, run_step
 from moe_compress.verification import checks as verification
 from moe_compress.workspace import (
     TOOL,
@@ -89,15 +81,13 @@ def score(
         "source": describe_source(source),
         "calibration": recipe.calibration.model_dump(mode="json"),
     }
-    first = recipe.steps[0] if recipe.steps else None
-    quantize = first if isinstance(first, QuantizeConfig) and first.has_budget else None
-    if quantize is not None:
-        asked = {name: getattr(quantize, name) for name in ("options", "granularity", "allow_drop", "cost")}
-        identity["quantize"] = measured_settings(quantize) | asked
+    first = make_step(recipe.steps[0]) if recipe.steps else None
+    identity |= first.score_settings() if first is not None else {}
     with locked(work, option=""):
         open_workspace(work, identity, resume=not force, force=force, option="")
         with discarded_if_empty(work), explained_disk_errors(work, "run the same command again"):
-            return score_step(source, work, around, "score", quantize)
+            measure_experts = first.score if first is not None else measure_all
+            return measure_experts(source, work, around, "score")
 
 
 def run(
@@ -140,7 +130,8 @@ def run(
 
         check_tasks(folder, recipe.eval)
     if given is not None or (
-        any(map(is_calibrated, recipe.steps)) and not (work / FIRST_SCORES / "scores.json").exists()
+        any(make_step(step).is_calibrated for step in recipe.steps)
+        and not (work / FIRST_SCORES / "scores.json").exists()
     ):
         around = replace(around, data=read_calibration(folder, config, recipe.calibration))
     source = open_checkpoint(recipe.model, recipe.revision)
@@ -282,7 +273,7 @@ def _look(recipe: Recipe, folders: dict[str, Path]) -> tuple[PretrainedConfig, P
     """The model's configuration and the folder of its tokenizer, and all refusals that need no weights."""
     refuse_overlap(folders | _folder_of("the model", recipe.model))
     config, _ = open_config(recipe.model, recipe.revision)
-    expert_counts(recipe, config, find_moe_layers(build_skeleton(config))[0])
+    look_ahead(recipe, config)
     return config, small_files(recipe.model, recipe.revision)[0]
 
 
@@ -298,9 +289,8 @@ def _given_scores(recipe: Recipe, folder: Path | None) -> Scores | None:
         return None
     if not recipe.steps:
         raise UsageError("`--scores` has no effect: the recipe has no steps.")
-    first = recipe.steps[0]
-    if isinstance(first, QuantizeConfig) and not first.has_budget:
-        raise UsageError("`--scores` has no effect: the first step of this recipe has no budget to choose by.")
+    if not make_step(recipe.steps[0]).uses_scores:
+        raise UsageError("`--scores` has no effect: the first step of this recipe has nothing to choose by them.")
     return replace(Scores.load(folder), min_tokens_per_expert=recipe.calibration.min_tokens_per_expert)
 
 
@@ -322,13 +312,13 @@ def _made_by(around: Surroundings) -> dict[str, Any]:
     return {"device": around.device, "versions": {name: versions[name] for name in ("torch", "transformers")}}
 
 
-def _calibration(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _calibration(records: list[Record]) -> dict[str, Any] | None:
     """The first step's calibration, and under `step 2` and so on what differs in the later ones."""
     if not records:
         return None
-    found: dict[str, Any] = records[0]["coverage"] | records[0]["calibration"]
+    found: dict[str, Any] = records[0].coverage | records[0].calibration
     for number, record in enumerate(records[1:], start=2):
-        coverage = dict(record["coverage"])
+        coverage = dict(record.coverage)
         if not coverage:
             continue
         starved = coverage.pop("starved", [])
@@ -370,17 +360,17 @@ def _tidy(out: Path, work: Path | None) -> None:
 
 def _run_steps(
     recipe: Recipe, source: Checkpoint, work: Path, around: Surroundings, keep_steps: bool
-) -> tuple[Checkpoint, list[dict[str, Any]]]:
+) -> tuple[Checkpoint, list[Record]]:
     """All steps in order; the last checkpoint and every step's record."""
     if not recipe.steps:
         return run_identity(source, work / "identity", around), []
-    current, records = source, []
+    current, records = source, list[Record]()
     for number, step in enumerate(recipe.steps):
         folder = work / f"step-{number}"
         later = work / f"step-{number + 1}" / "step.json"
         if not later.exists():
             title = f"step {number + 1}/{len(recipe.steps)} {step.op}"
-            current = run_step(step, current, folder, around, title)
+            current = run_step(make_step(step), current, folder, around, title)
         records.append(load_record(folder))
         before = work / f"step-{number - 1}" / "checkpoint"
         if number and not keep_steps:
@@ -392,7 +382,7 @@ def _report(
     recipe: Recipe,
     source: Checkpoint,
     finished: Checkpoint,
-    records: list[dict[str, Any]],
+    records: list[Record],
     measured: list[dict[str, Any]],
     randoms: list[dict[str, Any]],
     checks: dict[str, dict[str, Any]],
@@ -401,8 +391,8 @@ def _report(
     settings = {
         "model": source.model_id,
         "revision": source.revision,
-        "criterion": [method_name(record["config"]) for record in records],
-        "steps": [record["config"] for record in records],
+        "criterion": [record.label for record in records],
+        "steps": [record.config for record in records],
         "calibration": _calibration(records),
         "eval": dict(measured[1].get("settings", {})),
         "versions": manifest["versions"],
@@ -434,16 +424,14 @@ def _published_recipe(recipe: Recipe) -> str:
     return dump_recipe(Recipe.model_validate(without_local_paths(recipe.model_dump())))
 
 
-def _manifest(
-    recipe: Recipe, source: Checkpoint, records: list[dict[str, Any]], around: Surroundings
-) -> dict[str, Any]:
+def _manifest(recipe: Recipe, source: Checkpoint, records: list[Record], around: Surroundings) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "tool": f"{TOOL} {__version__}",
         "source": describe_source(source),
         "recipe": recipe.model_dump(mode="json"),
-        "steps": records,
-        "stored_bytes": source.index.nbytes - sum(step["dropped_bytes"] for step in records),
+        "steps": [record.to_json() for record in records],
+        "stored_bytes": source.index.nbytes - sum(record.dropped_bytes for record in records),
         "versions": library_versions(),
         "hardware": hardware(around.device),
         "probe": PROBE_FILE,
@@ -462,11 +450,3 @@ def surroundings(recipe: Recipe, device: str, progress: Progress | None) -> Surr
     return Surroundings(
         recipe.calibration, recipe.export.max_shard_size, device, progress or SilentProgress(), recipe.export.tier
     )
-
-
-def method_name(config: dict[str, Any]) -> Any:
-    """What a step's choice is called in a table: its criterion, or its bits."""
-    if config["op"] == "prune":
-        return config["criterion"]
-    bits = next((f"{name} {config[name]}" for name in BUDGETS if config[name] is not None), f"{config['bits']} bits")
-    return config["method"] if config["method"] in BITSANDBYTES else f"{config['method']}, {bits}"

@@ -11,19 +11,16 @@ from moe_compress.calibrate.data import share
 from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.rewrite import dense_config
 from moe_compress.checkpoint.source import Checkpoint, open_config, small_files
-from moe_compress.compress.prune.plan import keep_count, plan_prune
-from moe_compress.compress.quantize.config import BUDGETS, QuantizeConfig
-from moe_compress.compress.quantize.plan import SHAPE_BYTES, QuantizePlan, check_shapes, plan_quantize, with_group_size
-from moe_compress.compress.quantize.shapes import expert_shapes, linear_layers
-from moe_compress.compress.quantize.storage import linear_savings, noted_bytes
+from moe_compress.compress.operation import Outlook
+from moe_compress.compress.quantize.step import QuantizeStep
 from moe_compress.errors import UsageError
-from moe_compress.eval.cost import Cost, cost, stored_by_part
+from moe_compress.eval.cost import cost, stored_by_part
 from moe_compress.manifest import describe_source
 from moe_compress.measure import cost_figures
-from moe_compress.models.layers import MoELayer, decoder_layers, find_moe_layers, routing_groups, set_num_experts
+from moe_compress.models.layers import find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.recipe import Recipe
-from moe_compress.runtime.families import causal_model
+from moe_compress.steps import make_step
 
 SPARE_DISK = 1.05  # of the weights, for what lies beside them
 
@@ -73,11 +70,7 @@ def plan(recipe: Recipe, *, scores: Path | None = None, keep_steps: bool = False
     """
     config, index = open_config(recipe.model, recipe.revision)
     before = cost(config, stored_bytes=index.nbytes if index is not None else None)
-    layers = find_moe_layers(build_skeleton(config))
-    text: Any = config.get_text_config()
-    num_experts, *counts_after = expert_counts(recipe, config, layers[0])
-    planned, warnings = [], task_warnings(recipe)
-    measured = None
+    warnings, measured = task_warnings(recipe), None
     if scores is not None:
         measured = Scores.load(scores)
         folder, commit = small_files(recipe.model, recipe.revision)
@@ -89,34 +82,9 @@ def plan(recipe: Recipe, *, scores: Path | None = None, keep_steps: bool = False
             f"the scores in {scores} were measured with other calibration settings: {difference}."
             for difference in calibration_differences(measured, recipe.calibration)
         ]
-    for number, (step, after) in enumerate(zip(recipe.steps, counts_after, strict=True)):
-        if isinstance(step, QuantizeConfig):
-            planned.append(_plan_quantize(step, config, layers, before, measured, recipe.export.tier))
-            continue
-        entry: dict[str, Any] = {
-            "op": step.op,
-            "criterion": step.model_dump(mode="json")["criterion"],
-            "keep": step.keep,
-        }
-        if measured is not None and number == 0:
-            found = plan_prune(step, measured, num_decoder_layers=text.num_hidden_layers, **routing_limits(config))
-            counts = [len(layer.keep) for layer in found.layers]
-            entry["layers"] = [
-                {"layer": layer.layer, "num_experts": layer.num_experts, "keep": list(layer.keep)}
-                for layer in found.layers
-            ]
-            entry["predicted_stored_bytes"] = _bytes_after(before, sum(counts) / found.num_experts)
-        entry["experts_per_layer"] = after
-        planned.append(entry)
-        num_experts = after
-    smaller = type(config).from_dict(config.to_dict())
-    if num_experts != layers[0].num_experts:
-        set_num_experts(smaller, layers[0].num_experts, num_experts)
-    after_cost = cost(smaller)
-    scale = before.stored_bytes / max(1, cost(config).stored_bytes)
-    predicted = after_cost.to_dict() | {"stored_bytes": round(after_cost.stored_bytes * scale)}
-    for entry in planned:
-        predicted |= {key: entry[f"predicted_{key}"] for key in predicted if f"predicted_{key}" in entry}
+    planned, after = look_ahead(recipe, config, stored_bytes=before.stored_bytes, scores=measured)
+    predicted = cost(after.config).to_dict()
+    predicted |= {"stored_bytes": after.stored_bytes, "active_bytes_per_token": after.active_bytes}
     return {
         "model": recipe.model,
         "steps": planned,
@@ -127,32 +95,36 @@ def plan(recipe: Recipe, *, scores: Path | None = None, keep_steps: bool = False
     }
 
 
-def expert_counts(recipe: Recipe, config: Any, layer: MoELayer) -> list[int]:
-    """Experts in a layer before the first step and after each one; `UsageError` when a step cannot be.
+def look_ahead(
+    recipe: Recipe, config: Any, *, stored_bytes: int | None = None, scores: Scores | None = None
+) -> tuple[list[dict[str, Any]], Outlook]:
+    """What every step would do, and the outlook at the end; `scores` are the first step's.
 
-    Raises `UnsupportedModelError` when the tier `plugin` does not hold this family.
+    Raises `UsageError` when a step cannot be, `UnsupportedModelError` when the tier does not hold this family.
     """
-    counts = [layer.num_experts]
-    if recipe.export.tier == "plugin" and any(
-        isinstance(step, QuantizeConfig) or step.scope == "global" for step in recipe.steps
-    ):
-        causal_model(config.to_dict())
+    figures = cost(config, stored_bytes=stored_bytes)
+    around = Outlook(config, figures.stored_bytes, figures.active_bytes_per_token, scores)
+    planned = []
     for step in recipe.steps:
-        if isinstance(step, QuantizeConfig):
-            shapes = [expert_shapes(layer, {})]
-            check_shapes(with_group_size(step, shapes), shapes[0])
-            counts.append(counts[-1])
-            continue
-        counts.append(keep_count(step, num_experts=counts[-1], top_k=layer.top_k, **routing_limits(config)))
-    return counts
+        entry, around = make_step(step).preview(around, recipe.export.tier)
+        planned.append(entry)
+    return planned, around
 
 
-def routing_limits(config: Any) -> dict[str, Any]:
-    """What a router's groups ask of a plan."""
-    return {
-        "num_groups": routing_groups(config),
-        "groups_per_token": getattr(config.get_text_config(), "topk_group", None),
-    }
+def sweep(recipe: Recipe, scores: Path, setting: str, values: Sequence[float]) -> list[dict[str, Any]]:
+    """The frontier of the recipe's quantize step: its best allocation for each value of the budget `setting`.
+
+    Only the scores decide, nothing is read of the weights. Each entry has the budget, the bits and bytes it leads to,
+    and the predicted loss with the bound that proves it. Raises `UsageError` when the recipe's first step is no
+    quantize step, or a budget cannot be met.
+    """
+    step = make_step(recipe.steps[0]) if recipe.steps else None
+    if not isinstance(step, QuantizeStep):
+        raise UsageError("--sweep needs a recipe whose first step is `quantize`.")
+    config, index = open_config(recipe.model, recipe.revision)
+    figures = cost(config, stored_bytes=index.nbytes if index is not None else None)
+    before = Outlook(config, figures.stored_bytes, figures.active_bytes_per_token, Scores.load(scores))
+    return step.sweep(before, recipe.export.tier, setting, values)
 
 
 def disk_needed(recipe: Recipe, config: Any, source_bytes: int, *, keep_steps: bool = False) -> int:
@@ -170,100 +142,6 @@ def disk_needed(recipe: Recipe, config: Any, source_bytes: int, *, keep_steps: b
     tokens = calibration.num_samples * calibration.sequence_length if recipe.steps else 0
     hidden_size: int = config.get_text_config().hidden_size
     return round(source_bytes * copies * SPARE_DISK) + 2 * 4 * tokens * hidden_size
-
-
-def _plan_quantize(
-    step: QuantizeConfig, config: Any, layers: list[MoELayer], before: Cost, measured: Scores | None, tier: str
-) -> dict[str, Any]:
-    """A quantize step with its widths where they are known: given, or chosen by the scores."""
-    entry: dict[str, Any] = step.model_dump(mode="json", exclude_unset=True)
-    if step.has_budget and measured is None:
-        return entry | {"note": "the bits of every expert are chosen when its costs are measured"}
-    step = with_group_size(step, [expert_shapes(layer, {}) for layer in layers])
-    found, fixed_bytes = _quantize_plan(step, config, layers, before, measured, tier)
-    stored = fixed_bytes + found.expert_bytes + noted_bytes(found, 0, tier)
-    share = sum(layer.top_k for layer in layers) / sum(layer.num_experts for layer in layers)
-    linears = _linear_savings(step, config, layers, tier)  # which every token reads
-    experts = before.stored_bytes - fixed_bytes - linears
-    active = before.active_bytes_per_token - linears - share * (experts - found.expert_bytes)
-    return entry | {
-        "average_bits_chosen": found.average_bits,
-        "allocation": found.allocation,
-        "layers": [
-            {"layer": layer.layer, "num_experts": layer.num_experts, "keep": list(layer.keep), "bits": layer.options}
-            for layer in found.layers
-        ],
-        "predicted_stored_bytes": stored,
-        "predicted_active_bytes_per_token": round(active),
-    }
-
-
-def sweep(recipe: Recipe, scores: Path, setting: str, values: Sequence[float]) -> list[dict[str, Any]]:
-    """The frontier of the recipe's quantize step: its best allocation for each value of the budget `setting`.
-
-    Only the scores decide, nothing is read of the weights. Each entry has the budget, the bits and bytes it leads to,
-    and the predicted loss with the bound that proves it. Raises `UsageError` when the recipe's first step is no
-    quantize step, or a budget cannot be met.
-    """
-    step = recipe.steps[0] if recipe.steps else None
-    if not isinstance(step, QuantizeConfig) or setting not in BUDGETS:
-        raise UsageError(f"--sweep needs a first step `quantize` and one of its budgets ({', '.join(BUDGETS)}).")
-    config, index = open_config(recipe.model, recipe.revision)
-    before = cost(config, stored_bytes=index.nbytes if index is not None else None)
-    layers = find_moe_layers(build_skeleton(config))
-    measured = Scores.load(scores)
-    entries = []
-    for value in values:
-        budget = dict.fromkeys(BUDGETS) | {"bits": None, setting: value if setting == "average_bits" else int(value)}
-        chosen = with_group_size(step, [expert_shapes(layer, {}) for layer in layers]).model_copy(update=budget)
-        found, fixed_bytes = _quantize_plan(chosen, config, layers, before, measured, recipe.export.tier)
-        assert found.allocation is not None
-        entries.append(
-            {
-                setting: value,
-                "bits": found.average_bits,
-                "stored": fixed_bytes + found.expert_bytes + noted_bytes(found, 0, recipe.export.tier),
-                "dropped_experts": found.num_dropped,
-                "predicted_loss": found.allocation["loss"],
-                "relaxation_bound": found.allocation["relaxation_bound"],
-                "optimal": found.allocation["optimal"],
-            }
-        )
-    return entries
-
-
-def _quantize_plan(
-    step: QuantizeConfig, config: Any, layers: list[MoELayer], before: Cost, measured: Scores | None, tier: str
-) -> tuple[QuantizePlan, int]:
-    """The plan of a quantize step, and the bytes of everything else once it is done."""
-    text = config.get_text_config()
-    shapes = [expert_shapes(layer, {}, {4: "F32", 2: "BF16"}[text.dtype.itemsize]) for layer in layers]
-    experts = sum(shape.num_experts * (shape.weights * shape.weight_bytes + shape.other_bytes) for shape in shapes)
-    fixed_bytes = before.stored_bytes - experts - _linear_savings(step, config, layers, tier)
-    found = plan_quantize(
-        step,
-        shapes,
-        measured,
-        fixed_bytes=fixed_bytes,
-        num_decoder_layers=text.num_hidden_layers,
-        num_groups=routing_groups(config),
-        tier=tier,
-    )
-    return found, fixed_bytes
-
-
-def _linear_savings(step: QuantizeConfig, config: Any, layers: list[MoELayer], tier: str) -> int:
-    """Bytes that quantized linear layers outside the experts save, less what is noted beside them."""
-    _, decoder = decoder_layers(build_skeleton(config))
-    found = linear_layers(decoder, {layer.layer: layer for layer in layers})
-    linears = [linear for linear in found if linear.part in step.parts]
-    noted = SHAPE_BYTES * len(linears) if tier == "stock" else 0
-    return linear_savings(step, linears, config.get_text_config().dtype) - noted
-
-
-def _bytes_after(before: Cost, kept: float) -> int:
-    share = before.params["routed_experts"] / before.total_params
-    return round(before.stored_bytes * (1 - share * (1 - kept)))
 
 
 def require_same_model(scores: Scores, commit: str | None, fingerprint: str | None, folder: Path) -> None:

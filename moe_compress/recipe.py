@@ -9,26 +9,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field
 
 from moe_compress.calibrate.config import CalibrationConfig
+from moe_compress.compress.prune import config as prune
 from moe_compress.compress.prune.config import PruneConfig
-from moe_compress.compress.quantize.config import BITSANDBYTES, BUDGETS, QuantizeConfig
+from moe_compress.compress.quantize import config as quantize
+from moe_compress.compress.quantize.config import QuantizeConfig
 from moe_compress.errors import UsageError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.settings import Document, Location, Size, did_you_mean, plain, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 REFERENCE = "reference"
-# Settings of a quantize step that say how a budget is spent.
-CHOICE_SETTINGS = (
-    "options", "keep_option", "allow_drop", "granularity", "allocation", "cost", "minimum_counts",
-    "protect_super_experts", "max_tokens_per_expert", "gradient_samples", "measured_by", "seed",
-)  # fmt: skip
 TASK_SETTINGS = ("include_path", "limit", "batch_size", "num_fewshot", "apply_chat_template", "max_gen_toks", "seed")
+
+
+class OperationSettings(Protocol):
+    """What the `config.py` of an operation has besides its settings: rules that judge a step as it is written."""
+
+    LAST: str | None  # why no step may follow, if none may
+
+    def needs_tokens(self, step: Mapping[str, Any]) -> bool:
+        """Whether calibration tokens pass through the model."""
+
+    def idle(self, step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Every setting that is given and would change nothing, with the reason."""
+
+    def beyond_stock(self, step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Settings whose result plain transformers cannot load, or loads wrong without a word, with the reason."""
+
+
+OPERATIONS: dict[str, OperationSettings] = {"prune": prune, "quantize": quantize}
 
 
 class ExportConfig(BaseModel):
@@ -170,9 +185,14 @@ def _steps(values: Mapping[str, Any]) -> list[Any]:
 
 def _needs_tokens(step: Any) -> bool:
     """Whether a step runs calibration tokens through the model; one that is misspelt may."""
-    if not isinstance(step, dict) or step.get("op") != "quantize":
-        return True
-    return step.get("method", "gptq") == "gptq" or any(step.get(name) is not None for name in BUDGETS)
+    operation = _operation(step)
+    return operation is None or operation.needs_tokens(step)
+
+
+def _operation(step: Any) -> OperationSettings | None:
+    """The settings module of a step's operation, where it names one."""
+    op = step.get("op") if isinstance(step, dict) else None
+    return OPERATIONS.get(op) if isinstance(op, str) else None
 
 
 def _idle(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
@@ -182,41 +202,15 @@ def _idle(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
         yield ("revision",), f"`{model}` is no Hub id"
     if isinstance(calibration, dict):
         yield from _idle_calibration(calibration)
-    steps = values.get("steps")
-    steps = steps if isinstance(steps, list) else []
-    for index, step in enumerate(steps):
-        if isinstance(step, dict):
-            for key, why in _idle_quantization(step) if step.get("op") == "quantize" else _idle_pruning(step):
-                yield ("steps", index, key), why
+    operations = [_operation(step) for step in _steps(values)]
+    for index, (step, operation) in enumerate(zip(_steps(values), operations, strict=True)):
+        for key, why in operation.idle(step) if operation is not None else ():
+            yield ("steps", index, key), why
     if isinstance(evaluation, dict):
-        prunes = any(isinstance(step, dict) and step.get("op") == "prune" for step in steps)
-        quantizes = any(isinstance(step, dict) and step.get("op") == "quantize" for step in steps)
-        yield from _idle_evaluation(evaluation, prunes, quantizes)
-
-
-def _idle_pruning(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if "seed" in step and step.get("criterion", "random") != "random":
-        yield "seed", "only the criterion `random` draws numbers"
-
-
-def _idle_quantization(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    method = step.get("method", "gptq")
-    if method in BITSANDBYTES:
-        for key in ("group_size", "symmetric", "scale_search"):
-            if key in step:
-                yield key, f"method `{method}` has its own"
-    if method != "gptq":
-        for key in ("act_order", "damping"):
-            if key in step:
-                yield key, "only the method `gptq` uses it"
-    if all(step.get(name) is None for name in BUDGETS):
-        for key in CHOICE_SETTINGS:
-            if key in step:
-                yield key, "every expert gets the same bits; give a budget such as `average_bits` instead of `bits`"
-    elif "gradient_samples" in step and step.get("cost") != "fisher":
-        yield "gradient_samples", "only the cost `fisher` differentiates the loss"
-    elif "seed" in step and step.get("allocation") != "random":
-        yield "seed", "only the allocation `random` draws numbers"
+        others = [
+            step["op"] for step, found in zip(_steps(values), operations, strict=True) if found not in (None, prune)
+        ]
+        yield from _idle_evaluation(evaluation, prune in operations, others)
 
 
 def _idle_calibration(calibration: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
@@ -231,7 +225,7 @@ def _idle_calibration(calibration: Mapping[str, Any]) -> Iterator[tuple[Location
 
 
 def _idle_evaluation(
-    evaluation: Mapping[str, Any], prunes: bool, quantizes: bool = False
+    evaluation: Mapping[str, Any], prunes: bool, others: Sequence[str] = ()
 ) -> Iterator[tuple[Location, str]]:
     draws = evaluation.get("random_baselines")
     draws_some = isinstance(draws, int) and draws > 0
@@ -242,8 +236,9 @@ def _idle_evaluation(
                 yield ("eval", key), "`eval.tasks` is empty"
         if draws_some:
             yield ("eval", "random_baselines"), "`eval.tasks` is empty"
-    if draws_some and quantizes:
-        yield ("eval", "random_baselines"), "random prunings are no match for a quantized model; prune alone to compare"
+    if draws_some and others:
+        why = f"random prunings are no match for what `{others[0]}` makes; prune alone to compare"
+        yield ("eval", "random_baselines"), why
     elif draws_some and not prunes:
         yield ("eval", "random_baselines"), "there is no prune step to compare with random ones"
 
@@ -256,49 +251,13 @@ def _uncalibrated(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
 
 def _beyond_tier(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
     """Every step, or the tier itself, that cannot be exported as asked, with the reason."""
-    export, steps = values.get("export"), values.get("steps")
-    steps = [step if isinstance(step, dict) else {} for step in steps] if isinstance(steps, list) else []
-    for index, step in enumerate(steps[:-1]):
-        if step.get("op") == "quantize":
-            yield ("steps", index, "op"), "`quantize` must be the last step: packed experts are not changed again"
+    export, steps = values.get("export"), _steps(values)
+    operations = [_operation(step) for step in steps]
+    for index, operation in enumerate(operations[:-1]):
+        if operation is not None and operation.LAST is not None:
+            yield ("steps", index, "op"), f"`{steps[index]['op']}` must be the last step: {operation.LAST}"
     if isinstance(export, dict) and export.get("tier") == "plugin":
         return
-    for index, step in enumerate(steps):
-        if step.get("op") == "quantize":
-            for key, why in _beyond_stock_quantization(step):
-                yield ("steps", index, key), f"{why}; set `export.tier: plugin`"
-        if step.get("scope") == "global":
-            yield (
-                ("steps", index, "scope"),
-                f"step {index} ({step.get('op')}) would leave a different number of experts in each layer, which the "
-                "tier `stock` cannot hold; use `scope: layer`, or `export.tier: plugin`",
-            )
-
-
-def _beyond_stock_quantization(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Settings of a quantize step whose result plain transformers cannot load, or loads wrong without a word."""
-    method = step.get("method", "gptq")
-    if method in BITSANDBYTES:
-        yield "method", f"plain transformers does not load `{method}` for experts in one tensor"
-    budget = next((name for name in BUDGETS if step.get(name) is not None), None)
-    if budget is not None and not step.get("allow_drop"):
-        yield (
-            budget,
-            "the tier `stock` holds one scheme for all routed experts: of mixed bits, plain transformers would apply "
-            "one to all and load the model silently wrong",
-        )
-    for key in ("keep_option", "minimum_counts"):
-        if step.get(key):
-            yield key, "the tier `stock` holds one scheme for all routed experts"
-    if step.get("symmetric") is False:
-        yield "symmetric", "plain transformers ignores the zero points of experts"
-    if step.get("bits") == 1 or (budget is not None and 1 in (step.get("options") or [1])):
-        yield "bits" if step.get("bits") == 1 else "options", "compressed-tensors has no 1-bit format of signs"
-    names = [name for name in ("attention", "shared_experts", "dense_mlp") if isinstance(step.get(name), dict)]
-    for name in names:
-        if step[name].get("bits") == 1:
-            yield name, "compressed-tensors has no 1-bit format of signs"
-    size = step.get("group_size") or QuantizeConfig.model_fields["group_size"].default
-    schemes = {(step[name].get("bits") or step.get("bits"), step[name].get("group_size") or size) for name in names}
-    if len(schemes) > 1:
-        yield "attention", "the tier `stock` holds one scheme for all linear layers outside the experts"
+    for index, (step, operation) in enumerate(zip(steps, operations, strict=True)):
+        for key, why in operation.beyond_stock(step) if operation is not None else ():
+            yield ("steps", index, key), f"step {index} ({step['op']}): {why}; set `export.tier: plugin`"

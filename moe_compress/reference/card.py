@@ -19,13 +19,14 @@ import transformers
 
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.checkpoint.source import open_checkpoint
+from moe_compress.compress.scoring import score
+from moe_compress.compress.surroundings import Surroundings
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.harness import evaluate
 from moe_compress.progress import SilentProgress
 from moe_compress.reference.skills import NUM_FACTS
 from moe_compress.reference.train import ROWS, SEQUENCE_LENGTH, Settings
 from moe_compress.report.build import headline_metric
-from moe_compress.steps import Surroundings, score_step
 
 HELDOUT = Path(__file__).parent / "tasks" / "data"
 CURVE_POINTS = 16
@@ -41,7 +42,7 @@ def routing_balance(folder: Path) -> list[dict[str, float]]:
             (text / f"{name}.jsonl").write_bytes((HELDOUT / f"{name}.jsonl").read_bytes())
         calibration = CalibrationConfig(dataset=str(text), num_samples=64, sequence_length=SEQUENCE_LENGTH)
         around = Surroundings(calibration, 10**9, "cpu", SilentProgress())
-        scores = score_step(source, Path(scratch) / "scores", around, "balance")
+        scores = score(source, Path(scratch) / "scores", around, "balance")
     shares = [layer.statistics["tokens"] / layer.num_tokens for layer in scores.layers]
     return [{"smallest": float(share.min()), "largest": float(share.max())} for share in shares]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -11,7 +10,6 @@ from moe_compress.report.tables import (
     format_bytes,
     format_count,
     format_metric,
-    format_number,
     format_percent,
     format_score,
     metric_label,
@@ -187,46 +185,8 @@ def _change(report: Mapping[str, Any], key: str, label: str, formatter: Callable
 
 
 def _plan_lines(index: int, plan: Mapping[str, Any]) -> list[str]:
-    config = plan["config"]
-    if config["op"] == "quantize":
-        return _quantize_lines(index, plan)
-    asked, achieved = plan["asked"], plan["achieved"]
-    summary = (
-        f"* step {index}, {config['op']} ({_inline(config.get('criterion'))}, scope {config.get('scope')}): "
-        f"{achieved['experts']} of {achieved['of']} experts kept ({format_percent(achieved['keep'])}); "
-        f"asked: keep {asked['keep']}, {format_number(asked['experts'])} experts."
-    )
-    lines = [summary]
-    counts = [len(layer["keep"]) for layer in plan["layers"]]
-    if counts:
-        span = str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-        lines.append(f"  Each of {len(counts)} layers keeps {span} experts.")
-    protected = [f"layer {layer['layer']} expert {expert}" for layer in plan["layers"] for expert in layer["protected"]]
-    if protected:
-        lines.append(f"  Protected super experts: {listed(protected, LISTED)}.")
-    return lines
-
-
-def _quantize_lines(index: int, plan: Mapping[str, Any]) -> list[str]:
-    widths = Counter(name for layer in plan["layers"] for names in layer["options"].values() for name in names)
-    total = sum(widths.values())
-    shares = ", ".join(f"{format_percent(count / total)} at {name}" for name, count in sorted(widths.items()))
-    config = plan["config"]
-    lines = [
-        f"* step {index}, quantize ({config['method']}, group size {config['group_size']}): "
-        f"{plan['average_bits']:.3f} bits per routed expert weight, scales not counted; matrices: {shares}."
-    ]
-    dropped = sum(layer["num_experts"] - len(layer["keep"]) for layer in plan["layers"])
-    if dropped:
-        lines.append(f"  {dropped} experts dropped.")
-    found = plan.get("allocation")
-    if found:
-        proof = "proven optimal" if found["optimal"] else f"gap {found['gap']:.2%}"
-        lines.append(
-            f"  Chosen by {found['solver']} ({proof}): predicted loss {found['loss']:.6g}, "
-            f"bound of the relaxation {found['relaxation_bound']:.6g}."
-        )
-    return lines
+    first, *rest = plan["summary"]
+    return [f"* step {index}, {plan['op']}: {first}", *(f"  {line}" for line in rest)]
 
 
 def _calibration_lines(calibration: Mapping[str, Any] | None) -> list[str]:

@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from moe_compress.checkpoint.index import TensorIndex
+from moe_compress.checkpoint.record import Record
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, PROBE_FILE, Ledger
 from moe_compress.checkpoint.writer import sha256_of, tensor_sha256
 from moe_compress.errors import CheckpointError, MoECompressError, UsageError, VerificationError
@@ -39,7 +40,6 @@ LOGITS_TOLERANCE = 1e-3
 # A float32 model larger than this is reloaded one layer at a time.
 WHOLE_MODEL_BYTES = 4 * 10**9
 MAX_LISTED = 8
-TARGET_TOLERANCE = 0.02  # of the fraction of experts kept
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,13 @@ def verify(folder: Path, progress: Progress) -> dict[str, dict[str, Any]]:
     if not (folder / LEDGER_FILE).exists():
         raise UsageError(f"{folder} has no {LEDGER_FILE}, so nothing says what should be in it; run again.")
     ledger = Ledger.load(folder)
+    steps = [Record.from_json(step) for step in manifest["steps"]]
     checks: dict[str, Callable[[], Check]] = {
-        "coverage": lambda: check_coverage(manifest),
-        "bytes": lambda: check_bytes(folder, ledger, manifest),
+        "coverage": lambda: check_coverage(steps),
+        "bytes": lambda: check_bytes(folder, ledger, steps),
         "keys": lambda: check_keys(folder, ledger, manifest),
         "logits": lambda: check_logits(folder),
-        "target": lambda: check_target(manifest, TensorIndex.from_folder(folder)),
+        "target": lambda: check_target(steps, manifest["stored_bytes"], TensorIndex.from_folder(folder)),
     }
     outcome = {}
     # Hashing and reloading read the same files, so they run side by side and the disk is read once.
@@ -85,6 +86,8 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         whole = isinstance(manifest["steps"], list) and isinstance(manifest["files"], dict)
         whole = whole and manifest["format"] == FORMAT and {"identity", "stored_bytes"} <= set(manifest)
+        for step in manifest["steps"]:
+            Record.from_json(step)
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -109,18 +112,12 @@ def raise_on_failure(checks: dict[str, dict[str, Any]]) -> None:
         raise VerificationError(f"Verification failed: {'; '.join(failed)}", checks)
 
 
-def check_coverage(manifest: dict[str, Any]) -> Check:
-    """Every kept expert saw at least the asked number of calibration tokens."""
-    dropped: list[str] = []
-    kept: list[str] = []
-    pooled = [
-        f"layer {layer} expert {expert}" for step in manifest["steps"] for layer, expert in step.get("pooled", [])
-    ]
-    for step in manifest["steps"]:
-        if step["op"] == "quantize":
-            continue  # what an expert lacks in tokens, its layer lends it
-        for layer, expert in step.get("starved", []):
-            (kept if expert in step["keep"][str(layer)] else dropped).append(f"layer {layer} expert {expert}")
+def check_coverage(steps: Sequence[Record]) -> Check:
+    """Every kept expert saw at least the asked number of calibration tokens, or was handled in a way that is named."""
+    kept, dropped, pooled = (
+        [f"layer {layer} expert {expert}" for step in steps for layer, expert in getattr(step, group)]
+        for group in ("starved_kept", "starved_dropped", "pooled")
+    )
     if kept:
         return Check(
             False,
@@ -129,14 +126,19 @@ def check_coverage(manifest: dict[str, Any]) -> Check:
         )
     if pooled:
         shown = listed(pooled, MAX_LISTED)
-        return Check(True, f"quantized with statistics pooled over their layer, for want of tokens: {shown}.")
+        return Check(True, f"statistics pooled over their layer, for want of tokens: {shown}.")
     if dropped:
         return Check(True, f"dropped because too few calibration tokens reached them: {listed(dropped, MAX_LISTED)}.")
-    calibrated = any(step["coverage"] for step in manifest["steps"])
+    calibrated = any(step.coverage for step in steps)
     return Check(True, "every expert saw calibration tokens." if calibrated else "no step needed calibration.")
 
 
-def check_bytes(folder: Path, ledger: Ledger, manifest: dict[str, Any]) -> Check:
+def require_coverage(step: Record) -> None:
+    """Raise `VerificationError` when what this step is about to write would fail the check `coverage`."""
+    raise_on_failure({"coverage": asdict(check_coverage([step]))})
+
+
+def check_bytes(folder: Path, ledger: Ledger, steps: Sequence[Record]) -> Check:
     """Nothing lost, nothing invented: bytes add up, and copied tensors are the same bytes."""
     index = TensorIndex.from_folder(folder)
     same = ledger.copied | ledger.unchanged
@@ -146,7 +148,7 @@ def check_bytes(folder: Path, ledger: Ledger, manifest: dict[str, Any]) -> Check
     changed = [name for name, digest in same.items() if tensor_sha256(index[name]) != digest]
     if changed:
         return Check(False, f"`{changed[0]}` was to be copied and has other bytes ({len(changed)} such tensors).")
-    dropped = sum(step["dropped_bytes"] for step in manifest["steps"][-1:])
+    dropped = sum(step.dropped_bytes for step in steps[-1:])
     if ledger.source_bytes - dropped != index.nbytes:
         return Check(
             False, f"{ledger.source_bytes:,} bytes less {dropped:,} dropped by the plan are not {index.nbytes:,}."
@@ -206,22 +208,13 @@ def check_logits(folder: Path) -> Check:
     return Check(bool(difference <= LOGITS_TOLERANCE), detail)
 
 
-def check_target(manifest: dict[str, Any], index: TensorIndex) -> Check:
-    """Every step kept as many experts as it was asked to."""
+def check_target(steps: Sequence[Record], stored_bytes: int, index: TensorIndex) -> Check:
+    """Every step reached what it was asked for, and the bytes are those that the plans lead to."""
     sentences = []
-    for step in manifest["steps"]:
-        if step["op"] == "quantize":
-            achieved = step["target"]["achieved"]
-            sentences.append(f"quantize: {achieved['average_bits']:.2f} bits per expert weight")
-            for name, budget in step["target"]["budgets"].items():
-                sentences[-1] += f", {name} {achieved[name]:,.6g} of {budget:,.6g}"
-                if achieved[name] > budget * (1 + TARGET_TOLERANCE):
-                    return Check(False, f"{sentences[-1]}.")
-            continue
-        asked, achieved = step["target"]["asked"], step["target"]["achieved"]
-        sentences.append(f"{step['op']}: asked to keep {asked:.1%} of the experts, kept {achieved:.1%}")
-        if abs(asked - achieved) > max(TARGET_TOLERANCE, step["target"]["rounding"]):
+    for step in steps:
+        sentences.append(f"{step.op}: {', '.join(map(str, step.targets)) or 'no figure was asked for'}")
+        if not all(target.is_met for target in step.targets):
             return Check(False, f"{sentences[-1]}.")
-    if index.nbytes != manifest["stored_bytes"]:
-        return Check(False, f"{index.nbytes:,} bytes are stored, the plan says {manifest['stored_bytes']:,}.")
+    if index.nbytes != stored_bytes:
+        return Check(False, f"{index.nbytes:,} bytes are stored, the plan says {stored_bytes:,}.")
     return Check(True, "; ".join(sentences) + "." if sentences else "no step set a target.")

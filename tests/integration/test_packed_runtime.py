@@ -20,10 +20,11 @@ from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.rewrite import rewrite
 from moe_compress.checkpoint.source import open_checkpoint
 from moe_compress.checkpoint.stream import LayerStream
-from moe_compress.compress.quantize.apply import QuantizeChange, scale_dtype_of
+from moe_compress.compress.quantize.apply import QuantizeChange
 from moe_compress.compress.quantize.config import PartConfig, QuantizeConfig
 from moe_compress.compress.quantize.plan import KEEP, QuantizedLayer, QuantizePlan
 from moe_compress.compress.quantize.shapes import linear_layers
+from moe_compress.compress.quantize.storage import scale_dtype_of
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.harness import evaluate
 from moe_compress.models.experts import projections

@@ -91,7 +91,7 @@ def test_prune_then_drops_and_bits_in_plugin(made: Path, source: Path) -> None:
     }
     manifest = json.loads((made / "manifest.json").read_text())
     stored = TensorIndex.from_folder(made).nbytes
-    assert manifest["stored_bytes"] == stored == manifest["steps"][1]["target"]["achieved"]["stored_bytes"]
+    assert manifest["stored_bytes"] == stored
     assert report["compressed"]["stored_bytes"] == stored < report["baseline"]["stored_bytes"]
 
 
@@ -165,8 +165,7 @@ def test_each_check_fails_on_what_only_it_can_see(made: Path, tmp_path: Path, no
         return Path(shutil.copytree(made, tmp_path / name))
 
     folder = damaged("coverage")
-    kept = json.loads((folder / "manifest.json").read_text())["steps"][0]["keep"]["1"][0]
-    edit(folder / "manifest.json", lambda manifest: manifest["steps"][0].update(starved=[[1, kept]]))
+    edit(folder / "manifest.json", lambda manifest: manifest["steps"][0].update(starved_kept=[[1, 0]]))
     assert list(failed(folder)) == ["coverage"]
 
     folder = damaged("copied")
@@ -193,10 +192,10 @@ def test_each_check_fails_on_what_only_it_can_see(made: Path, tmp_path: Path, no
     folder = damaged("budget")
 
     def exceed(manifest: dict[str, Any]) -> None:
-        manifest["steps"][1]["target"]["achieved"]["average_bits"] = 3.1
+        manifest["steps"][1]["targets"][0]["achieved"] = 3.1
 
     edit(folder / "manifest.json", exceed)
-    assert "3.1 of 3" in failed(folder)["target"]
+    assert "3.1 (asked: at most 3)" in failed(folder)["target"]
     folder = damaged("larger")
     edit(folder / "manifest.json", lambda manifest: manifest.update(stored_bytes=1))
     assert list(failed(folder)) == ["target"]
@@ -343,7 +342,7 @@ def test_stored_bytes_is_held_exactly(source: Path, texts: Path, tmp_path: Path,
                 "allow_drop": True, "scale_search": 1} | changes  # fmt: skip
         out = tmp_path / str(number)
         moe_compress.run(recipe(source, texts, step), out)
-        achieved = json.loads((out / "manifest.json").read_text())["steps"][0]["target"]["achieved"]["stored_bytes"]
+        achieved = json.loads((out / "manifest.json").read_text())["steps"][0]["targets"][0]["achieved"]
         assert TensorIndex.from_folder(out).nbytes == achieved <= budget
 
 
@@ -354,6 +353,6 @@ def test_experts_without_tokens_are_quantized_and_listed(source: Path, texts: Pa
         report = moe_compress.run(recipe(source, texts, MIXED | {"allow_drop": False}, calibration=calibration),
                                   tmp_path / "out")  # fmt: skip
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
-    assert manifest["steps"][0]["starved"] and manifest["steps"][0]["pooled"]
+    assert manifest["steps"][0]["coverage"]["starved"] and manifest["steps"][0]["pooled"]
     assert report["checks"]["coverage"]["passed"] and "pooled" in report["checks"]["coverage"]["detail"]
     assert issubclass(RecipeError, MoECompressError)

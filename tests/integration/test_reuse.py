@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 import moe_compress
 from moe_compress import measure, pipeline
+from moe_compress.checkpoint.record import Record
 from moe_compress.cli import app
+from moe_compress.compress import scoring
 from moe_compress.errors import CheckpointError, DataError, ResumeError, UsageError, VerificationError
 from moe_compress.eval import harness
 from moe_compress.preview import disk_needed
@@ -225,7 +227,7 @@ def test_scores_of_another_model_or_calibration(source: Path, texts: Path, score
     with pytest.raises(UsageError, match="holds no scores"):
         moe_compress.run(recipe, tmp_path / "out", scores=twin)
     quantize = recipe | {"steps": [{"op": "quantize", "method": "rtn", "bits": 4, "group_size": 16}]}
-    with pytest.raises(UsageError, match="has no budget to choose by"):
+    with pytest.raises(UsageError, match="has nothing to choose by them"):
         moe_compress.run(quantize, tmp_path / "out", scores=scores)
     with pytest.raises(UsageError, match="`--scores` has no effect"):
         moe_compress.run({"model": str(source), "eval": {"speed": False}}, tmp_path / "out", scores=scores)
@@ -257,8 +259,8 @@ def test_the_report_lists_the_calibration_of_every_step(source: Path, texts: Pat
     second = report["settings"]["calibration"]["step 2"]
     assert report["settings"]["calibration"]["experts"] == 16 and second["experts"] == 12
     assert "* step 2:" in (tmp_path / "out" / "report.md").read_text()
-    starved = {"coverage": {"starved": []}, "calibration": {}}, {"coverage": {"starved": [[1, 3]]}, "calibration": {}}
-    assert ["layer 1 expert 3"] in pipeline._calibration([*starved])["step 2"].values()  # type: ignore[index]
+    records = [Record("prune", {}, "reap", 0, coverage={"starved": starved}) for starved in ([], [[1, 3]])]
+    assert ["layer 1 expert 3"] in pipeline._calibration(records)["step 2"].values()  # type: ignore[index]
 
 
 # ---------------------------------------------------------------------------------------------- identity and evaluation
@@ -383,6 +385,6 @@ def test_a_full_disk_while_scoring_is_said_in_its_own_words(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pipeline, "score_step", full)
+    monkeypatch.setattr(scoring, "score", full)
     with pytest.raises(CheckpointError, match="is full; free some space and run the same command again"):
         moe_compress.score(tiny_recipe(source, texts, 0.75), tmp_path / "scores")

@@ -197,7 +197,7 @@ def test_two_steps_prune_what_the_first_left(source: Path, texts: Path, tmp_path
     assert AutoConfig.from_pretrained(out).num_experts == 3
     assert AutoConfig.from_pretrained(work / "step-0" / "checkpoint").num_experts == 6, "--keep-steps"
     manifest = json.loads((out / "manifest.json").read_text())
-    assert [step["target"]["achieved"] for step in manifest["steps"]] == [0.75, 0.5]
+    assert [step["targets"][0]["achieved"] for step in manifest["steps"]] == [0.75, 0.5]
 
 
 @pytest.mark.usefixtures("no_reload")

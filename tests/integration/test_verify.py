@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import moe_compress
-from moe_compress import steps
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.writer import sha256_of
 from moe_compress.cli import app
+from moe_compress.compress.prune.step import PruneStep
 from moe_compress.errors import CheckpointError, UsageError, VerificationError
 from moe_compress.manifest import file_hashes
 from moe_compress.progress import SilentProgress
@@ -310,9 +310,7 @@ def test_kept_expert_that_saw_no_token(inputs: tuple[Path, Path], tmp_path: Path
 @pytest.mark.usefixtures("no_reload")
 def test_dropped_expert_that_saw_no_token_is_listed(out: Path) -> None:
     def starve(manifest: dict[str, Any]) -> None:
-        step = manifest["steps"][0]
-        gone = next(expert for expert in range(8) if expert not in step["keep"]["1"])
-        step["starved"] = [[1, gone]]
+        manifest["steps"][0]["starved_dropped"] = [[1, 7]]
 
     manifest_of(out, starve)
     found = checks.verify(out, SilentProgress())["coverage"]
@@ -321,18 +319,18 @@ def test_dropped_expert_that_saw_no_token_is_listed(out: Path) -> None:
 
 def test_missed_target(inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan that keeps seven experts where the recipe asked for six."""
-    original = steps.plan_step
+    original = PruneStep.plan
 
-    def too_many(step: Any, *args: Any) -> Any:
-        return replace(original(step.model_copy(update={"keep": 7}), *args), config=step)
+    def too_many(step: PruneStep, *args: Any) -> Any:
+        return replace(original(PruneStep(step.config.model_copy(update={"keep": 7})), *args), config=step.config)
 
-    monkeypatch.setattr(steps, "plan_step", too_many)
+    monkeypatch.setattr(PruneStep, "plan", too_many)
     monkeypatch.setattr(checks, "check_logits", lambda folder: SKIPPED)
     out = tmp_path / "out"
     with pytest.raises(VerificationError) as caught:
         moe_compress.run(tiny_recipe(*inputs, 0.75), out)
     failures = [name for name, check in caught.value.checks.items() if not check["passed"]]
-    assert failures == ["target"] and "asked to keep 75.0% of the experts, kept 87.5%" in str(caught.value)
+    assert failures == ["target"] and "share of experts kept 87.5% (asked: 75.0%)" in str(caught.value)
     assert not out.exists() and (tmp_path / "out.work").exists()
 
 

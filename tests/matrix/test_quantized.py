@@ -27,11 +27,11 @@ from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.compress.prune.apply import PruneChange
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.prune.plan import LayerPlan, PrunePlan
-from moe_compress.compress.quantize.apply import QuantizeChange, scale_dtype_of
+from moe_compress.compress.quantize.apply import QuantizeChange
 from moe_compress.compress.quantize.config import QuantizeConfig
 from moe_compress.compress.quantize.plan import KEEP, QuantizedLayer, QuantizePlan, plan_quantize
 from moe_compress.compress.quantize.shapes import LinearLayer, expert_shapes, linear_layers
-from moe_compress.compress.quantize.storage import require_quantizable
+from moe_compress.compress.quantize.storage import require_quantizable, scale_dtype_of
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.models.experts import expert_weight, projections
 from moe_compress.models.layers import routing_groups

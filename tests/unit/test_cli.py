@@ -38,12 +38,19 @@ REPORT = {
 }
 PLAN = {
     "steps": [
-        {"op": "prune", "criterion": {"b": 1.0, "alpha": 1, "beta": 1}, "keep": 0.75, "experts_per_layer": 3},
+        {
+            "op": "prune",
+            "criterion": {"b": 1.0, "alpha": 1, "beta": 1},
+            "keep": 0.75,
+            "experts_per_layer": 3,
+            "summary": ["3 experts stay in each layer."],
+        },
         {
             "op": "prune",
             "criterion": "reap",
             "keep": 2,
             "experts_per_layer": 2,
+            "summary": ["2 of 3 experts kept."],
             "layers": [{"layer": 1, "num_experts": 3, "keep": [0, 2]}],
         },
     ],
@@ -187,7 +194,9 @@ def test_validate_says_what_is_valid_and_takes_overrides() -> None:
     assert invoke("validate", "demo", "steps.0.keep=2.5").exit_code == 2
     refused = invoke("validate", "demo", "steps.0.scope=global")
     assert refused.exit_code == 2
-    assert refused.stderr.startswith("error: demo: steps.0.scope: step 0 (prune) would leave a different number")
+    assert refused.stderr.startswith(
+        "error: demo: steps.0.scope: step 0 (prune): the tier `stock` cannot hold a different number"
+    )
 
 
 def test_inspect(pipeline: Fakes) -> None:

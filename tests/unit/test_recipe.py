@@ -176,7 +176,8 @@ def test_global_scope_is_refused_in_tier_stock_by_step_and_reason() -> None:
     spread = RECIPE | {"steps": [PRUNE, PRUNE | {"scope": "global"}]}
     recipe = load_recipe(spread)  # it may be planned
     with pytest.raises(
-        RecipeError, match=r"steps\.1\.scope: step 1 \(prune\) would leave a different number of experts"
+        RecipeError,
+        match=r"steps\.1\.scope: step 1 \(prune\): the tier `stock` cannot hold a different number of experts",
     ):
         check_tier(recipe)
     assert "tier `stock`" in mistakes(spread, runnable=True)["steps.1.scope"][1]
@@ -341,4 +342,4 @@ def test_the_schema_knows_every_section() -> None:
 def test_random_prunings_are_not_drawn_beside_a_quantized_model() -> None:
     steps = [PRUNE, {"op": "quantize", "bits": 4}]
     found = mistakes(RECIPE | {"steps": steps, "eval": {"tasks": ["a"], "random_baselines": 3}})
-    assert "quantized" in found["eval.random_baselines"][1]
+    assert "`quantize`" in found["eval.random_baselines"][1]

@@ -230,17 +230,10 @@ def test_equal_to_random_does_not_beat_it() -> None:
 
 
 def test_report_markdown_shows_all_parts(report: dict[str, Any]) -> None:
-    plan = {
-        "config": {"op": "prune", "criterion": "reap", "scope": "layer"},
-        "asked": {"keep": 0.74, "experts": 23.68},
-        "achieved": {"keep": 0.75, "experts": 24, "of": 32},
-        "layers": [{"layer": 0, "keep": list(range(12)), "protected": [3]}, {"layer": 1, "keep": [0], "protected": []}],
-    }
+    plan = {"op": "prune", "summary": ["24 of 32 experts kept", "Each of 2 layers keeps 1 to 12 experts."]}
     text = report_markdown(report, RECIPE, [plan])
     assert "stored size 13.8 GB → 10.4 GB (75.0 %)" in text
-    assert "24 of 32 experts kept (75.0 %); asked: keep 0.74, 23.68 experts" in text
-    assert "keeps 1 to 12 experts" in text
-    assert "layer 0 expert 3" in text
+    assert "* step 0, prune: 24 of 32 experts kept\n  Each of 2 layers keeps 1 to 12 experts.\n" in text
     assert "| code · bits_per_byte ↓ | 1.5310 ± 0.0210 | 2.0413 ± 0.0210 | - | 75.0 ± 1.3 % | measured |" in text
     assert "fewest_tokens_per_expert: 311" in text
     assert "1: layer 3 expert 17" in text

@@ -5,6 +5,7 @@ What needs no model is checked here; what needs the number of experts is checked
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -109,3 +110,25 @@ class PruneConfig(BaseModel):
             nearest = f"{below} or {above}" if below else str(above)
             raise ValueError(f"keep: {keep} is not a multiple of {multiple_of}; ask for keep: {nearest}")
         return multiple_of
+
+
+# Rules between settings, judged in the step as it is written (see `recipe.OperationSettings`).
+
+LAST: str | None = None
+
+
+def needs_tokens(step: Mapping[str, Any]) -> bool:
+    return True
+
+
+def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if "seed" in step and step.get("criterion", "random") != "random":
+        yield "seed", "only the criterion `random` draws numbers"
+
+
+def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if step.get("scope") == "global":
+        yield (
+            "scope",
+            "the tier `stock` cannot hold a different number of experts in each layer, as `scope: global` leaves it",
+        )

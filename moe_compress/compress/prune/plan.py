@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from moe_compress.calibrate.scores import LayerScores, Scores
 from moe_compress.compress.prune.config import ACCUMULATED_SUMS, CustomCriterion, PruneConfig
 from moe_compress.errors import DataError, UsageError
+from moe_compress.text import listed
 
 FORMAT = 1
+MAX_LISTED = 20
 Array = NDArray[np.float64]
 
 # (b, alpha, beta) of the named members of the family.
@@ -71,9 +73,11 @@ class PrunePlan:
         return float(keep * len(self.layers) if isinstance(keep, int) else keep * self.num_experts)
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON-able values; `asked` and `achieved` are for the reader."""
+        """The plan as JSON-able values; `asked`, `achieved` and `summary` are for the reader."""
         return {
             "format": FORMAT,
+            "op": "prune",
+            "summary": self._summary(),
             "config": self.config.model_dump(mode="json"),
             "asked": {"keep": self.config.keep, "experts": self.num_asked},
             "achieved": {"keep": self.num_kept / self.num_experts, "experts": self.num_kept, "of": self.num_experts},
@@ -82,6 +86,21 @@ class PrunePlan:
                 for layer in self.layers
             ],
         }
+
+    def _summary(self) -> list[str]:
+        config = self.config
+        criterion = config.criterion if isinstance(config.criterion, str) else config.criterion.model_dump()
+        lines = [
+            f"criterion {criterion}, scope {config.scope}: {self.num_kept} of {self.num_experts} experts kept "
+            f"({self.num_kept / self.num_experts:.1%}); asked: keep {config.keep}, {self.num_asked:g} experts."
+        ]
+        counts = sorted({len(layer.keep) for layer in self.layers})
+        span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        lines.append(f"Each of {len(self.layers)} layers keeps {span} experts.")
+        protected = [f"layer {layer.layer} expert {expert}" for layer in self.layers for expert in layer.protected]
+        if protected:
+            lines.append(f"Protected super experts: {listed(protected, MAX_LISTED)}.")
+        return lines
 
 
 def criterion_scores(config: PruneConfig, layer: LayerScores) -> Array:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_compress.checkpoint.rewrite import Change, Tensors
-from moe_compress.checkpoint.stream import TORCH_DTYPES, LayerStream
+from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.prune.apply import with_counts
 from moe_compress.compress.quantize.config import BITSANDBYTES
@@ -296,10 +296,3 @@ def _chunks(members: list[int], moe: MoELayer, name: str) -> Iterator[list[int]]
     count = max(1, HESSIAN_BYTES // (4 * width**2))
     for start in range(0, len(members), count):
         yield members[start : start + count]
-
-
-def scale_dtype_of(stream: LayerStream) -> torch.dtype:
-    """The type scales are stored in: that of the experts' own weights."""
-    moe = next(iter(stream.moe_layers.values()))
-    name = next(name for name in moe.expert_tensors() if name.endswith("down_proj"))
-    return TORCH_DTYPES[stream.stored_dtypes[f"{moe.block_name}.{name}"]]

@@ -5,6 +5,7 @@ What needs no model is checked here; what needs the sizes of the experts is chec
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -156,3 +157,65 @@ class QuantizeConfig(BaseModel):
         """The parts besides the routed experts that are quantized."""
         found = {name: getattr(self, name) for name in ("attention", "shared_experts", "dense_mlp")}
         return {name: part for name, part in found.items() if part is not None}
+
+
+# Rules between settings, judged in the step as it is written (see `recipe.OperationSettings`).
+
+LAST: str | None = "packed experts are not changed again"
+# Settings that say how a budget is spent.
+CHOICE_SETTINGS = (
+    "options", "keep_option", "allow_drop", "granularity", "allocation", "cost", "minimum_counts",
+    "protect_super_experts", "max_tokens_per_expert", "gradient_samples", "measured_by", "seed",
+)  # fmt: skip
+
+
+def needs_tokens(step: Mapping[str, Any]) -> bool:
+    return step.get("method", "gptq") == "gptq" or any(step.get(name) is not None for name in BUDGETS)
+
+
+def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    method = step.get("method", "gptq")
+    if method in BITSANDBYTES:
+        for key in ("group_size", "symmetric", "scale_search"):
+            if key in step:
+                yield key, f"method `{method}` has its own"
+    if method != "gptq":
+        for key in ("act_order", "damping"):
+            if key in step:
+                yield key, "only the method `gptq` uses it"
+    if all(step.get(name) is None for name in BUDGETS):
+        for key in CHOICE_SETTINGS:
+            if key in step:
+                yield key, "every expert gets the same bits; give a budget such as `average_bits` instead of `bits`"
+    elif "gradient_samples" in step and step.get("cost") != "fisher":
+        yield "gradient_samples", "only the cost `fisher` differentiates the loss"
+    elif "seed" in step and step.get("allocation") != "random":
+        yield "seed", "only the allocation `random` draws numbers"
+
+
+def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    method = step.get("method", "gptq")
+    if method in BITSANDBYTES:
+        yield "method", f"plain transformers does not load `{method}` for experts in one tensor"
+    budget = next((name for name in BUDGETS if step.get(name) is not None), None)
+    if budget is not None and not step.get("allow_drop"):
+        yield (
+            budget,
+            "the tier `stock` holds one scheme for all routed experts: of mixed bits, plain transformers would apply "
+            "one to all and load the model silently wrong",
+        )
+    for key in ("keep_option", "minimum_counts"):
+        if step.get(key):
+            yield key, "the tier `stock` holds one scheme for all routed experts"
+    if step.get("symmetric") is False:
+        yield "symmetric", "plain transformers ignores the zero points of experts"
+    if step.get("bits") == 1 or (budget is not None and 1 in (step.get("options") or [1])):
+        yield "bits" if step.get("bits") == 1 else "options", "compressed-tensors has no 1-bit format of signs"
+    names = [name for name in ("attention", "shared_experts", "dense_mlp") if isinstance(step.get(name), dict)]
+    for name in names:
+        if step[name].get("bits") == 1:
+            yield name, "compressed-tensors has no 1-bit format of signs"
+    size = step.get("group_size") or QuantizeConfig.model_fields["group_size"].default
+    schemes = {(step[name].get("bits") or step.get("bits"), step[name].get("group_size") or size) for name in names}
+    if len(schemes) > 1:
+        yield "attention", "the tier `stock` holds one scheme for all linear layers outside the experts"

@@ -15,6 +15,7 @@ whole layer times its tokens plus one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -87,15 +88,35 @@ class QuantizePlan:
     allocation: dict[str, Any] | None
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON-able values."""
+        """The plan as JSON-able values; `summary` is for the reader."""
         return {
             "format": FORMAT,
+            "op": "quantize",
+            "summary": self._summary(),
             "config": self.config.model_dump(mode="json"),
             "average_bits": self.average_bits,
             "expert_bytes": self.expert_bytes,
             "allocation": self.allocation,
             "layers": [asdict(layer) for layer in self.layers],
         }
+
+    def _summary(self) -> list[str]:
+        config, found = self.config, self.allocation
+        names = Counter(name for layer in self.layers for options in layer.options.values() for name in options)
+        shares = ", ".join(f"{count / names.total():.1%} at {name}" for name, count in sorted(names.items()))
+        lines = [
+            f"{config.method}, group size {config.group_size}: {self.average_bits:.3f} bits per routed expert weight, "
+            f"scales not counted; matrices: {shares}."
+        ]
+        if self.num_dropped:
+            lines.append(f"{self.num_dropped} experts dropped.")
+        if found is not None:
+            proof = "proven optimal" if found["optimal"] else f"gap {found['gap']:.2%}"
+            lines.append(
+                f"Chosen by {found['solver']} ({proof}): predicted loss {found['loss']:.6g}, bound of the relaxation "
+                f"{found['relaxation_bound']:.6g}."
+            )
+        return lines
 
     @property
     def num_dropped(self) -> int:

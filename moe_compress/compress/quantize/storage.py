@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.checkpoint.rewrite import Tensors, described
-from moe_compress.checkpoint.stream import LayerStream
+from moe_compress.checkpoint.stream import TORCH_DTYPES, LayerStream
 from moe_compress.checkpoint.writer import SAFETENSORS_DTYPES
 from moe_compress.compress.quantize.config import BITSANDBYTES, PartConfig, QuantizeConfig
 from moe_compress.compress.quantize.plan import KEEP, SHAPE_BYTES, QuantizePlan, check_shapes
@@ -71,6 +71,13 @@ def linear_savings(config: QuantizeConfig, linears: Iterable[LinearLayer], scale
             before = linear.shape[0] * linear.shape[1] * scale_dtype.itemsize
             saved += before - linear_scheme(config, part).stored_bytes(*linear.shape, scale_dtype)
     return saved
+
+
+def scale_dtype_of(stream: LayerStream) -> torch.dtype:
+    """The type scales are stored in: that of the experts' own weights."""
+    moe = next(iter(stream.moe_layers.values()))
+    name = next(name for name in moe.expert_tensors() if name.endswith("down_proj"))
+    return TORCH_DTYPES[stream.stored_dtypes[f"{moe.block_name}.{name}"]]
 
 
 def _slices(found: Quantized) -> list[Stored]:

@@ -1,0 +1,87 @@
+"""What a step of a recipe is: the interface between the pipeline and the operations in the folders beside this file.
+
+An operation is a folder with four files: `config.py` (its settings, and the rules between them), `plan.py` (numbers in,
+numbers out), `apply.py` (what becomes of the tensors) and `step.py` (the class that puts them together, derived from
+`Step`). `steps.py` and `recipe.py` know all operations by name; nothing else does.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from moe_compress.calibrate.scores import Scores
+from moe_compress.checkpoint.record import Record
+from moe_compress.checkpoint.source import Checkpoint
+from moe_compress.compress import scoring
+from moe_compress.compress.surroundings import Surroundings
+from moe_compress.eval.cost import cost
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A checkpoint as far as it is known before its weights are read.
+
+    `config` is that of a dense model; `stored_bytes` are of the weights, `active_bytes` those read per token; `scores`
+    were measured on this very checkpoint.
+    """
+
+    config: Any
+    stored_bytes: int
+    active_bytes: int
+    scores: Scores | None = None
+
+    def resized(self, config: Any) -> Outlook:
+        """The same with other numbers of experts, nothing measured yet."""
+        before, after = cost(self.config), cost(config)
+        scale = self.stored_bytes / max(1, before.stored_bytes)
+        return Outlook(config, round(after.stored_bytes * scale), after.active_bytes_per_token)
+
+    def of_size(self, *, stored_bytes: int, active_bytes: int | None = None) -> Outlook:
+        """The same experts in other bytes, nothing measured yet."""
+        active = self.active_bytes if active_bytes is None else active_bytes
+        return replace(self, stored_bytes=stored_bytes, active_bytes=active, scores=None)
+
+
+class Step(ABC, Generic[Settings]):
+    """One step of a recipe: a checkpoint folder in, a checkpoint folder out."""
+
+    def __init__(self, config: Settings) -> None:
+        self.config = config
+
+    @property
+    @abstractmethod
+    def is_calibrated(self) -> bool:
+        """Whether calibration tokens pass through the model."""
+
+    @property
+    def uses_scores(self) -> bool:
+        """Whether what happens to an expert is decided by scores."""
+        return True
+
+    @abstractmethod
+    def preview(self, before: Outlook, tier: str) -> tuple[dict[str, Any], Outlook]:
+        """What the step would do, and what it leads to; no weights are read.
+
+        The first has at least `op` and `summary`, sentences for the reader; `layers` where it is known what happens to
+        each expert. Raises `UsageError` or `UnsupportedModelError` when the step cannot be.
+        """
+
+    def score(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Scores:
+        """Measure what the step decides by, or read what was measured before in `folder`."""
+        return scoring.score(source, folder, around, title)
+
+    def score_settings(self) -> dict[str, Any]:
+        """What of the settings decides the scores."""
+        return {}
+
+    @abstractmethod
+    def run(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Record:
+        """Write `plan.json` and `checkpoint/` into `folder`, going on where an earlier run of it stopped.
+
+        `plan.json` has at least `op` and `summary`, sentences for the reader.
+        """

@@ -1,0 +1,137 @@
+"""`op: prune` as a step: score, plan, apply."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moe_compress.calibrate.scores import Scores
+from moe_compress.checkpoint.index import DTYPE_BITS
+from moe_compress.checkpoint.record import Record, Target
+from moe_compress.checkpoint.rewrite import LEDGER_FILE, rewrite
+from moe_compress.checkpoint.source import Checkpoint
+from moe_compress.checkpoint.stream import LayerStream
+from moe_compress.checkpoint.writer import write_json
+from moe_compress.compress.operation import Outlook, Step
+from moe_compress.compress.prune.apply import PruneChange
+from moe_compress.compress.prune.config import PruneConfig
+from moe_compress.compress.prune.plan import PrunePlan, keep_count, plan_prune
+from moe_compress.compress.surroundings import Surroundings
+from moe_compress.eval.cost import cost
+from moe_compress.models.layers import find_moe_layers, routing_groups, set_num_experts
+from moe_compress.models.skeleton import build_skeleton
+from moe_compress.runtime.families import causal_model
+from moe_compress.verification.checks import require_coverage
+
+TARGET_TOLERANCE = 0.02  # of the fraction of experts kept
+
+
+class PruneStep(Step[PruneConfig]):
+    """Drops experts; `plan` and `apply` are public so that random prunings can be compared."""
+
+    @property
+    def is_calibrated(self) -> bool:
+        return True
+
+    def preview(self, before: Outlook, tier: str) -> tuple[dict[str, Any], Outlook]:
+        if tier == "plugin" and self.config.scope == "global":
+            causal_model(before.config.to_dict())
+        layer = find_moe_layers(build_skeleton(before.config))[0]
+        count = keep_count(
+            self.config, num_experts=layer.num_experts, top_k=layer.top_k, **routing_limits(before.config)
+        )
+        smaller = type(before.config).from_dict(before.config.to_dict())
+        if count != layer.num_experts:
+            set_num_experts(smaller, layer.num_experts, count)
+        after = before.resized(smaller)
+        entry: dict[str, Any] = {
+            "op": "prune",
+            "criterion": self.config.model_dump(mode="json")["criterion"],
+            "keep": self.config.keep,
+            "experts_per_layer": count,
+            "summary": [f"{count} experts stay in each layer; `moe-compress score` tells which."],
+        }
+        if before.scores is None:
+            return entry, after
+        plan = self.plan(before.scores, before.config)
+        found = plan.to_json()
+        figures = cost(before.config)
+        share = figures.params["routed_experts"] / figures.total_params
+        stored = round(before.stored_bytes * (1 - share * (1 - plan.num_kept / plan.num_experts)))
+        entry |= {"summary": found["summary"], "layers": found["layers"]}
+        return entry, after.of_size(stored_bytes=stored)
+
+    def run(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Record:
+        scores = self.score(source, folder / "scores", around, title)
+        plan = self.plan(scores, source.config)
+        write_json(folder / "plan.json", plan.to_json())
+        record = self._record(plan, scores, dropped_bytes(plan, LayerStream(source, around.device)))
+        require_coverage(record)
+        self.apply(plan, source, folder / "checkpoint", around, title)
+        return record
+
+    def plan(self, scores: Scores, config: Any) -> PrunePlan:
+        """Choose the experts to keep."""
+        text = config.get_text_config()
+        return plan_prune(self.config, scores, num_decoder_layers=text.num_hidden_layers, **routing_limits(config))
+
+    def apply(self, plan: PrunePlan, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> None:
+        """Write the checkpoint that a plan makes of `source`, unless it is complete already."""
+        if (folder / LEDGER_FILE).exists():
+            return
+        with around.progress.stage(f"{title}: apply", source.config.get_text_config().num_hidden_layers) as stage:
+            rewrite(
+                source,
+                folder,
+                PruneChange(plan),
+                max_shard_bytes=around.max_shard_bytes,
+                device=around.device,
+                stage=stage,
+            )
+
+    def _record(self, plan: PrunePlan, scores: Scores, dropped: int) -> Record:
+        largest = max(layer.num_experts for layer in plan.layers)
+        multiple = self.config.multiple_of
+        # to the nearest count, then to the nearest multiple; a little more for the division itself
+        rounding = (0.5 + (0.5 * multiple if multiple > 1 else 0)) / largest + 1e-9
+        config = self.config.model_dump(mode="json")
+        kept = {(layer.layer, expert) for layer in plan.layers for expert in layer.keep}
+        return Record(
+            op="prune",
+            config=config,
+            label=config["criterion"],
+            dropped_bytes=dropped,
+            targets=[
+                Target(
+                    "share of experts kept",
+                    plan.num_asked / plan.num_experts,
+                    plan.num_kept / plan.num_experts,
+                    max(TARGET_TOLERANCE, rounding),
+                    shown=".1%",
+                )
+            ],
+            coverage=scores.summary(),
+            calibration=scores.fingerprint,
+            starved_kept=[pair for pair in scores.starved if pair in kept],
+            starved_dropped=[pair for pair in scores.starved if pair not in kept],
+        )
+
+
+def routing_limits(config: Any) -> dict[str, Any]:
+    """What a router's groups ask of a plan."""
+    return {
+        "num_groups": routing_groups(config),
+        "groups_per_token": getattr(config.get_text_config(), "topk_group", None),
+    }
+
+
+def dropped_bytes(plan: PrunePlan, stream: LayerStream) -> int:
+    """Stored bytes of the experts and router rows that a plan drops, worked out from the source's headers."""
+    total = 0
+    for layer in plan.layers:
+        moe = stream.moe_layers[layer.layer]
+        tensors = {name: (tensor, 0) for name, tensor in moe.expert_tensors().items()} | moe.router_tensors()
+        for name, (tensor, dimension) in tensors.items():
+            bits = DTYPE_BITS[stream.stored_dtypes[f"{moe.block_name}.{name}"]]
+            total += tensor.numel() // tensor.shape[dimension] * bits // 8 * (moe.num_experts - len(layer.keep))
+    return total

@@ -1,0 +1,219 @@
+"""`op: quantize` as a step: measure what each option costs where a budget asks for it, plan, apply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moe_compress.calibrate.gradients import channel_gradients
+from moe_compress.calibrate.scores import Scores
+from moe_compress.checkpoint.record import Record, Target
+from moe_compress.checkpoint.rewrite import LEDGER_FILE, rewrite
+from moe_compress.checkpoint.source import Checkpoint
+from moe_compress.checkpoint.stream import LayerStream
+from moe_compress.checkpoint.writer import write_json
+from moe_compress.compress import scoring
+from moe_compress.compress.operation import Outlook, Step
+from moe_compress.compress.quantize.apply import QuantizeChange
+from moe_compress.compress.quantize.config import BITSANDBYTES, BUDGETS, QuantizeConfig
+from moe_compress.compress.quantize.plan import (
+    QuantizePlan,
+    check_shapes,
+    measured_settings,
+    plan_quantize,
+    with_group_size,
+)
+from moe_compress.compress.quantize.sensitivity import ReducedRouters, Sensitivity
+from moe_compress.compress.quantize.sizes import Sizes
+from moe_compress.compress.quantize.storage import require_quantizable, scale_dtype_of
+from moe_compress.compress.surroundings import Surroundings
+from moe_compress.errors import UsageError
+from moe_compress.models.layers import MoELayer, routing_groups
+from moe_compress.runtime.families import causal_model
+
+BUDGET_TOLERANCE = 0.02  # of the budget
+
+
+class QuantizeStep(Step[QuantizeConfig]):
+    """Packs weights; `plan` is public so that budgets can be swept."""
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.config.has_budget or self.config.method == "gptq"
+
+    @property
+    def uses_scores(self) -> bool:
+        return self.config.has_budget
+
+    def preview(self, before: Outlook, tier: str) -> tuple[dict[str, Any], Outlook]:
+        if tier == "plugin":
+            causal_model(before.config.to_dict())
+        sizes = Sizes.of_config(before.config, before.stored_bytes)
+        entry: dict[str, Any] = self.config.model_dump(mode="json", exclude_unset=True)
+        config = with_group_size(self.config, sizes.shapes)
+        for shape in sizes.shapes:
+            check_shapes(config, shape)
+        if config.has_budget and before.scores is None:
+            return entry | {"summary": ["The bits of every expert are chosen when its costs are measured."]}, before
+        plan = self.plan(before.scores, sizes, before.config, tier)
+        outside = sizes.saved_outside(config, tier)  # which every token reads
+        active = before.active_bytes - outside - sizes.active_share() * (sizes.expert_bytes - plan.expert_bytes)
+        after = before.of_size(stored_bytes=sizes.bytes_after(plan, tier), active_bytes=round(active))
+        found = plan.to_json()
+        shown = {key: found[key] for key in ("summary", "layers", "allocation")}
+        return entry | shown | {"average_bits_chosen": plan.average_bits}, after
+
+    def sweep(self, before: Outlook, tier: str, setting: str, values: Sequence[float]) -> list[dict[str, Any]]:
+        """The best allocation for each value of the budget `setting`; `UsageError` when one cannot be met."""
+        if setting not in BUDGETS:
+            raise UsageError(f"--sweep needs one of the budgets of `quantize`: {', '.join(BUDGETS)}.")
+        sizes = Sizes.of_config(before.config, before.stored_bytes)
+        entries = []
+        for value in values:
+            budget = dict.fromkeys(BUDGETS) | {
+                "bits": None,
+                setting: value if setting == "average_bits" else int(value),
+            }
+            step = QuantizeStep(self.config.model_copy(update=budget))
+            found = step.plan(before.scores, sizes, before.config, tier)
+            assert found.allocation is not None
+            entries.append(
+                {
+                    setting: value,
+                    "bits": found.average_bits,
+                    "stored": sizes.bytes_after(found, tier),
+                    "dropped_experts": found.num_dropped,
+                    "predicted_loss": found.allocation["loss"],
+                    "relaxation_bound": found.allocation["relaxation_bound"],
+                    "optimal": found.allocation["optimal"],
+                }
+            )
+        return entries
+
+    def score(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Scores:
+        if not self.config.has_budget or (folder / "scores.json").exists():
+            return scoring.score(source, folder, around, title)
+        stream = LayerStream(source, around.device)
+        config = with_group_size(self.config, Sizes.of_stream(stream).shapes)
+        weights = self._channel_weights(source, folder, around, title) if config.cost == "fisher" else {}
+        return scoring.score(
+            source,
+            folder,
+            around,
+            title,
+            measurement=sensitivities(config, source, stream, weights),
+            settings={"quantize": measured_settings(config)},
+        )
+
+    def score_settings(self) -> dict[str, Any]:
+        if not self.config.has_budget:
+            return {}
+        asked = {name: getattr(self.config, name) for name in ("options", "granularity", "allow_drop", "cost")}
+        return {"quantize": measured_settings(self.config) | asked}
+
+    def plan(self, scores: Scores | None, sizes: Sizes, model_config: Any, tier: str) -> QuantizePlan:
+        """Choose every expert's bits by the scores and the budget."""
+        config = with_group_size(self.config, sizes.shapes)
+        return plan_quantize(
+            config,
+            sizes.shapes,
+            scores,
+            fixed_bytes=sizes.fixed_bytes(config, tier),
+            num_decoder_layers=model_config.get_text_config().num_hidden_layers,
+            num_groups=routing_groups(model_config),
+            tier=tier,
+        )
+
+    def run(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Record:
+        stream = LayerStream(source, around.device)
+        sizes = Sizes.of_stream(stream)
+        require_quantizable(with_group_size(self.config, sizes.shapes), stream, around.tier)
+        folder.mkdir(parents=True, exist_ok=True)
+        scores = self.score(source, folder / "scores", around, title) if self.config.has_budget else None
+        plan = self.plan(scores, sizes, source.config, around.tier)
+        write_json(folder / "plan.json", plan.to_json())
+        data = scoring.calibration_data(source, around) if self.is_calibrated else None
+        change = QuantizeChange(
+            plan,
+            sizes.linears,
+            tier=around.tier,
+            scale_dtype=sizes.scale_dtype,
+            tokens=data.tokens if data is not None and self.config.method == "gptq" else None,
+            batch_size=around.calibration.batch_size,
+            notes=folder / "pooled.json",
+        )
+        if not (folder / "checkpoint" / LEDGER_FILE).exists():
+            with around.progress.stage(f"{title}: apply", len(stream.layers)) as stage:
+                rewrite(
+                    source,
+                    folder / "checkpoint",
+                    change,
+                    max_shard_bytes=around.max_shard_bytes,
+                    device=around.device,
+                    stage=stage,
+                )
+        stored = sizes.bytes_after(plan, around.tier)
+        tokens = {"calibration_tokens": data.tokens.numel()} if data is not None else {}
+        described = scoring.describe_data(source, data) if data is not None else {}
+        return Record(
+            op="quantize",
+            config=plan.config.model_dump(mode="json"),
+            label=label(plan.config),
+            dropped_bytes=sizes.stored_bytes - stored,
+            targets=targets(plan, stored),
+            coverage=scores.summary() if scores else tokens,
+            calibration=scores.fingerprint if scores else described,
+            pooled=change.pooled,
+        )
+
+    def _channel_weights(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> dict[int, Tensor]:
+        """The loss gradient's second moment at every layer's output, for `cost: fisher`."""
+        stream, data = LayerStream(source, around.device), scoring.calibration_data(source, around)
+        with around.progress.stage(f"{title}: gradients", 2 * len(stream.layers)) as stage:
+            return channel_gradients(
+                stream,
+                data.tokens[: self.config.gradient_samples],
+                batch_size=around.calibration.batch_size,
+                folder=folder,
+                stage=stage,
+            )
+
+
+def targets(plan: QuantizePlan, stored_bytes: int) -> list[Target]:
+    """What a budget asked for, and what came of it."""
+    if plan.allocation is None:
+        bits = plan.config.bits
+        return [] if bits is None else [Target("average_bits", bits, plan.average_bits, 0.0)]
+    achieved = {
+        "average_bits": plan.average_bits,
+        "stored_bytes": stored_bytes,
+        "active_bytes": plan.allocation["active_bytes"],
+    }
+    asked = {name: getattr(plan.config, name) for name in BUDGETS}
+    return [
+        Target(name, value, achieved[name], BUDGET_TOLERANCE * value, at_most=True)
+        for name, value in asked.items()
+        if value is not None
+    ]
+
+
+def sensitivities(
+    config: QuantizeConfig, source: Checkpoint, stream: LayerStream, channel_weights: dict[int, Tensor]
+) -> Callable[[MoELayer], Sensitivity]:
+    """Makes what measures the costs of a layer's options; `channel_weights` are those of `cost: fisher`."""
+    routers = ReducedRouters(source.config) if config.allow_drop else None
+    scale_dtype = scale_dtype_of(stream)
+    return lambda moe: Sensitivity(
+        config, moe, scale_dtype, routers=routers, channel_weights=channel_weights.get(moe.layer)
+    )
+
+
+def label(config: QuantizeConfig) -> str:
+    """The method and the bits, in a few words."""
+    if config.method in BITSANDBYTES:
+        return config.method
+    budgets = [f"{name} {value}" for name in BUDGETS if (value := getattr(config, name)) is not None]
+    return f"{config.method}, {', '.join(budgets) or f'{config.bits} bits'}"
