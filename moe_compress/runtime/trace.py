@@ -162,9 +162,9 @@ class _Replaying:
         self.forward, self.row_TK, self.moe = forward, row_TK, moe
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Picking(self.row_TK, self.moe.top_k) as picking:
+        with _Picking(self.row_TK, self.moe) as picking:
             found = self.forward(*args, **kwargs)
-        if picking.calls != 1:
+        if not picking.calls:
             raise UnsupportedModelError(
                 f"The router of `{self.moe.block_name}` ({type(self.moe.block).__name__}) does not pick its experts by "
                 "one top-k of their scores, so its choice cannot be replayed."
@@ -173,17 +173,22 @@ class _Replaying:
 
 
 class _Picking(TorchFunctionMode):
-    """Answers the top-k over all rows of a router with given rows."""
+    """Answers the top-k over all rows of a router with given rows.
 
-    def __init__(self, row_TK: Tensor, top_k: int) -> None:
+    A router whose groups are one asks for the best rows of that group before, and what it is told makes no difference.
+    """
+
+    def __init__(self, row_TK: Tensor, moe: MoELayer) -> None:
         super().__init__()
-        self.row_TK, self.top_k, self.calls = row_TK, top_k, 0
+        self.row_TK, self.top_k, self.calls = row_TK, moe.top_k, 0
+        self.fewest = moe.num_experts + moe.routing.zero_experts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.topk, Tensor.topk):
             scores, count = args[0], args[1] if len(args) > 1 else kwargs["k"]
-            if count == self.top_k and scores.shape[:-1].numel() == len(self.row_TK):
+            of_rows = scores.shape[-1] >= self.fewest and scores.shape[:-1].numel() == len(self.row_TK)
+            if of_rows and count == self.top_k:
                 self.calls += 1
                 picked = self.row_TK.view(*scores.shape[:-1], count)
                 return torch.return_types.topk((scores.gather(-1, picked), picked))
