@@ -164,7 +164,7 @@ def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Case:
 
 
 def aligned(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with weights in memory of its own; where a tensor begins in a file decides the last bits of products."""
+    """The model with weights in memory of its own: where a tensor begins in a file decides a product's last bits."""
     for tensor in model.state_dict(keep_vars=True).values():
         tensor.data = tensor.data.clone()
     return model.eval()
