@@ -19,6 +19,12 @@ from moe_compress.compress.prune import config as prune
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.quantize import config as quantize
 from moe_compress.compress.quantize.config import QuantizeConfig
+from moe_compress.compress.skip import config as skip
+from moe_compress.compress.skip.config import SkipConfig
+from moe_compress.compress.topk import config as topk
+from moe_compress.compress.topk.config import TopkConfig
+from moe_compress.compress.zero_experts import config as zero_experts
+from moe_compress.compress.zero_experts.config import ZeroExpertsConfig
 from moe_compress.errors import UsageError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.settings import Document, Location, Size, did_you_mean, plain, read_yaml
@@ -43,7 +49,13 @@ class OperationSettings(Protocol):
         """Settings whose result plain transformers cannot load, or loads wrong without a word, with the reason."""
 
 
-OPERATIONS: dict[str, OperationSettings] = {"prune": prune, "quantize": quantize}
+OPERATIONS: dict[str, OperationSettings] = {
+    "prune": prune,
+    "quantize": quantize,
+    "skip": skip,
+    "topk": topk,
+    "zero_experts": zero_experts,
+}
 
 
 class ExportConfig(BaseModel):
@@ -69,9 +81,9 @@ class Recipe(BaseModel):
         default=CalibrationConfig(dataset=REFERENCE),
         description="The tokens that experts are measured on; required when there are steps.",
     )
-    steps: list[Annotated[PruneConfig | QuantizeConfig, Discriminator("op")]] = Field(
-        default=[], description="Transformations in order; none copies the checkpoint unchanged."
-    )
+    steps: list[
+        Annotated[PruneConfig | QuantizeConfig | SkipConfig | TopkConfig | ZeroExpertsConfig, Discriminator("op")]
+    ] = Field(default=[], description="Transformations in order; none copies the checkpoint unchanged.")
     export: ExportConfig = Field(default=ExportConfig(), description="How the result is written.")
     eval: EvalConfig = Field(default=EvalConfig(), description="How the result is measured.")
 

@@ -19,9 +19,18 @@ from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.operation import Step
 from moe_compress.compress.prune.step import PruneStep
 from moe_compress.compress.quantize.step import QuantizeStep
+from moe_compress.compress.skip.step import SkipStep
 from moe_compress.compress.surroundings import Surroundings
+from moe_compress.compress.topk.step import TopkStep
+from moe_compress.compress.zero_experts.step import ZeroExpertsStep
 
-OPERATIONS: dict[str, type[Step[Any]]] = {"prune": PruneStep, "quantize": QuantizeStep}
+OPERATIONS: dict[str, type[Step[Any]]] = {
+    "prune": PruneStep,
+    "quantize": QuantizeStep,
+    "skip": SkipStep,
+    "topk": TopkStep,
+    "zero_experts": ZeroExpertsStep,
+}
 
 
 def make_step(config: Any) -> Step[Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_compress.errors import UnsupportedModelError
-from moe_compress.models.families import EXPERT_COUNT_KEYS, TOP_K_KEYS
+from moe_compress.models.families import DIVIDED_GATES, EXPERT_COUNT_KEYS, FIXED_TOP_K, TOP_K_KEYS, UNDIVIDED_GATES
 from moe_compress.models.routing import FAMILY_ROUTING, Routing, layer_routings, router_rows
 from moe_compress.models.routing import SECTION as SECTION
 from moe_compress.models.skeleton import SUPPORTED, build_skeleton
@@ -247,6 +247,21 @@ def set_num_experts(config: Any, before: int, after: int) -> None:
         raise UnsupportedModelError(f"The configuration of {text.model_type} does not say how many experts it has.")
     for key in keys:
         setattr(text, key, after)
+
+
+def divides_gates(config: Any) -> bool:
+    """Whether the family's routers divide the gate values of the experts they pick by their sum."""
+    text = config.get_text_config()
+    family = text.model_type.removeprefix("compressed_")
+    if family in UNDIVIDED_GATES or family in DIVIDED_GATES:
+        return family in DIVIDED_GATES
+    of_those_picked = getattr(text, "expert_selection_fn", None) == "softmax"  # cohere2_moe
+    return of_those_picked or bool(getattr(text, "norm_topk_prob", True))
+
+
+def has_fixed_top_k(config: Any) -> bool:
+    """Whether the code of the family's routers allows one top-k only."""
+    return config.get_text_config().model_type.removeprefix("compressed_") in FIXED_TOP_K
 
 
 def routing_groups(config: Any) -> int:

@@ -59,6 +59,12 @@ def plugin_config(config: Mapping[str, Any], section: Mapping[str, Any]) -> dict
     }
 
 
+def parsed_config(content: Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration that such a `config.json` would be read as."""
+    config: PretrainedConfig = CONFIG_MAPPING[content["model_type"]].from_dict(dict(content))
+    return config
+
+
 def causal_model(config: Mapping[str, Any]) -> Any:
     """The class that `AutoModelForCausalLM` opens a checkpoint of this configuration with.
 

@@ -108,7 +108,7 @@ def set_routing(model: PreTrainedModel, zero_experts: bool | None = None) -> Non
         path, experts = experts_of_layer(layers[index])
         block = layers[index].get_submodule(path.rpartition(".")[0])
         if routing.normalise_over is not None:
-            _set_top_k(block, experts, routing.normalise_over)
+            set_top_k(block, experts, routing.normalise_over)
         rules = RoutingRules(routing, len(experts.down_proj), routing_groups(model.config))
         experts.register_forward_pre_hook(rules, with_kwargs=True)
         experts.routing_rules = rules
@@ -208,7 +208,7 @@ def _original_rows(tensor: Tensor, dimension: int, widened: Widened, rules: Rout
     return torch.cat([own, beyond], dimension) if beyond.shape[dimension] else own
 
 
-def _set_top_k(block: nn.Module, experts: nn.Module, count: int) -> None:
+def set_top_k(block: nn.Module, experts: nn.Module, count: int) -> None:
     """Let the router of a block pick `count` experts, wherever it keeps that number."""
     modules: list[Any] = [module for module in block.modules() if module is not experts]
     owners = [module for module in modules if isinstance(vars(module).get("top_k"), int)]

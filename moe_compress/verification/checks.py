@@ -130,7 +130,7 @@ def check_coverage(steps: Sequence[Record]) -> Check:
     if dropped:
         return Check(True, f"dropped because too few calibration tokens reached them: {listed(dropped, MAX_LISTED)}.")
     calibrated = any(step.coverage for step in steps)
-    return Check(True, "every expert saw calibration tokens." if calibrated else "no step needed calibration.")
+    return Check(True, "every expert saw calibration tokens." if calibrated else "no step measured single experts.")
 
 
 def require_coverage(step: Record) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_compress.checkpoint.rewrite import Change
+from moe_compress.compress.metered import MeteredChange
 from moe_compress.compress.skip.plan import SkipPlan
 from moe_compress.runtime.families import with_layers
 
 
-class SkipChange(Change):
+class SkipChange(MeteredChange):
     """Applies a plan."""
 
     def __init__(self, plan: SkipPlan) -> None:

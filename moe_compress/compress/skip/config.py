@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -55,3 +56,21 @@ class SkipConfig(BaseModel):
         if (self.target_skip is None) == (self.threshold is None):
             raise ValueError("give either `target_skip` or `threshold`")
         return self
+
+
+# Rules between settings, judged in the step as it is written (see `recipe.OperationSettings`).
+
+LAST: str | None = None
+
+
+def needs_tokens(step: Mapping[str, Any]) -> bool:
+    return True
+
+
+def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if "scope" in step and step.get("target_skip") is None:
+        yield "scope", "only `target_skip` is shared by layers"
+
+
+def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "op", "plain transformers runs every expert that a router picks"

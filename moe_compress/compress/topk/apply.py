@@ -9,24 +9,24 @@ from __future__ import annotations
 from typing import Any
 
 from moe_compress.checkpoint.config_file import with_setting
-from moe_compress.checkpoint.rewrite import Change
+from moe_compress.compress.metered import MeteredChange
 from moe_compress.compress.topk.plan import TopkPlan
 from moe_compress.models.families import TOP_K_KEYS
 from moe_compress.models.layers import SECTION
 from moe_compress.runtime.families import with_layers
 
 
-class TopkChange(Change):
-    """Applies a plan. `normalises` says whether the family's router divides the gate values by their sum."""
+class TopkChange(MeteredChange):
+    """Applies a plan. `divides` says whether the family's router divides the gate values by their sum."""
 
-    def __init__(self, plan: TopkPlan, *, normalises: bool) -> None:
-        self.plan, self.normalises = plan, normalises
+    def __init__(self, plan: TopkPlan, *, divides: bool) -> None:
+        self.plan, self.divides = plan, divides
 
     @property
     def is_stock(self) -> bool:
         """Whether the family's own setting holds the result."""
         return len({layer.k for layer in self.plan.layers}) == 1 and (
-            not self.normalises or all(layer.picked == layer.k for layer in self.plan.layers)
+            not self.divides or all(layer.picked == layer.k for layer in self.plan.layers)
         )
 
     def config(self, config: dict[str, Any]) -> dict[str, Any]:

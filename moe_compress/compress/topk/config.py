@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -55,3 +56,24 @@ class TopkConfig(BaseModel):
         description="Calibration sequences that `allocation: per_layer` measures on; each passes the model once for "
         "every layer and number of experts.",
     )
+
+
+# Rules between settings, judged in the step as it is written (see `recipe.OperationSettings`).
+
+LAST: str | None = None
+
+
+def needs_tokens(step: Mapping[str, Any]) -> bool:
+    return step.get("allocation") == "per_layer"
+
+
+def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if "samples" in step and not needs_tokens(step):
+        yield "samples", "only `allocation: per_layer` measures"
+
+
+def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if step.get("allocation") == "per_layer":
+        yield "allocation", "the tier `stock` holds one top-k for all layers"
+    if step.get("normalise_over", "picked") != "kept":
+        yield "normalise_over", "plain transformers normalises over the experts that run, which is `kept`"

@@ -7,17 +7,19 @@ find the k of all layers that sum to no more than a budget and cost least. It is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_compress.calibrate.scores import LayerScores, Scores
 from moe_compress.compress.topk.config import TopkConfig
 from moe_compress.errors import DataError, UsageError
 
 FORMAT = 1
+PERPLEXITY = "topk_perplexity"  # the table of scores that holds a layer's perplexities
 Array = NDArray[np.float64]
 
 
@@ -56,9 +58,20 @@ class TopkPlan:
         return _mean(self.layers, "k")
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON-able values."""
+        """The plan as JSON-able values; `summary` is for the reader."""
+        counts = [layer.k for layer in self.layers]
+        shown = str(counts[0]) if len(set(counts)) == 1 else "by layer " + " ".join(map(str, counts))
+        over = self.config.normalise_over
+        whose = {"picked": "the experts that the model itself picks", "kept": "the experts that run"}.get(
+            str(over), f"the best {over}"
+        )
         return {
             "format": FORMAT,
+            "op": "topk",
+            "summary": [
+                f"experts per token: {shown}, {self.achieved:.4g} on average; asked: {self.asked:.4g}.",
+                f"Gate values are shares of {whose}; {self.skipped:.1%} of the slots no longer run.",
+            ],
             "config": self.config.model_dump(mode="json"),
             "asked": self.asked,
             "achieved": self.achieved,
@@ -71,42 +84,53 @@ class TopkPlan:
 def plan_topk(
     config: TopkConfig,
     layers: Sequence[tuple[int, int, int]],
-    perplexities: Mapping[int, Sequence[float]] | None = None,
+    scores: Scores | None = None,
     *,
-    normalises: bool = True,
+    divides: bool = True,
+    fixed: bool = False,
 ) -> TopkPlan:
     """Choose the experts per token of every layer.
 
-    `layers` are (layer, routed experts, experts that the router picks). `perplexities` are needed by `allocation:
-    per_layer`: of each layer those measured with 1, 2, ... experts up to the layer's own number. `normalises` says
-    whether the family's router divides the gate values by their sum. Raises `UsageError` when `k` or `normalise_over`
-    is impossible or without effect, `DataError` on perplexities that are not finite.
+    `layers` are (layer, routed experts, experts that the router picks). `allocation: per_layer` needs scores, with the
+    perplexities of each layer with 1, 2, ... experts up to its own number. `divides` says whether the family's router
+    divides the gate values by their sum, `fixed` whether it can only pick its own number. Raises `UsageError` when `k`
+    or `normalise_over` is impossible or without effect, `DataError` on perplexities that are not finite.
     """
     budgets = [_asked(config, picked) for _, _, picked in layers]
     for (layer, num_experts, picked), k in zip(layers, budgets, strict=True):
         if k > picked:
             raise UsageError(f"k: {k} is more than the {picked} experts per token of layer {layer}; lower it.")
-        _require_possible(config, k, num_experts, normalises)
+        _require_possible(config, k, num_experts, divides)
     costs = None
     chosen = budgets
     if config.allocation == "per_layer":
-        assert perplexities is not None, "measured before"
-        costs = [layer_costs(perplexities[layer], layer) for layer, _, _ in layers]
-        chosen = allocate(costs, sum(budgets))
+        assert scores is not None, "measured before"
+        costs = [layer_costs(layer) for layer in scores.layers]
+        chosen = allocate(costs, _budget(config, layers))
         for (_, num_experts, _), k in zip(layers, chosen, strict=True):
-            _require_possible(config, k, num_experts, normalises)
+            _require_possible(config, k, num_experts, divides)
     planned = tuple(
         LayerTopk(layer, num_experts, picked, k, _picked(config, picked, k))
         for (layer, num_experts, picked), k in zip(layers, chosen, strict=True)
     )
+    _require_effect(planned)
+    if fixed and any(layer.picked != layer.picked_before for layer in planned):
+        raise UsageError(
+            f"this model's routers can only pick {layers[0][2]} experts, so `normalise_over` has to be `picked`."
+        )
     return TopkPlan(config, planned, None if costs is None else tuple(tuple(row.tolist()) for row in costs))
 
 
-def layer_costs(perplexities: Sequence[float], layer: int) -> Array:
+def layer_costs(scores: LayerScores) -> Array:
     """What it costs that a layer uses 1, 2, ... experts: how much the perplexity is above that with all, as a share."""
-    values = np.asarray(perplexities, dtype=np.float64)
-    if not np.isfinite(values).all() or not (values > 0).all():
-        raise DataError(f"the perplexities measured for layer {layer} are not finite; is the checkpoint damaged?")
+    values = scores.tables.get(PERPLEXITY)
+    if values is None:
+        raise UsageError("the scores do not say what fewer experts cost in each layer; score again with this recipe.")
+    if not np.isfinite(values).all():
+        raise DataError(
+            f"the perplexities measured for layer {scores.layer} are not finite; the checkpoint is damaged, download "
+            "it again."
+        )
     costs: Array = values / values[-1] - 1
     return costs
 
@@ -148,11 +172,23 @@ def _picked(config: TopkConfig, own: int, k: int) -> int:
     return k if config.normalise_over == "kept" else own
 
 
-def _require_possible(config: TopkConfig, k: int, num_experts: int, normalises: bool) -> None:
+def _budget(config: TopkConfig, layers: Sequence[tuple[int, int, int]]) -> int:
+    """Experts per token over all layers."""
+    if isinstance(config.k, int):
+        return config.k * len(layers)
+    return max(len(layers), math.floor(config.k * sum(picked for _, _, picked in layers) + 0.5))
+
+
+def _require_effect(planned: Sequence[LayerTopk]) -> None:
+    if all(layer.k == layer.picked == layer.picked_before for layer in planned):
+        raise UsageError(f"k: every token uses {planned[0].k} experts per layer already, so the step has no effect.")
+
+
+def _require_possible(config: TopkConfig, k: int, num_experts: int, divides: bool) -> None:
     over = config.normalise_over
     if not isinstance(over, int):
         return
-    if not normalises:
+    if not divides:
         raise UsageError(
             f"normalise_over: {over} has no effect: this model's routers do not divide gate values by their sum."
         )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_compress.checkpoint.rewrite import Change
+from moe_compress.compress.metered import MeteredChange
 from moe_compress.compress.zero_experts.config import ZeroExpertsConfig
 from moe_compress.compress.zero_experts.plan import ZeroExpertsPlan
 from moe_compress.models.layers import SECTION, MoELayer
@@ -21,7 +21,7 @@ from moe_compress.models.routing import USE_ZERO_EXPERTS, router_rows
 from moe_compress.runtime.families import with_layers
 
 
-class ZeroExpertsChange(Change):
+class ZeroExpertsChange(MeteredChange):
     """Applies a plan. `dtypes` are the types that the routers' tensors are stored in, by name in the model."""
 
     def __init__(self, plan: ZeroExpertsPlan, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -40,3 +41,21 @@ class ZeroExpertsConfig(BaseModel):
         "experts' rows. tile: copies of these rows, in their order.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of `init: normal`.")
+
+
+# Rules between settings, judged in the step as it is written (see `recipe.OperationSettings`).
+
+LAST: str | None = None
+
+
+def needs_tokens(step: Mapping[str, Any]) -> bool:
+    return True
+
+
+def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if "seed" in step and step.get("init", "normal") != "normal":
+        yield "seed", "only `init: normal` draws numbers"
+
+
+def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "op", "plain transformers knows no experts that do nothing"

@@ -42,9 +42,16 @@ class ZeroExpertsPlan:
         return sum(skipped) / slots
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON-able values."""
+        """The plan as JSON-able values; `summary` is for the reader."""
+        counts = sorted({layer.zero_experts for layer in self.layers})
+        span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         return {
             "format": FORMAT,
+            "op": "zero_experts",
+            "summary": [
+                f"each of {len(self.layers)} layers gets {span} zero experts.",
+                f"If their routers chose all rows alike, {self.untrained_skip:.1%} of the slots would be skipped.",
+            ],
             "config": self.config.model_dump(mode="json"),
             "untrained_skip": self.untrained_skip,
             "layers": [asdict(layer) for layer in self.layers],
