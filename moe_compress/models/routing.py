@@ -60,6 +60,11 @@ class Routing:
         """Whether the layer routes otherwise than its family."""
         return bool(self.zero_experts or self.top_k or self.skip)
 
+    @property
+    def is_uncertain(self) -> bool:
+        """Whether tokens differ in how many experts they use, and it was not measured how many that are."""
+        return self.experts_per_token is None and (self.zero_experts > 0 or self.skip is not None)
+
     def expected(self, num_experts: int, top_k: int) -> float:
         """Routed experts that a token uses on average: as measured, else by the numbers alone.
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from moe_compress.models.families import TOP_K_KEYS
 from moe_compress.models.layers import decoder_layers, is_experts_module, routing_groups
 from moe_compress.models.routing import SECTION, USE_ZERO_EXPERTS, Routing, layer_routings, router_rows
+from moe_compress.runtime.protection import Protection
 from moe_compress.runtime.skipping import SkippingExperts
 
 
@@ -110,6 +111,9 @@ def set_routing(model: PreTrainedModel, zero_experts: bool | None = None) -> Non
         if routing.normalise_over is not None:
             set_top_k(block, experts, routing.normalise_over)
         rules = RoutingRules(routing, len(experts.down_proj), routing_groups(model.config))
+        if routing.skip is not None and routing.skip.protect:
+            Protection(routing.skip.protect, rules, index).attach(layers[index], block, experts)
+            model.set_attn_implementation("eager")
         experts.register_forward_pre_hook(rules, with_kwargs=True)
         experts.routing_rules = rules
         base = type(experts)

@@ -17,7 +17,7 @@ from moe_compress.checkpoint.rewrite import Change
 from moe_compress.compress.prune.plan import PrunePlan
 from moe_compress.models.families import EXPERT_COUNT_KEYS
 from moe_compress.models.layers import SECTION, MoELayer
-from moe_compress.runtime.families import plugin_config, plugin_section
+from moe_compress.runtime.families import with_layers
 
 
 class PruneChange(Change):
@@ -38,9 +38,5 @@ class PruneChange(Change):
 def with_counts(config: dict[str, Any], before: int, counts: Mapping[int, int]) -> dict[str, Any]:
     """`config.json` with these experts per layer instead of `before`: in the family's own keys, or layer by layer."""
     if SECTION in config or len(set(counts.values())) > 1:
-        section = config.get(SECTION) or plugin_section(before)
-        layers = {**section["layers"]}
-        for layer, count in counts.items():
-            layers[str(layer)] = {**layers.get(str(layer), {}), "num_experts": count}
-        return plugin_config(config, section | {"layers": layers})
+        return with_layers(config, before, {layer: {"num_experts": count} for layer, count in counts.items()})
     return with_setting(config, EXPERT_COUNT_KEYS, before, next(iter(counts.values())))

@@ -18,7 +18,7 @@ from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.prune.plan import PrunePlan, keep_count, plan_prune
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.eval.cost import cost
-from moe_compress.models.layers import find_moe_layers, routing_groups, set_num_experts
+from moe_compress.models.layers import family_num_experts, find_moe_layers, routing_groups, with_expert_counts
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.runtime.families import causal_model
 from moe_compress.verification.checks import require_coverage
@@ -36,14 +36,14 @@ class PruneStep(Step[PruneConfig]):
     def preview(self, before: Outlook, tier: str) -> tuple[dict[str, Any], Outlook]:
         if tier == "plugin" and self.config.scope == "global":
             causal_model(before.config.to_dict())
-        layer = find_moe_layers(build_skeleton(before.config))[0]
+        model = build_skeleton(before.config)
+        layers = find_moe_layers(model)
+        layer = layers[0]
         count = keep_count(
             self.config, num_experts=layer.num_experts, top_k=layer.top_k, **routing_limits(before.config)
         )
-        smaller = type(before.config).from_dict(before.config.to_dict())
-        if count != layer.num_experts:
-            set_num_experts(smaller, layer.num_experts, count)
-        after = before.resized(smaller)
+        counts = {found.layer: count for found in layers}
+        after = before.resized(with_expert_counts(before.config, family_num_experts(model), count, counts))
         entry: dict[str, Any] = {
             "op": "prune",
             "criterion": self.config.model_dump(mode="json")["criterion"],
