@@ -28,7 +28,7 @@ def group_balance_loss(
     tokens, top_k = skipped_TK.shape
     num_zero = int(zero_R.sum())
     num_experts = len(zero_R) - num_zero
-    f_zero = skipped_TK.sum() / tokens
+    f_zero = skipped_TK.sum().to(probability_TR.dtype) / tokens
     p_zero = probability_TR[:, zero_R].sum(dim=1).mean()
     p_experts = probability_TR[:, ~zero_R].sum(dim=1).mean()
     balance = (top_k - f_zero) * p_experts / num_experts + f_zero * p_zero / (weight * num_zero)
