@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_mm
 
 from moe_compress.models.experts import IMPLEMENTATION, experts_forward
 
 SKIPPING = "moe_compress_skipping"
+FEW_SLOTS = 512  # up to here, plain additions are faster than a fused sum, which takes some calls to prepare
 
 
 class SkippingExperts(nn.Module):
@@ -40,27 +41,25 @@ class SkippingExperts(nn.Module):
 def skipping_forward(experts: Any, hidden_TH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
     """Gated sum [T, H] over the slots with a gate value other than 0 and an index below the number of experts."""
     num_experts = len(experts.down_proj)
-    runs_TK = (index_TK < num_experts) & (gate_TK != 0)
-    expert_S = index_TK.masked_fill(~runs_TK, num_experts).flatten()
+    expert_S = index_TK.masked_fill(gate_TK == 0, num_experts).flatten()
     order_S = expert_S.argsort(stable=True)
     offsets_E = torch.bincount(expert_S, minlength=num_experts)[:num_experts].cumsum(0, dtype=torch.int32)
     slot_M = order_S[: int(offsets_E[-1])]
     if not len(slot_M):
         return torch.zeros_like(hidden_TH)
-    rows_MH = hidden_TH[slot_M // index_TK.shape[1]]
-    output_MH = _expert_rows(experts, rows_MH, expert_S[slot_M], offsets_E)
-    return _combined(output_MH, slot_M, runs_TK, gate_TK).to(hidden_TH.dtype)
+    token_M = slot_M // index_TK.shape[1]
+    output_MH = _expert_rows(experts, hidden_TH[token_M], expert_S[slot_M], offsets_E)
+    gate_M = gate_TK.flatten()[slot_M]
+    return _combined(output_MH, token_M, gate_M, len(hidden_TH)).to(hidden_TH.dtype)
 
 
 def _expert_rows(experts: Any, rows_MH: Tensor, expert_M: Tensor, offsets_E: Tensor) -> Tensor:
     """Raw outputs [M, H] of rows that are sorted by expert; `offsets_E` says where each expert's rows end."""
 
     def linear(rows: Tensor, name: str) -> Tensor:
-        bias = getattr(experts, f"{name}_bias")[expert_M] if experts.has_bias else None
-        product: Tensor = _grouped_linear(
-            rows, getattr(experts, name), offsets_E, bias=bias, is_transposed=experts.is_transposed
-        )
-        return product
+        weight: Tensor = getattr(experts, name)
+        product = _grouped_product(rows, weight if experts.is_transposed else weight.transpose(1, 2), offsets_E)
+        return product + getattr(experts, f"{name}_bias")[expert_M] if experts.has_bias else product
 
     if experts.has_gate:
         inner = experts._apply_gate(linear(rows_MH, "gate_up_proj"))
@@ -70,18 +69,23 @@ def _expert_rows(experts: Any, rows_MH: Tensor, expert_M: Tensor, offsets_E: Ten
     return experts.post_expert_norm(output) if experts.has_post_expert_norm else output
 
 
-def _combined(output_MH: Tensor, slot_M: Tensor, runs_TK: Tensor, gate_TK: Tensor) -> Tensor:
-    """Each token's sum [T, H] of its slots' outputs times their gate values."""
-    if output_MH.requires_grad or gate_TK.requires_grad:
-        weighted_MH = output_MH * gate_TK.flatten()[slot_M, None].to(output_MH.dtype)
-        zeros = output_MH.new_zeros(len(gate_TK), output_MH.shape[1])
-        return zeros.index_add(0, slot_M // gate_TK.shape[1], weighted_MH)
-    row_S = torch.empty(gate_TK.numel(), dtype=slot_M.dtype, device=slot_M.device)
-    row_S[slot_M] = torch.arange(len(slot_M), device=slot_M.device)
-    runs_S, count_T = runs_TK.flatten(), runs_TK.sum(dim=1)
-    gate_M = gate_TK.flatten()[runs_S].to(output_MH.dtype)
-    start_T = count_T.cumsum(0) - count_T
-    return F.embedding_bag(row_S[runs_S], output_MH, start_T, mode="sum", per_sample_weights=gate_M)
+def _grouped_product(rows: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
+    """Rows [M, I] sorted by expert times the matrix of each one's expert: [M, O]."""
+    if weight_EIO.dtype == torch.float64:  # which torch's grouped product does not know
+        product: Tensor = torch.ops.transformers.grouped_mm_fallback(rows, weight_EIO, offs=offsets_E)
+        return product
+    return _grouped_mm(rows, weight_EIO, offsets_E)
+
+
+def _combined(output_MH: Tensor, token_M: Tensor, gate_M: Tensor, tokens: int) -> Tensor:
+    """Each token's sum [T, H] of its slots' outputs times their gate values; added up in float32 at least."""
+    if output_MH.requires_grad or gate_M.requires_grad or len(token_M) <= FEW_SLOTS:
+        weighted_MH = output_MH * gate_M[:, None].to(torch.promote_types(gate_M.dtype, torch.float32))
+        return weighted_MH.new_zeros(tokens, output_MH.shape[1]).index_add(0, token_M, weighted_MH)
+    by_token_M = token_M.argsort()
+    count_T = torch.bincount(token_M, minlength=tokens)
+    gates = gate_M[by_token_M].to(output_MH.dtype)
+    return F.embedding_bag(by_token_M, output_MH, count_T.cumsum(0) - count_T, mode="sum", per_sample_weights=gates)
 
 
 ALL_EXPERTS_FUNCTIONS.register(SKIPPING, skipping_forward)
