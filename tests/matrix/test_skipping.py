@@ -32,7 +32,7 @@ from moe_compress.compress.zero_experts.config import ZeroExpertsConfig
 from moe_compress.compress.zero_experts.plan import LayerFacts, plan_zero_experts
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.models.families import TOP_K_KEYS
-from moe_compress.models.layers import MoELayer, find_moe_layers, routing_groups
+from moe_compress.models.layers import MoELayer, divides_gates, find_moe_layers, routing_groups
 from moe_compress.progress import SilentProgress
 from moe_compress.runtime.families import with_layers
 from moe_compress.runtime.routing import use_zero_experts
@@ -51,6 +51,11 @@ FIXED_TOP_K = {"phimoe", "zaya"}  # routers whose code allows one top-k only
 # Tiny models of these families have no layer of full attention, and transformers' cache asks for one.
 WITHOUT_ATTENTION = {"bailing_hybrid", "jamba", "kimi_linear"}
 OWN_CACHE = {"minimax"}  # the original itself gives other tokens with its cache
+# Families whose MoE layers, or some of them, have no attention of their own, or none with a map of all tokens.
+WITHOUT_MAPS = {
+    "bailing_hybrid", "deepseek_v4", "granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe", "minimax", "nemotron_h",
+    "qwen3_5_moe_text", "qwen3_next",
+}  # fmt: skip
 # How routers score, as read in their code; the others take a softmax.
 SIGMOID = {
     "afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v3", "deepseek_v32", "dots1",
@@ -423,6 +428,70 @@ def check_pass(name: str, moe: MoELayer, trace: RoutingTrace, again: RoutingTrac
     assert torch.equal(replay.row_TK[runs], rows[runs])
     assert torch.equal(found.zero_R[found.row_TK] | (found.gate_TK == 0), found.skipped_TK)
     assert int((~found.zero_R).sum()) == NUM_EXPERTS
+
+
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name not in FIXED_TOP_K])
+def test_which_routers_divide_gate_values_by_their_sum(name: str, cases: dict[str, Case]) -> None:
+    """With one expert more picked, the gate values of the others change, or they do not; whatever the settings say."""
+    case = cases[name]
+    file = case.folder / "source/config.json"
+    content = json.loads(file.read_text())
+    settings: list[dict[str, Any]] = [{}]
+    if "norm_topk_prob" in content:
+        settings = [{"norm_topk_prob": True}, {"norm_topk_prob": False}]
+    try:
+        for changed in settings:
+            file.write_text(json.dumps(content | changed))
+            model = case.load("source")
+            two, three = calls(model), calls(case.with_top_k(PICKS))
+            first = min(two)
+            same = []
+            for token in range(TOKENS.numel()):
+                few, many = (
+                    dict(zip(seen[first]["index"][token].tolist(), seen[first]["gate"][token].tolist(), strict=True))
+                    for seen in (two, three)
+                )
+                same += [
+                    many[expert] == pytest.approx(gate, rel=1e-4) for expert, gate in few.items() if expert in many
+                ]
+            assert same and all(same) != divides_gates(model.config) and any(same) == all(same)
+    finally:
+        file.write_text(json.dumps(content, indent=2))
+
+
+def test_protected_tokens_are_those_with_the_most_attention(case: Case) -> None:
+    """By the formula, from the attention maps that the model itself gives out; or a sentence where it has none."""
+    entries = {layer: {"skip": {"threshold": 0.95, "protect": 0.1}} for layer in case.stream.moe_layers}
+    if case.name in WITHOUT_MAPS:
+        with pytest.raises(UnsupportedModelError, match="has no attention map to choose protected tokens by"):
+            case.rewrite("protected", Sections(entries))
+        return
+    model = case.load(case.rewrite("protected", Sections(entries)).name)
+    maps: dict[int, Tensor] = {}
+    for name, module in model.named_modules():
+        if "Attention" in type(module).__name__ and ".layers." in name:
+
+            def note(
+                module: Any, args: Any, output: Any, layer: int = int(name.split(".layers.")[1].split(".")[0])
+            ) -> None:
+                if isinstance(output, tuple) and isinstance(output[1], Tensor):
+                    maps[layer] = output[1]
+
+            module.register_forward_hook(note)
+    length = TOKENS.shape[1]
+    for layer, found in calls(model).items():
+        received = torch.zeros(2, length, dtype=torch.float64)
+        for token in range(length):
+            received[:, token] = maps[layer].double()[:, :, token:, token].sum(dim=2).mean(dim=1) / (length - token)
+        importance = received * found["hidden"].double().abs().sum(dim=1).view(2, length)
+        chosen = importance.argsort(dim=1, descending=True)[:, :3]  # a tenth of 24 tokens, rounded up
+        slots = []
+        for token in range(2 * length):
+            picked = found["index"][token].tolist(), found["gate"][token].tolist()
+            protected = token % length in chosen[token // length]
+            slots.append(ruled({} if protected else entries[layer], *picked))
+        experts = next(moe.experts for moe in find_moe_layers(model) if moe.layer == layer)
+        assert close(found["output"], one_by_one(experts, found["hidden"], slots))
 
 
 def test_saved_again_and_loaded_in_a_fresh_process(cases: dict[str, Case], tmp_path: Path) -> None:
