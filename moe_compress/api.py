@@ -123,6 +123,17 @@ def evaluate(
     )
 
 
+def write_page(*outs: str | Path, output: str | Path | None = None) -> Path:
+    """Write the HTML page about one result, or comparing several, and return where it is.
+
+    Without `output` the page of one result is `report.html` in its folder, that of several `comparison.html` in the
+    current one.
+    """
+    from moe_compress.report import page
+
+    return page.write_page([Path(out) for out in outs], None if output is None else Path(output))
+
+
 def verify(out: str | Path, *, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
     """Check a folder that `run` wrote; `VerificationError` when a check fails."""
     from moe_compress import pipeline

@@ -344,7 +344,7 @@ def run_recipe(loaded: Any, out: Path, again: list[str], *, work: Path | None = 
         console.print_checks(error.checks)
         raise
     console.print_report(report)
-    typer.echo(f"checkpoint: {out}\nreport: {out / 'report.md'}")
+    typer.echo(f"checkpoint: {out}\nreport: {out / 'report.html'}, as text in {out / 'report.md'}")
 
 
 @app.command(
@@ -422,3 +422,26 @@ def verify(
         console.print_checks(error.checks)
         raise
     console.print_checks(checks)
+
+
+@app.command(
+    rich_help_panel=MEASURE,
+    epilog=examples(
+        "moe-compress report out",
+        "moe-compress report out --output page.html",
+        "moe-compress report keep-75 keep-50 w4 --output frontier.html",
+    ),
+)
+@guarded
+def report(
+    outs: Annotated[list[Path], typer.Argument(help="Folders that `run` or `eval --output` wrote.", metavar="OUT")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File for the page (default: report.html in OUT, or comparison.html here for several)."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write the page about one result, or one that compares several; measures nothing."""
+    from moe_compress.report.page import write_page
+
+    typer.echo(f"report: {write_page(outs, output)}")

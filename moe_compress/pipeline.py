@@ -40,7 +40,9 @@ from moe_compress.progress import Progress, SilentProgress
 from moe_compress.recipe import Recipe, check_tier, dump_recipe
 from moe_compress.report.build import build_report
 from moe_compress.report.card import license_fields, model_card
+from moe_compress.report.experts import EXPERTS_FILE, expert_statistics
 from moe_compress.report.markdown import report_markdown
+from moe_compress.report.page import write_page
 from moe_compress.report.paths import without_local_paths
 from moe_compress.steps import load_record, make_step, run_identity, run_step
 from moe_compress.verification import checks as verification
@@ -166,6 +168,8 @@ def _run(
         ]
         (finished.folder / "recipe.yaml").write_text(_published_recipe(recipe), encoding="utf-8")
         write_json(finished.folder / "plan.json", {"steps": plans})
+        scores = [work / f"step-{number}" / "scores" for number in range(len(records))]
+        write_json(finished.folder / EXPERTS_FILE, expert_statistics(scores))
         manifest = _manifest(recipe, source, records, around) | {"identity": identity_digest(_identity(recipe, source))}
         manifest = without_local_paths(manifest) | {"files": file_hashes(finished.folder)}
         write_json(finished.folder / verification.MANIFEST_FILE, manifest)
@@ -182,6 +186,7 @@ def _run(
         _write_report(finished.folder, report, recipe, plans, source)
         manifest |= {"files": file_hashes(finished.folder)}
         write_json(finished.folder / verification.MANIFEST_FILE, manifest)
+        write_page([finished.folder])
         try:
             verification.raise_on_failure(checks)
         except VerificationError as error:

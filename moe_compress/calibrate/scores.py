@@ -26,14 +26,15 @@ Its first row counts all slots but the largest, its second the second largest al
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from moe_compress.checkpoint.durable import replace_durably
 from moe_compress.errors import UsageError
@@ -125,11 +126,15 @@ class Scores:
         replace_durably(temporary, folder / "scores.json")
 
     @classmethod
-    def load(cls, folder: Path) -> Scores:
-        """Read what `save` wrote; a `UsageError` when the folder holds no scores of this format."""
+    def load(cls, folder: Path, only: Callable[[str], bool] = lambda name: True) -> Scores:
+        """Read what `save` wrote, or `only` the statistics whose names it picks.
+
+        Raises `UsageError` when the folder holds no scores of this format.
+        """
         try:
             content = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-            arrays = load_file(folder / "scores.safetensors")
+            with safe_open(folder / "scores.safetensors", "np") as file:
+                arrays = {name: file.get_tensor(name) for name in list(file.keys()) if only(name.split(".", 2)[2])}
         except FileNotFoundError:
             raise UsageError(f"{folder} holds no scores; make them with `moe-compress score`.") from None
         if content["format"] != FORMAT:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,10 +14,19 @@ from moe_compress.checkpoint.durable import replace_durably
 
 def save_hidden(folder: Path, layer: int, hidden: Sequence[Tensor]) -> None:
     """Keep the hidden states of all batches that enter `layer`; those that entered the layer before are forgotten."""
+    write_hidden(folder, layer, hidden)()
+
+
+def write_hidden(folder: Path, layer: int, hidden: Sequence[Tensor]) -> Callable[[], None]:
+    """Write them under a temporary name; what is returned does the rest of `save_hidden`."""
     temporary = folder / "hidden.part"
     save_file({str(batch): values.cpu().contiguous() for batch, values in enumerate(hidden)}, temporary)
-    replace_durably(temporary, _file(folder, layer))
-    _file(folder, layer - 1).unlink(missing_ok=True)
+
+    def commit() -> None:
+        replace_durably(temporary, _file(folder, layer))
+        _file(folder, layer - 1).unlink(missing_ok=True)
+
+    return commit
 
 
 def load_hidden(folder: Path) -> tuple[int, list[Tensor]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from moe_compress.checkpoint.durable import sync
-from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, save_hidden
-from moe_compress.checkpoint.index import TensorIndex
+from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, write_hidden
+from moe_compress.checkpoint.index import TensorIndex, TensorInfo, read_header
 from moe_compress.checkpoint.source import WEIGHT_SUFFIXES, Checkpoint
-from moe_compress.checkpoint.stream import LayerStream
+from moe_compress.checkpoint.stream import LayerStream, read_tensor
 from moe_compress.checkpoint.writer import (
     SAFETENSORS_DTYPES,
     Shard,
@@ -37,6 +38,7 @@ from moe_compress.models.layers import PACKED, SECTION, MoELayer
 from moe_compress.models.lockstep import Lockstep
 from moe_compress.progress import Stage
 from moe_compress.runtime.remote_code import write_remote_code
+from moe_compress.runtime.scheme import Scheme, Shapes
 
 PROBE_TOKENS = 32
 PROBE_POSITIONS = 8  # logits are kept for this many of them
@@ -46,6 +48,23 @@ TEMPLATES = "additional_chat_templates"  # the one subfolder that belongs to a c
 
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors names it, shape
+
+
+@dataclass(frozen=True)
+class TableFormat:
+    """How the embeddings or the head at `path` in the model are packed."""
+
+    path: str
+    scheme: Scheme
+    scale_dtype: torch.dtype
+
+    def tensors(self, height: int, width: int) -> Shapes:
+        """Name, shape and dtype of what is stored of a table [height, width]."""
+        return self.scheme.tensors(height, width, self.scale_dtype)
+
+    def name(self, tensor: str) -> str:
+        """The name that one of these tensors is stored under."""
+        return f"{self.path}.{tensor}"
 
 
 class Change:
@@ -72,6 +91,14 @@ class Change:
         something else is stored than these tensors, they are replaced by what the stored ones stand for.
         """
         return target.stored_layer(index)
+
+    def tables(self, stream: LayerStream) -> dict[str, TableFormat]:
+        """The stored embeddings and heads that are packed, and how; all else outside the layers is copied."""
+        return {}
+
+    def pack_table(self, name: str, table_VH: Tensor, stored: TableFormat) -> dict[str, Tensor]:
+        """What is stored of one of them, by the names of the scheme's tensors."""
+        raise NotImplementedError
 
     def packs(self, index: int) -> Collection[str]:
         """The tensors of a layer that are stored in another form, by name inside it; experts' own need no mention."""
@@ -124,13 +151,15 @@ def rewrite(
     config = dense_config(read_config(source, folder))
     target = LayerStream(replace(source, config=config), device)
     expected = expected_tensors(stream, target, change)
+    tables = change.tables(stream)
 
     if not writer.has("rest"):
-        writer.write("rest", [source.index[name] for name in stream.untouched])
+        writer.write("rest", _rest(stream, change, tables))
     done, hidden = load_hidden(folder)
     if not all(writer.has(_part(index)) for index in range(done)):
         done, hidden = 0, []
     target.load_trunk()
+    _use_stored(target, tables, folder)
     probe = probe_tokens(config)
     batches = [probe, *(() if change.tokens is None else change.tokens.split(change.batch_size))]
     run = Lockstep(
@@ -142,10 +171,52 @@ def rewrite(
     )
     target.release_embeddings()
     try:
-        for index in range(len(stream.layers)):
-            if index < done:
-                stage.advance("done before")
-                continue
+        unchanged = _write_layers(stream, target, change, run, writer, stage, done)
+        target.load_head()
+        _use_stored(target, tables, folder)
+        logits = run.finish(1)[0]
+    finally:
+        run.close()
+    positions = np.linspace(0, probe.shape[1] - 1, PROBE_POSITIONS).round().astype(int)
+    np.savez(folder / PROBE_FILE, tokens=probe.numpy(), positions=positions, logits=logits[0, positions].cpu().numpy())
+    copied = {name: tensor_sha256(source.index[name]) for name in stream.untouched if name not in tables}
+    transformed = sorted(set(source.index) - set(copied))
+    shards = writer.finish(["rest", *(_part(index) for index in range(len(stream.layers)))])
+    forget_hidden(folder)
+    ledger = Ledger(source.index.nbytes, copied, transformed, unchanged, expected, shards)
+    for entry in folder.rglob("*"):
+        sync(entry)
+    write_json(folder / LEDGER_FILE, ledger.to_json())
+    return ledger
+
+
+def _write_layers(
+    stream: LayerStream,
+    target: LayerStream,
+    change: Change,
+    run: Lockstep,
+    writer: ShardWriter,
+    stage: Stage,
+    done: int,
+) -> dict[str, str]:
+    """Load, change, run and write every layer from `done` on; returns hashes of what must come out as it went in.
+
+    While one layer is worked on, the one before it waits for the disk.
+    """
+    unchanged: dict[str, str] = {}
+
+    def finish(index: int, *commits: Callable[[], None]) -> None:
+        names = stream.passing(index, change.packs(index))
+        unchanged.update({name: tensor_sha256(stream.checkpoint.index[name]) for name in names})
+        for commit in commits:
+            commit()
+
+    with ThreadPoolExecutor(1) as background:
+        before: Future[None] | None = None
+        for index in range(done):
+            finish(index)
+            stage.advance("done before")
+        for index in range(done, len(stream.layers)):
             state = take_layer(stream, index)
             if index in stream.moe_layers:
                 state = change.layer(stream.moe_layers[index], state)
@@ -153,27 +224,16 @@ def rewrite(
             del state
             stored = change.store(target, index, lambda index=index: run.rehearse(index))  # type: ignore[misc]
             run.through(index)
-            writer.write(_part(index), stored)
+            if before is not None:
+                before.result()
+            part = writer.begin(_part(index), stored)
             del stored
             target.release(index)
-            save_hidden(folder, index + 1, run.hidden)
+            before = background.submit(finish, index, part, write_hidden(writer.folder, index + 1, run.hidden))
             stage.advance()
-        target.load_head()
-        logits = run.finish(1)[0]
-    finally:
-        run.close()
-    positions = np.linspace(0, probe.shape[1] - 1, PROBE_POSITIONS).round().astype(int)
-    np.savez(folder / PROBE_FILE, tokens=probe.numpy(), positions=positions, logits=logits[0, positions].cpu().numpy())
-    copied = {name: tensor_sha256(source.index[name]) for name in stream.untouched}
-    transformed = sorted(set(source.index) - set(copied))
-    shards = writer.finish(["rest", *(_part(index) for index in range(len(stream.layers)))])
-    forget_hidden(folder)
-    unchanged = {name: tensor_sha256(source.index[name]) for name in stream.passing(change.packs)}
-    ledger = Ledger(source.index.nbytes, copied, transformed, unchanged, expected, shards)
-    for entry in folder.rglob("*"):
-        sync(entry)
-    write_json(folder / LEDGER_FILE, ledger.to_json())
-    return ledger
+        if before is not None:
+            before.result()
+    return unchanged
 
 
 def take_layer(stream: LayerStream, index: int) -> dict[str, Tensor]:
@@ -190,10 +250,37 @@ def expected_tensors(stream: LayerStream, target: LayerStream, change: Change) -
     """
     index = stream.checkpoint.index
     target.model._weight_conversions = stream.model._weight_conversions
-    expected = {name: (index[name].dtype, index[name].shape) for name in stream.untouched}
+    tables = change.tables(stream)
+    expected = {name: (index[name].dtype, index[name].shape) for name in stream.untouched if name not in tables}
+    for name, stored in tables.items():
+        height, width = index[name].shape
+        for key, (shape, dtype) in stored.tensors(height, width).items():
+            expected[stored.name(key)] = (SAFETENSORS_DTYPES[dtype], shape)
     for number in range(len(target.layers)):
         expected |= change.expected(target, number)
     return expected
+
+
+def _rest(stream: LayerStream, change: Change, tables: Mapping[str, TableFormat]) -> dict[str, Tensor | TensorInfo]:
+    """What is written besides the layers: copies, and packed tables."""
+    index = stream.checkpoint.index
+    rest: dict[str, Tensor | TensorInfo] = {name: index[name] for name in stream.untouched if name not in tables}
+    for name, stored in tables.items():
+        packed = change.pack_table(name, read_tensor(index[name]), stored)
+        rest |= {stored.name(key): tensor for key, tensor in packed.items()}
+    return rest
+
+
+def _use_stored(target: LayerStream, tables: Mapping[str, TableFormat], folder: Path) -> None:
+    """Give resident embeddings and heads the values that their packed tables, written before, stand for."""
+    written = {info.name: info for file in folder.glob("rest-*.safetensors") for info in read_header(file)}
+    for module, names in target.end_names.items():
+        weight = module.get_parameter("weight")
+        for name in (name for name in names if name in tables and not weight.is_meta):
+            height, width = weight.shape
+            table = tables[name]
+            stored = {key: read_tensor(written[table.name(key)]) for key in table.tensors(height, width)}
+            weight.data.copy_(table.scheme.dequantize(stored, height, width, torch.float32))
 
 
 def described(tensors: Mapping[str, Tensor]) -> Tensors:
@@ -212,8 +299,8 @@ def copy_companions(source: Path, folder: Path) -> None:
 
     What their `auto_map` names and is not there, because code is not downloaded, is left out of it.
     """
-    own = {"config.json", "README.md", "recipe.yaml", "plan.json", "manifest.json", "report.json", "report.md"}
-    own |= {LEDGER_FILE, PROBE_FILE}
+    own = {"config.json", "README.md", "recipe.yaml", "plan.json", "experts.json", "manifest.json"}
+    own |= {"report.json", "report.md", "report.html", LEDGER_FILE, PROBE_FILE}
     for file in source.iterdir():
         weight = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
         if file.is_file() and not weight and file.name not in own and not file.name.startswith("."):

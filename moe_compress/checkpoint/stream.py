@@ -8,7 +8,7 @@ final norm, head), and those it does not know (prediction heads, vision towers);
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -172,18 +172,32 @@ class LayerStream:
         """Give the layer's memory back."""
         release(self.layers[index])
 
-    def passing(self, packs: Callable[[int], Collection[str]]) -> list[str]:
-        """The stored tensors of the layers that have no entry per expert, which nothing changes on their way.
+    def passing(self, index: int, packs: Collection[str] = ()) -> list[str]:
+        """The stored tensors of a layer that have no entry per expert, which nothing changes on their way.
 
-        `packs` names the tensors inside a layer that are changed all the same.
+        `packs` names the tensors inside the layer that are changed all the same.
         """
-        names: list[str] = []
-        for index, targets in enumerate(self.layer_names):
-            moe = self.moe_layers.get(index)
-            counted = {f"{self.layers_name}.{index}.{name}" for name in (moe.counted if moe is not None else ())}
-            counted |= {f"{self.layers_name}.{index}.{name}" for name in packs(index)}
-            names += [name for target, stored in targets.items() if target not in counted for name in stored]
-        return names
+        moe = self.moe_layers.get(index)
+        changed = {f"{self.layers_name}.{index}.{name}" for name in (*(moe.counted if moe is not None else ()), *packs)}
+        return [name for target, stored in self.layer_names[index].items() if target not in changed for name in stored]
+
+    def merged(self) -> Iterator[str]:
+        """The stored weights (`*.weight`) that transformers merges into larger tensors on loading."""
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        # as a quantizer of transformers picks them
+        merging = {
+            pattern
+            for entry in converters
+            if len(entry.target_patterns) == 1
+            and all(source.endswith(".weight") for source in entry._original_source_patterns)
+            for pattern in entry.source_patterns
+        }
+        known, prefix = self.model.state_dict(), self.model.base_model_prefix
+        for name in self.checkpoint.index:
+            target, pattern = rename_source_key(name, renamings, converters, prefix, known)
+            if pattern in merging and target in known:
+                yield name
 
     def stored_layer(self, index: int, without: Collection[str] = ()) -> dict[str, Tensor]:
         """The layer's tensors under the Hub's names, in the source's types; on the meta device if not resident.

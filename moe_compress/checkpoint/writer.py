@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,17 +89,29 @@ class ShardWriter:
             if not all(_is_whole(self.folder / shard.file, shard) for shard in shards):
                 del self.parts[part]
 
-    def write(self, part: str, tensors: dict[str, Tensor] | Iterable[TensorInfo]) -> None:
-        """Write one part: tensors in memory by name, or stored tensors copied byte for byte."""
-        if isinstance(tensors, dict):
-            entries = [Entry.of(name, tensor) for name, tensor in sorted(tensors.items())]
-        else:
-            entries = [Entry.of(info.name, info) for info in tensors]
-        shards = []
-        for number, group in enumerate(_groups(entries, self.max_shard_bytes)):
-            shards.append(_write_shard(self.folder / f"{part}-{number}.safetensors", group))
-        self.parts[part] = shards
-        write_json(self.folder / PARTS_FILE, {name: [asdict(s) for s in parts] for name, parts in self.parts.items()})
+    def write(self, part: str, tensors: Mapping[str, Tensor | TensorInfo]) -> None:
+        """Write one part: tensors in memory, or stored ones that are copied byte for byte, by name."""
+        self.begin(part, tensors)()
+
+    def begin(self, part: str, tensors: Mapping[str, Tensor | TensorInfo]) -> Callable[[], None]:
+        """Write one part under temporary names; what is returned waits for the disk and then enters the part.
+
+        It needs the tensors no more, and may run beside other work on the same folder.
+        """
+        entries = [Entry.of(name, tensor) for name, tensor in sorted(tensors.items())]
+        shards = [
+            _write_shard(self.folder / f"{part}-{number}.safetensors", group)
+            for number, group in enumerate(_groups(entries, self.max_shard_bytes))
+        ]
+
+        def commit() -> None:
+            for shard in shards:
+                replace_durably(_temporary(self.folder / shard.file), self.folder / shard.file)
+            self.parts[part] = shards
+            entered = {name: [asdict(shard) for shard in found] for name, found in self.parts.items()}
+            write_json(self.folder / PARTS_FILE, entered)
+
+        return commit
 
     def finish(self, order: list[str]) -> list[Shard]:
         """Give the shards of all parts, in this order, their final names and write the index."""
@@ -161,7 +173,12 @@ def _groups(entries: list[Entry], max_bytes: int) -> Iterator[list[Entry]]:
         yield group
 
 
+def _temporary(file: Path) -> Path:
+    return file.with_suffix(".part")
+
+
 def _write_shard(file: Path, entries: list[Entry]) -> Shard:
+    """Write the file under its temporary name."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
@@ -170,9 +187,8 @@ def _write_shard(file: Path, entries: list[Entry]) -> Shard:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
-    temporary = file.with_suffix(".part")
     digest = hashlib.sha256()
-    with temporary.open("wb", buffering=0) as stream, ThreadPoolExecutor(1) as hasher:
+    with _temporary(file).open("wb", buffering=0) as stream, ThreadPoolExecutor(1) as hasher:
 
         def put(data: memoryview) -> None:
             hashed = hasher.submit(digest.update, data)
@@ -185,7 +201,6 @@ def _write_shard(file: Path, entries: list[Entry]) -> Shard:
             for chunk in entry.chunks():
                 if chunk.nbytes:
                     put(chunk.data)
-    replace_durably(temporary, file)
     return Shard(file.name, digest.hexdigest(), 8 + len(text) + offset)
 
 

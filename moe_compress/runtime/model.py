@@ -27,10 +27,12 @@ from moe_compress.models.layers import (
 from moe_compress.models.routing import layer_routings
 from moe_compress.runtime.packed import (
     ExpertCache,
+    PackedEmbedding,
     PackedExperts,
     PackedLinear,
     PackedProjection,
     PackedWeight,
+    TiedHead,
     pack_experts,
 )
 from moe_compress.runtime.remote_code import HINT, write_remote_code
@@ -83,9 +85,25 @@ class CompressedModel(PreTrainedModel):
         for name, module in [*self.named_modules()]:
             if isinstance(module, PackedLinear):
                 self.set_submodule(name, _dense_linear(module, dtype))
+        embeddings: Any = self.get_input_embeddings()
+        if isinstance(embeddings, PackedEmbedding):
+            self._unpack_ends(embeddings, dtype)
         section = dict(getattr(self.config, SECTION))
         section.pop(PACKED, None)
         setattr(self.config, SECTION, section)
+
+    def _unpack_ends(self, packed: PackedEmbedding, dtype: torch.dtype) -> None:
+        """Exchange packed embeddings, and a head that is tied to them, for dense ones."""
+        table = nn.Parameter(packed.dense(dtype), requires_grad=False)
+        embeddings = nn.Embedding(table.shape[0], table.shape[1], padding_idx=packed.padding_idx, device="meta")
+        embeddings.weight = table
+        self.set_input_embeddings(embeddings)
+        if isinstance(self.get_output_embeddings(), TiedHead):
+            head = nn.Linear(packed.embedding_dim, packed.num_embeddings, bias=False, device="meta")
+            head.weight = table
+            self.set_output_embeddings(head)
+            del self._tied_weights_keys  # those of the family again
+            self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=False)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *inputs: Any, **settings: Any) -> None:
         """As in transformers, with what a reader without this package needs to be told."""
@@ -169,6 +187,20 @@ def _pack(model: PreTrainedModel, cache: ExpertCache | None) -> None:
     for name, number in packed["linears"].items():
         linear: Any = layers.get_submodule(name)
         layers.set_submodule(name, PackedLinear(schemes[number], linear, scale_dtype))
+    if "embeddings" in packed:
+        _pack_ends(model, schemes[packed["embeddings"]], scale_dtype)
+
+
+def _pack_ends(model: Any, scheme: Scheme, scale_dtype: torch.dtype) -> None:
+    """Exchange the embeddings and the head for packed ones."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    packed = PackedEmbedding(scheme, embeddings, scale_dtype)
+    model.set_input_embeddings(packed)
+    if model.config.get_text_config().tie_word_embeddings:
+        model.set_output_embeddings(TiedHead(packed))
+        model._tied_weights_keys = {}
+    else:
+        model.set_output_embeddings(PackedLinear(scheme, head, scale_dtype))
 
 
 def _unpack_experts(experts: Any, dtype: torch.dtype) -> None:

@@ -357,7 +357,16 @@ def test_command(out: Path) -> None:
 
 @pytest.mark.usefixtures("no_reload")
 @pytest.mark.parametrize(
-    "name", ["tokenizer.json", "generation_config.json", "recipe.yaml", "report.json", "plan.json", "ledger.json"]
+    "name",
+    [
+        "tokenizer.json",
+        "generation_config.json",
+        "recipe.yaml",
+        "report.json",
+        "plan.json",
+        "experts.json",
+        "ledger.json",
+    ],
 )
 def test_any_file_that_is_gone_or_changed(name: str, made: Path, out: Path) -> None:
     text = (out / name).read_text()

@@ -105,7 +105,7 @@ FAMILIES: dict[str, Family] = {
     "minimax_m2": Family(),
     "mixtral": Family(),
     "nemotron_h": Family({
-        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "moe_latent_size": 12,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "moe_latent_size": 16,
         "moe_shared_expert_intermediate_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2,
         "ssm_state_size": 8, "chunk_size": 8,
     }),

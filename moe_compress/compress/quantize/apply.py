@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_compress.checkpoint.rewrite import Change, Tensors
+from moe_compress.checkpoint.rewrite import Change, TableFormat, Tensors
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.prune.apply import with_counts
@@ -25,11 +25,19 @@ from moe_compress.compress.quantize.gptq import POOL_BELOW, Hessians, gptq
 from moe_compress.compress.quantize.plan import KEEP, QuantizedLayer, QuantizePlan
 from moe_compress.compress.quantize.rtn import rtn
 from moe_compress.compress.quantize.shapes import LinearLayer
-from moe_compress.compress.quantize.storage import Packed, PluginStorage, StockStorage, linear_scheme, scheme_of
+from moe_compress.compress.quantize.storage import (
+    Packed,
+    PluginStorage,
+    StockStorage,
+    embedding_tables,
+    linear_scheme,
+    scheme_of,
+)
 from moe_compress.models.experts import expert_weight, projections
 from moe_compress.models.layers import MoELayer
 from moe_compress.models.lockstep import Enough
 from moe_compress.runtime import bnb
+from moe_compress.runtime.pack import pack
 from moe_compress.runtime.scheme import Scheme
 
 HESSIAN_BYTES = 4 << 30  # of second moments held at a time
@@ -92,6 +100,17 @@ class QuantizeChange(Change):
         if self._notes is not None:
             write_json(self._notes, self._pooled)
         return self.storage.tensors(target, packed)
+
+    def tables(self, stream: LayerStream) -> dict[str, TableFormat]:
+        return embedding_tables(stream, self.settings)
+
+    def pack_table(self, name: str, table_VH: Tensor, stored: TableFormat) -> dict[str, Tensor]:
+        assert stored.scheme.grid is not None
+        steps = self.settings.scale_search
+        found = rtn(table_VH, stored.scheme.grid, scale_dtype=stored.scale_dtype, search_steps=steps, what=f"`{name}`")
+        tensors = pack(found)
+        del tensors["weight_shape"]
+        return tensors
 
     def packs(self, index: int) -> set[str]:
         return {f"{linear.path}.weight" for linear in self.linears if linear.layer == index}

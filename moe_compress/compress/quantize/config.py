@@ -119,6 +119,10 @@ class QuantizeConfig(BaseModel):
     attention: PartConfig | None = Field(default=None, description="Linear layers of the attention.")
     shared_experts: PartConfig | None = Field(default=None, description="Linear layers of shared experts.")
     dense_mlp: PartConfig | None = Field(default=None, description="Linear layers of MLPs without experts.")
+    embeddings: PartConfig | None = Field(
+        default=None,
+        description="Input embeddings and output head, rounded to nearest; one table where they are tied.",
+    )
     max_tokens_per_expert: int = Field(
         default=1024, ge=1, description="Calibration tokens an expert's cost is measured on, at most."
     )
@@ -139,6 +143,12 @@ class QuantizeConfig(BaseModel):
             raise ValueError(f"{unset[0]} needs `bits` of its own where the experts' are chosen by a budget")
         if self.allow_drop and self.granularity == "layer":
             raise ValueError("allow_drop needs `granularity: expert` or `projection`; a whole layer cannot be dropped")
+        return self
+
+    @model_validator(mode="after")
+    def _embeddings_have_bits(self) -> QuantizeConfig:
+        if self.embeddings is not None and self.embeddings.bits is None and self.bits is None:
+            raise ValueError("embeddings needs `bits` of its own")
         return self
 
     @property
@@ -207,6 +217,8 @@ def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in ("keep_option", "minimum_counts"):
         if step.get(key):
             yield key, "the tier `stock` holds one scheme for all routed experts"
+    if step.get("embeddings") is not None:
+        yield "embeddings", "plain transformers does not load packed embeddings"
     if step.get("symmetric") is False:
         yield "symmetric", "plain transformers ignores the zero points of experts"
     if step.get("bits") == 1 or (budget is not None and 1 in (step.get("options") or [1])):

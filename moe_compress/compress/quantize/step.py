@@ -59,7 +59,7 @@ class QuantizeStep(Step[QuantizeConfig]):
         if config.has_budget and before.scores is None:
             return entry | {"summary": ["The bits of every expert are chosen when its costs are measured."]}, before
         plan = self.plan(before.scores, sizes, before.config, tier)
-        outside = sizes.saved_outside(config, tier)  # which every token reads
+        outside = sizes.saved_outside(config, tier) - sizes.saved_unread(config)  # which every token reads
         active = before.active_bytes - outside - sizes.active_share() * (sizes.expert_bytes - plan.expert_bytes)
         after = before.of_size(stored_bytes=sizes.bytes_after(plan, tier), active_bytes=round(active))
         found = plan.to_json()
