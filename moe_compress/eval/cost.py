@@ -171,6 +171,8 @@ def model_cost(
         notes.add("vision or audio towers are stored, but no work is counted for them")
     if any(layer.routing.is_uncertain for layer in layers) and experts_per_token is None:
         notes.add("how many experts a token skips was not measured; all rows of a router are taken to be chosen alike")
+    if any(layer.routing.experts_per_token is not None for layer in layers) and experts_per_token is None:
+        notes.add("how many routed experts a token uses was counted on calibration text")
     if getattr(model.config, "quantization_config", None) is not None:
         notes.add(f"active bytes are derived for unquantized {str(embedding.dtype).removeprefix('torch.')} weights")
     return Cost(
