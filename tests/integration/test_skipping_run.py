@@ -21,6 +21,8 @@ import moe_compress
 from moe_compress import pipeline
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.checkpoint.source import open_checkpoint
+from moe_compress.checkpoint.stream import LayerStream
+from moe_compress.compress.quantize.sensitivity import ReducedRouters
 from moe_compress.compress.scoring import read_calibration
 from moe_compress.compress.skip import step as skip_step
 from moe_compress.compress.skip.apply import SkipChange
@@ -28,6 +30,7 @@ from moe_compress.compress.skip.plan import SkipPlan
 from moe_compress.compress.topk import profile as profiles
 from moe_compress.compress.topk.config import TopkConfig
 from moe_compress.errors import RecipeError, UnsupportedModelError, UsageError, VerificationError
+from moe_compress.models.experts import expert_output
 from moe_compress.models.layers import is_experts_module
 from moe_compress.progress import SilentProgress
 from moe_compress.recipe import load_recipe
@@ -358,3 +361,34 @@ def test_families_beyond_the_tier_are_refused(texts: Path, tmp_path: Path) -> No
     for step in (ZERO, {"op": "skip", "threshold": 0.5}, {"op": "topk", "k": 1}):
         with pytest.raises(UnsupportedModelError, match="tier `plugin`"):
             moe_compress.plan(recipe(tmp_path / "model", texts, step))
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_dropping_experts_of_a_model_with_zero_experts(source: Path, texts: Path, tmp_path: Path) -> None:
+    """What a drop costs is measured on a router that has lost the expert and kept its zero experts."""
+
+    moe_compress.run(recipe(source, texts, ZERO), tmp_path / "zero")
+    checkpoint = open_checkpoint(str(tmp_path / "zero"))
+    stream = LayerStream(checkpoint)
+    stream.load(1)
+    moe = stream.moe_layers[1]
+    hidden = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
+    router = moe.block.state_dict()["gate.weight"].double()
+    assert router.shape == (EXPERTS + EXPERTS // 2, 32)
+
+    def routed(allowed: list[int]) -> Tensor:
+        """Softmax over these rows, the K largest, their sum 1; rows of zero experts add nothing."""
+        output = torch.zeros(20, 32, dtype=torch.float64)
+        for token, state in enumerate(hidden.double()):
+            probability = (router[allowed] @ state).softmax(dim=0)
+            best = probability.topk(K)
+            for share, row in zip((best.values / best.values.sum()).tolist(), best.indices.tolist(), strict=True):
+                if allowed[row] < EXPERTS:
+                    output[token] += share * expert_output(moe.experts, allowed[row], state[None].float())[0].double()
+        return output
+
+    everyone = [*range(EXPERTS + EXPERTS // 2)]
+    for expert in (0, 5):
+        found = ReducedRouters(checkpoint.config).change(moe, expert, hidden)
+        expected = routed([row for row in everyone if row != expert]) - routed(everyone)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
