@@ -3,8 +3,8 @@
     python -m benchmarks.skip_speed --folder DIR [--threads N] [--only functions|models]
 
 * functions: one layer's experts of the built-in model's shape and of OLMoE-1B-7B's (random weights), called on T tokens
-  with random routing, nothing skipped and half of the slots skipped. `eager` and `grouped_mm` cannot leave slots out and
-  always run all. All are called in turn, in random order; seconds are medians.
+  with random routing, nothing skipped and half of the slots skipped. `eager` and `grouped_mm` cannot leave slots out,
+  they always run all. All are called in turn, in random order; seconds are medians.
 * models: prefill and decode of the built-in model, and of four layers of OLMoE-1B-7B's shape with random weights, each
   beside the same with as many zero experts as experts, to which random routers send half of the slots. Fresh processes
   take turns, as in every report; batches of 1 and 16.

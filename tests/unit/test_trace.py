@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from moe_compress.compress.zero_experts.losses import group_balance_loss
 from moe_compress.compress.zero_experts.plan import LayerFacts, plan_zero_experts
 from moe_compress.models.layers import find_moe_layers
 from moe_compress.progress import SilentProgress
+from moe_compress.runtime.routing import use_zero_experts
 from moe_compress.runtime.trace import RoutingTrace, replayed
 from tests.tiny_checkpoint import tiny_checkpoint
 
@@ -97,3 +99,18 @@ def test_nothing_is_left_behind(model: Any) -> None:
         assert torch.equal(model(input_ids=PROMPT).logits, expected)
     assert len(trace.passes[1]) == 1
     assert [len(moe.experts._forward_pre_hooks) for moe in layers] == hooks
+
+
+def test_a_copy_is_a_model_of_its_own(model: Any) -> None:
+    """Such as a frozen teacher: switched to the original, it leaves the student alone."""
+    with torch.no_grad():
+        expected = model(input_ids=PROMPT).logits
+        teacher = copy.deepcopy(model)
+        assert torch.equal(teacher(input_ids=PROMPT).logits, expected)
+        use_zero_experts(teacher, False)
+        original = teacher(input_ids=PROMPT).logits
+        assert not torch.allclose(original, expected)
+        assert torch.equal(model(input_ids=PROMPT).logits, expected)
+        model.get_parameter("model.layers.0.mlp.gate.weight")[EXPERTS:].add_(1)
+        assert torch.equal(teacher(input_ids=PROMPT).logits, original)
+        model.get_parameter("model.layers.0.mlp.gate.weight")[EXPERTS:].sub_(1)
