@@ -5,9 +5,9 @@
 * functions: one layer's experts of the built-in model's shape and of OLMoE-1B-7B's (random weights), called on T tokens
   with random routing, nothing skipped and half of the slots skipped. `eager` and `grouped_mm` cannot leave slots out,
   they always run all. All are called in turn, in random order; seconds are medians.
-* models: prefill and decode of the built-in model, and of four layers of OLMoE-1B-7B's shape with random weights, each
-  beside the same with as many zero experts as experts, to which random routers send half of the slots. Fresh processes
-  take turns, as in every report; batches of 1 and 16.
+* models: prefill and decode of the built-in model beside itself with half of the slots skipped by gate ratio, and of
+  four layers of OLMoE-1B-7B's shape with random weights beside the same with as many zero experts as experts, to which
+  random routers send half of the slots. Fresh processes take turns, as in every report; batches of 1 and 16.
 
 Results go to `benchmarks/results/skip_speed.json`. Not covered: GPUs, and what skipping does to quality
 (`skip_reference`).
@@ -30,6 +30,7 @@ SHAPES = {"reference": (256, 96, 16, 4), "olmoe": (2048, 1024, 64, 8)}  # hidden
 TOKENS = (1, 4, 16, 64, 256)
 SECONDS = 6.0  # for one shape, type and number of tokens
 LEAST_CALLS = 9  # of each function
+STEPS = {"reference": {"op": "skip", "target_skip": 0.5}, "olmoe": {"op": "zero_experts", "count": 1.0}}
 WORKLOADS = ({"batch_size": 1}, {"batch_size": 16})
 
 
@@ -132,13 +133,13 @@ def models(folder: Path) -> list[dict[str, Any]]:
     write(shape, num_layers=4)
     rows = []
     for name, source in {"reference": "reference", "olmoe": str(shape)}.items():
-        out = folder / f"{name}-zero"
+        out = folder / f"{name}-adapted"
         if not out.exists():
             moe_compress.run(
                 {
                     "model": source,
                     "calibration": {"dataset": "reference", "num_samples": 16, "sequence_length": 256},
-                    "steps": [{"op": "zero_experts", "count": 1.0}],
+                    "steps": [STEPS[name]],
                     "export": {"tier": "plugin"},
                     "eval": {"tasks": [], "speed": False},
                 },
