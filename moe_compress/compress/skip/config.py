@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+NAEE, ODP = "2402.14800", "2410.06270"  # arXiv
+
 
 def _check_threshold(value: Any) -> Any:
     is_ratio = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1
@@ -61,6 +63,7 @@ class SkipConfig(BaseModel):
 # Rules between settings, judged in the step as it is written (see `recipe.OperationSettings`).
 
 LAST: str | None = None
+RELATION: str | None = None  # the Hub has no word for it
 
 
 def needs_tokens(step: Mapping[str, Any]) -> bool:
@@ -74,3 +77,11 @@ def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "op", "plain transformers runs every expert that a router picks"
+
+
+def tags(step: Mapping[str, Any], tier: str) -> list[str]:
+    return ["expert-skipping"]
+
+
+def papers(step: Mapping[str, Any]) -> list[str]:
+    return [NAEE, *([ODP] if step["protect"] else [])]

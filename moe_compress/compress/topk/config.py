@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+K1_K2, ALLOC_MOE = "2609.04575", "2604.08133"  # arXiv
+
 
 def _check_k(value: Any) -> Any:
     """One sentence for every wrong `k`, where a plain union would complain once per alternative."""
@@ -61,6 +63,7 @@ class TopkConfig(BaseModel):
 # Rules between settings, judged in the step as it is written (see `recipe.OperationSettings`).
 
 LAST: str | None = None
+RELATION: str | None = None  # the Hub has no word for it
 
 
 def needs_tokens(step: Mapping[str, Any]) -> bool:
@@ -77,3 +80,12 @@ def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "allocation", "the tier `stock` holds one top-k for all layers"
     if step.get("normalise_over", "picked") != "kept":
         yield "normalise_over", "plain transformers normalises over the experts that run, which is `kept`"
+
+
+def tags(step: Mapping[str, Any], tier: str) -> list[str]:
+    return ["expert-skipping"]
+
+
+def papers(step: Mapping[str, Any]) -> list[str]:
+    found = [] if step["normalise_over"] == "kept" else [K1_K2]
+    return found + ([ALLOC_MOE] if step["allocation"] == "per_layer" else [])

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+ZEDA, ADAMOE = "2605.18643", "2406.13233"  # arXiv
+
 
 def _check_count(value: Any) -> Any:
     """One sentence for every wrong `count`, where a plain union would complain once per alternative."""
@@ -46,6 +48,7 @@ class ZeroExpertsConfig(BaseModel):
 # Rules between settings, judged in the step as it is written (see `recipe.OperationSettings`).
 
 LAST: str | None = None
+RELATION: str | None = None  # the Hub has no word for it
 
 
 def needs_tokens(step: Mapping[str, Any]) -> bool:
@@ -59,3 +62,11 @@ def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "op", "plain transformers knows no experts that do nothing"
+
+
+def tags(step: Mapping[str, Any], tier: str) -> list[str]:
+    return ["expert-skipping"]
+
+
+def papers(step: Mapping[str, Any]) -> list[str]:
+    return [ZEDA if step["init"] == "normal" else ADAMOE]
