@@ -21,7 +21,7 @@ Not covered: caches; hidden states of all batches stay in memory. Gradients reac
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -134,6 +134,15 @@ class Lockstep:
         self._advance()
         self.close()
         return self.logits
+
+    def finish_each(self) -> Iterator[Tensor]:
+        """As `finish` for all batches, but only one batch's logits are in memory at a time."""
+        for batch, coroutine in enumerate(self._passes):
+            self.batch = batch
+            with torch.no_grad():
+                coroutine.switch()
+            yield self.logits.pop()
+        self.close()
 
     def last_gradients(self, index: int, loss: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
         """Pass the last layer `index` and what follows it; ends the run.
