@@ -102,6 +102,15 @@ def _prune_rows(wanted: Callable[[Mapping[str, Any]], bool]) -> list[list[str]]:
     return rows + [[row["calibration"], f"`{row['criterion']}`", *scores(row["tasks"])] for row in chosen]
 
 
+def merge_reference() -> str:
+    """Every way to merge beside pruning to the same number of experts."""
+    rows = load("merge_reference")["rows"]
+    return table(
+        ["", "stored", *TASKS],
+        [[row["name"], format_bytes(row["stored_bytes"]), *scores(row["tasks"])] for row in rows],
+    )
+
+
 ALLOCATIONS = {
     "original": "original",
     "lp output_error, projections": "program, `output_error`, by projection",
@@ -293,8 +302,8 @@ def gptq_speed() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
-        prune_reference, prune_criteria, prune_readme, quantize_allocations, quantize_sizes, quantize_readme,
-        quantize_frontier, streaming, kill_resume, allocation, lm_eval_reference, gptq_speed,
+        prune_reference, prune_criteria, prune_readme, merge_reference, quantize_allocations, quantize_sizes,
+        quantize_readme, quantize_frontier, streaming, kill_resume, allocation, lm_eval_reference, gptq_speed,
     )
 }  # fmt: skip
 
