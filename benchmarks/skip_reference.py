@@ -39,7 +39,9 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "gate ratio by layer, 2 % protected": {"op": "skip", "target_skip": 0.5, "protect": 0.02},
     "gate ratio below the median (NAEE)": {"op": "skip", "threshold": "median", "renormalise": True},
     "16 zero experts, normal rows": {"op": "zero_experts", "count": 1.0},
+    "gate ratio by layer, a third": {"op": "skip", "target_skip": 0.34},
     "8 zero experts, normal rows": {"op": "zero_experts"},
+    "gate ratio by layer, a quarter": {"op": "skip", "target_skip": 0.23},
     "16 zero experts, tiled rows": {"op": "zero_experts", "count": 1.0, "init": "tile"},
 }
 

@@ -135,6 +135,11 @@ def is_experts_module(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "down_proj")
 
 
+def experts_of(module: nn.Module) -> tuple[str, Any]:
+    """Path and module of the experts in a decoder layer or MoE block."""
+    return next((name, found) for name, found in module.named_modules() if is_experts_module(found))
+
+
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder layers: the language model's outermost module list that holds experts.
 

@@ -39,8 +39,9 @@ from moe_compress.runtime.packed import (
     pack_experts,
 )
 from moe_compress.runtime.remote_code import HINT, write_remote_code
-from moe_compress.runtime.routing import add_zero_experts, set_routing
+from moe_compress.runtime.routing import set_routing
 from moe_compress.runtime.scheme import Scheme
+from moe_compress.runtime.zero_experts import add_zero_experts
 
 SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"  # read by transformers when it loads a checkpoint
 

@@ -35,8 +35,8 @@ from moe_compress.models.families import TOP_K_KEYS
 from moe_compress.models.layers import MoELayer, divides_gates, find_moe_layers, routing_groups
 from moe_compress.progress import SilentProgress
 from moe_compress.runtime.families import with_layers
-from moe_compress.runtime.routing import use_zero_experts
 from moe_compress.runtime.trace import RoutingTrace, replayed
+from moe_compress.runtime.zero_experts import use_zero_experts
 from tests.matrix.families import FAMILIES, NUM_EXPERTS, NUM_LAYERS, save, tiny_config, tiny_model
 from tests.matrix.test_quantized import NOT_CAUSAL
 
@@ -526,3 +526,10 @@ for folder, expected in content["expected"].items():
             wrong.append(folder)
 print(json.dumps(wrong))
 """
+
+
+def test_the_page_on_skipping_says_so() -> None:
+    page = " ".join((ROOT / "docs/expert_skipping.md").read_text(encoding="utf-8").split())
+    names = ", ".join(f"`{name}`" for name in sorted(WITHOUT_MAPS))
+    assert f"or none with a map of all tokens: {names}." in page
+    assert "The routers of " + " and ".join(f"`{name}`" for name in sorted(FIXED_TOP_K)) in page

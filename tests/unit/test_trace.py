@@ -20,8 +20,8 @@ from moe_compress.compress.zero_experts.losses import group_balance_loss
 from moe_compress.compress.zero_experts.plan import LayerFacts, plan_zero_experts
 from moe_compress.models.layers import find_moe_layers
 from moe_compress.progress import SilentProgress
-from moe_compress.runtime.routing import use_zero_experts
 from moe_compress.runtime.trace import RoutingTrace, replayed
+from moe_compress.runtime.zero_experts import use_zero_experts
 from tests.tiny_checkpoint import tiny_checkpoint
 
 LAYERS, EXPERTS, ZERO, K = 2, 8, 4, 2
