@@ -11,11 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.checkpoint.rewrite import Ledger
 from moe_compress.checkpoint.source import Checkpoint
-from moe_compress.checkpoint.writer import sha256_of
 
 FORMAT = 1  # of manifest.json
+NOT_HASHED = ("manifest.json", "README.md", "report.html")
 LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "datasets", "lm_eval", "accelerate")
 
 
@@ -44,15 +45,12 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
 def file_hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file of a finished folder by its name there, without the manifest that holds them.
 
-    The model card is left out too: it is its owner's to edit.
+    The model card is left out too, since it is its owner's to edit, and so is the page, which is made of the other
+    files and can be made again.
     """
     names = [entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if entry.is_file()]
     known = {shard.file: shard.sha256 for shard in Ledger.load(folder).shards}
-    return {
-        name: known.get(name) or sha256_of(folder / name)
-        for name in sorted(names)
-        if name not in ("manifest.json", "README.md")
-    }
+    return {name: known.get(name) or sha256_of(folder / name) for name in sorted(names) if name not in NOT_HASHED}
 
 
 def library_versions() -> dict[str, str]:

@@ -121,7 +121,7 @@ def model_figures(checkpoint: Checkpoint, measured: dict[str, Any]) -> dict[str,
     costs = cost(config, stored_bytes=checkpoint.index.nbytes)
     figures = cost_figures(costs.to_dict())
     if is_quantized(checkpoint.config):
-        figures["active_bytes_per_token"] -= idle_savings(config, checkpoint.index)
+        figures["active_bytes_per_token"] -= saved_per_token(config, checkpoint.index)
     return figures | {key: value for key, value in measured.items() if key != "settings"}
 
 
@@ -130,7 +130,7 @@ def is_quantized(config: Any) -> bool:
     return PACKED in (getattr(config, SECTION, None) or {}) or getattr(config, "quantization_config", None) is not None
 
 
-def idle_savings(config: Any, index: TensorIndex) -> int:
+def saved_per_token(config: Any, index: TensorIndex) -> int:
     """Bytes that a token no longer reads because weights are packed; routed experts are taken to be used alike."""
     skeleton: Any = build_skeleton(config, dtype=config.get_text_config().dtype)
     layers = find_moe_layers(skeleton)
@@ -141,15 +141,27 @@ def idle_savings(config: Any, index: TensorIndex) -> int:
     tensors = [tensor for layer in layers for tensor in layer.expert_tensors().values()]
     experts = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     saved_experts = experts - stored
-    share = sum(layer.top_k for layer in layers) / sum(layer.num_experts for layer in layers)
-    return round(dense - index.nbytes - saved_experts + share * saved_experts)
+    share = min(1.0, sum(layer.top_k for layer in layers) / sum(layer.num_experts for layer in layers))
+    return round(dense - index.nbytes - saved_experts - _saved_lookups(skeleton, index) + share * saved_experts)
+
+
+def _saved_lookups(skeleton: Any, index: TensorIndex) -> int:
+    """Bytes saved in embeddings that are only looked up, which a token does not read."""
+    embeddings = skeleton.get_input_embeddings()
+    if embeddings.weight is skeleton.get_output_embeddings().weight:
+        return 0
+    path = next(name for name, module in skeleton.named_modules() if module is embeddings)
+    stored = sum(info.nbytes for name, info in index.items() if name.startswith(f"{path}."))
+    return int(embeddings.weight.nbytes) - stored
 
 
 def cost_figures(costs: dict[str, Any]) -> dict[str, Any]:
     """The costs that `report.json` holds of a model."""
     keys = ("total_params", "active_params", "stored_bytes", "active_bytes_per_token", "flops_per_token",
             "decode_flops_per_token", "expert_flops_per_token", "kv_bytes_per_token", "context", "notes")  # fmt: skip
-    return {key: costs[key] for key in keys} | {"experts_per_token_mean": costs["experts_per_token"]}
+    by_part = {"params_by_part": costs["params"], "flops_by_part": costs["prefill_flops"]}
+    figures = {key: costs[key] for key in keys} | {"experts_per_token_mean": costs["experts_per_token"]}
+    return figures | {key: {part: n for part, n in parts.items() if n} for key, parts in by_part.items()}
 
 
 def random_baselines(recipe: Recipe, source: Checkpoint, work: Path, around: Surroundings) -> Iterator[dict[str, Any]]:
@@ -170,9 +182,9 @@ def random_baselines(recipe: Recipe, source: Checkpoint, work: Path, around: Sur
                 drawn = PruneStep(step.model_copy(update={"criterion": "random", "seed": seed}))
                 plan = drawn.plan(scores, current.config)
                 kept = [found.select(layer.keep) for found, layer in zip(scores.layers, plan.layers, strict=True)]
-                scores = replace(scores, layers=kept)
                 folder = work / f"random-{seed}-{number}"
-                drawn.apply(plan, current, folder, around, title)
+                drawn.apply(plan, current, folder, around, title, scores)
+                scores = replace(scores, layers=kept)
                 current = open_rewritten(folder, current)
             settings = recipe.eval.model_copy(update={"speed": False})
             found = evaluate(current, settings, around, f"random seed {seed}")

@@ -20,17 +20,16 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from moe_compress.checkpoint.durable import sync
+from moe_compress.checkpoint.durable import sha256_of, sync
 from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, write_hidden
-from moe_compress.checkpoint.index import TensorIndex
+from moe_compress.checkpoint.index import TensorIndex, TensorInfo, read_header
 from moe_compress.checkpoint.memory import give_back
 from moe_compress.checkpoint.source import WEIGHT_SUFFIXES, Checkpoint
-from moe_compress.checkpoint.stream import LayerStream
+from moe_compress.checkpoint.stream import LayerStream, read_tensor
 from moe_compress.checkpoint.writer import (
     SAFETENSORS_DTYPES,
     Shard,
     ShardWriter,
-    sha256_of,
     tensor_sha256,
     write_json,
 )
@@ -39,6 +38,7 @@ from moe_compress.models.layers import PACKED, SECTION, MoELayer
 from moe_compress.models.lockstep import Lockstep
 from moe_compress.progress import Stage
 from moe_compress.runtime.remote_code import write_remote_code
+from moe_compress.runtime.scheme import Scheme, Shapes
 
 PROBE_TOKENS = 32
 PROBES = 1  # batches of a run that are the probe's; calibration tokens follow
@@ -49,6 +49,23 @@ TEMPLATES = "additional_chat_templates"  # the one subfolder that belongs to a c
 
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors names it, shape
+
+
+@dataclass(frozen=True)
+class TableFormat:
+    """How the embeddings or the head at `path` in the model are packed."""
+
+    path: str
+    scheme: Scheme
+    scale_dtype: torch.dtype
+
+    def tensors(self, height: int, width: int) -> Shapes:
+        """Name, shape and dtype of what is stored of a table [height, width]."""
+        return self.scheme.tensors(height, width, self.scale_dtype)
+
+    def name(self, tensor: str) -> str:
+        """The name that one of these tensors is stored under."""
+        return f"{self.path}.{tensor}"
 
 
 class Change:
@@ -76,6 +93,14 @@ class Change:
         ones stand for.
         """
         return target.stored_layer(index)
+
+    def tables(self, stream: LayerStream) -> dict[str, TableFormat]:
+        """The stored embeddings and heads that are packed, and how; all else outside the layers is copied."""
+        return {}
+
+    def pack_table(self, name: str, table_VH: Tensor, stored: TableFormat) -> dict[str, Tensor]:
+        """What is stored of one of them, by the names of the scheme's tensors."""
+        raise NotImplementedError
 
     def packs(self, index: int) -> Collection[str]:
         """The tensors of a layer that are stored in another form, by name inside it; experts' own need no mention."""
@@ -128,13 +153,15 @@ def rewrite(
     config = dense_config(read_config(source, folder))
     target = LayerStream(replace(source, config=config), device)
     expected = expected_tensors(stream, target, change)
+    tables = change.tables(stream)
 
     if not writer.has("rest"):
-        writer.write("rest", [source.index[name] for name in stream.untouched])
+        writer.write("rest", _rest(stream, change, tables))
     done, hidden = load_hidden(folder)
     if not all(writer.has(_part(index)) for index in range(done)):
         done, hidden = 0, []
     target.load_trunk()
+    _use_stored(target, tables, folder)
     probe = probe_tokens(config)
     last = len(target.layers) - 1
     # Nothing looks at what the calibration tokens leave the last layer with.
@@ -150,12 +177,13 @@ def rewrite(
     try:
         unchanged = _write_layers(stream, target, change, run, writer, stage, done)
         target.load_head()
+        _use_stored(target, tables, folder)
         logits = run.finish()[0]
     finally:
         run.close()
     positions = np.linspace(0, probe.shape[1] - 1, PROBE_POSITIONS).round().astype(int)
     np.savez(folder / PROBE_FILE, tokens=probe.numpy(), positions=positions, logits=logits[0, positions].cpu().numpy())
-    copied = {name: tensor_sha256(source.index[name]) for name in stream.untouched}
+    copied = {name: tensor_sha256(source.index[name]) for name in stream.untouched if name not in tables}
     transformed = sorted(set(source.index) - set(copied))
     shards = writer.finish(["rest", *(_part(index) for index in range(len(stream.layers)))])
     forget_hidden(folder)
@@ -228,10 +256,37 @@ def expected_tensors(stream: LayerStream, target: LayerStream, change: Change) -
     """
     index = stream.checkpoint.index
     target.model._weight_conversions = stream.model._weight_conversions
-    expected = {name: (index[name].dtype, index[name].shape) for name in stream.untouched}
+    tables = change.tables(stream)
+    expected = {name: (index[name].dtype, index[name].shape) for name in stream.untouched if name not in tables}
+    for name, stored in tables.items():
+        height, width = index[name].shape
+        for key, (shape, dtype) in stored.tensors(height, width).items():
+            expected[stored.name(key)] = (SAFETENSORS_DTYPES[dtype], shape)
     for number in range(len(target.layers)):
         expected |= change.expected(target, number)
     return expected
+
+
+def _rest(stream: LayerStream, change: Change, tables: Mapping[str, TableFormat]) -> dict[str, Tensor | TensorInfo]:
+    """What is written besides the layers: copies, and packed tables."""
+    index = stream.checkpoint.index
+    rest: dict[str, Tensor | TensorInfo] = {name: index[name] for name in stream.untouched if name not in tables}
+    for name, stored in tables.items():
+        packed = change.pack_table(name, read_tensor(index[name]), stored)
+        rest |= {stored.name(key): tensor for key, tensor in packed.items()}
+    return rest
+
+
+def _use_stored(target: LayerStream, tables: Mapping[str, TableFormat], folder: Path) -> None:
+    """Give resident embeddings and heads the values that their packed tables, written before, stand for."""
+    written = {info.name: info for file in folder.glob("rest-*.safetensors") for info in read_header(file)}
+    for module, names in target.end_names.items():
+        weight = module.get_parameter("weight")
+        for name in (name for name in names if name in tables and not weight.is_meta):
+            height, width = weight.shape
+            table = tables[name]
+            stored = {key: read_tensor(written[table.name(key)]) for key in table.tensors(height, width)}
+            weight.data.copy_(table.scheme.dequantize(stored, height, width, torch.float32))
 
 
 def described(tensors: Mapping[str, Tensor]) -> Tensors:
@@ -250,8 +305,8 @@ def copy_companions(source: Path, folder: Path) -> None:
 
     What their `auto_map` names and is not there, because code is not downloaded, is left out of it.
     """
-    own = {"config.json", "README.md", "recipe.yaml", "plan.json", "manifest.json", "report.json", "report.md"}
-    own |= {LEDGER_FILE, PROBE_FILE}
+    own = {"config.json", "README.md", "recipe.yaml", "plan.json", "experts.json", "manifest.json"}
+    own |= {"report.json", "report.md", "report.html", LEDGER_FILE, PROBE_FILE}
     for file in source.iterdir():
         weight = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
         if file.is_file() and not weight and file.name not in own and not file.name.startswith("."):

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_compress.checkpoint.durable import replace_durably, sync
+from moe_compress.checkpoint.durable import replace_durably, sha256_of, sync
 from moe_compress.checkpoint.index import TensorInfo, read_header
 
 SAFETENSORS_DTYPES = {
@@ -89,19 +89,16 @@ class ShardWriter:
             if not all(_is_whole(self.folder / shard.file, shard) for shard in shards):
                 del self.parts[part]
 
-    def write(self, part: str, tensors: dict[str, Tensor] | Iterable[TensorInfo]) -> None:
-        """Write one part: tensors in memory by name, or stored tensors copied byte for byte."""
+    def write(self, part: str, tensors: Mapping[str, Tensor | TensorInfo]) -> None:
+        """Write one part: tensors in memory, or stored ones that are copied byte for byte, by name."""
         self.begin(part, tensors)()
 
-    def begin(self, part: str, tensors: dict[str, Tensor] | Iterable[TensorInfo]) -> Callable[[], None]:
+    def begin(self, part: str, tensors: Mapping[str, Tensor | TensorInfo]) -> Callable[[], None]:
         """Write one part under temporary names; what is returned waits for the disk and then enters the part.
 
         It needs the tensors no more, and may run beside other work on the same folder.
         """
-        if isinstance(tensors, dict):
-            entries = [Entry.of(name, tensor) for name, tensor in sorted(tensors.items())]
-        else:
-            entries = [Entry.of(info.name, info) for info in tensors]
+        entries = [Entry.of(name, tensor) for name, tensor in sorted(tensors.items())]
         shards = [
             _write_shard(self.folder / f"{part}-{number}.safetensors", group)
             for number, group in enumerate(_groups(entries, self.max_shard_bytes))
@@ -144,15 +141,6 @@ class ShardWriter:
                     if (self.folder / after).exists():
                         (self.folder / after).rename(self.folder / before)
             renames.unlink()
-
-
-def sha256_of(file: Path) -> str:
-    """Hash of a whole file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def tensor_sha256(info: TensorInfo) -> str:

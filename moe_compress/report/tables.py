@@ -99,10 +99,11 @@ ALWAYS = {"stored_bytes", "speed", "peak_rss_bytes"}
 
 def summary_rows(report: Mapping[str, Any]) -> list[SummaryRow]:
     """The rows of the table baseline / compressed / ratio / recovery: costs first, then every metric of every task."""
-    return _figure_rows(report) + _task_rows(report)
+    return cost_rows(report) + task_rows(report)
 
 
-def _figure_rows(report: Mapping[str, Any]) -> list[SummaryRow]:
+def cost_rows(report: Mapping[str, Any]) -> list[SummaryRow]:
+    """One row for every cost that either model has, and for those whose absence is news."""
     rows = []
     for path, label, formatter in FIGURES:
         values = [_get(report[side], path) for side in ("baseline", "compressed")]
@@ -123,7 +124,8 @@ def figure_label(path: tuple[str, ...], label: str, figures: Mapping[str, Any]) 
     return f"{label}, prompt of {context:,}" if path[0] == "flops_per_token" and context else label
 
 
-def _task_rows(report: Mapping[str, Any]) -> list[SummaryRow]:
+def task_rows(report: Mapping[str, Any]) -> list[SummaryRow]:
+    """One row for every metric of every task that either model was evaluated on."""
     rows = []
     sides = [report[side].get("tasks", {}) for side in ("baseline", "compressed")]
     for task in dict.fromkeys([*sides[1], *sides[0]]):

@@ -76,6 +76,47 @@ class PackedLinear(PackedWeight):
         return F.linear(inputs, self.dense(inputs.dtype), bias)
 
 
+class PackedEmbedding(PackedWeight):
+    """Embeddings with a packed table; only the rows that are looked up become numbers."""
+
+    def __init__(self, scheme: Scheme, embedding: nn.Embedding, scale_dtype: torch.dtype) -> None:
+        super().__init__(scheme, embedding.num_embeddings, embedding.embedding_dim, scale_dtype)
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx, self.dtype = embedding.padding_idx, embedding.weight.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The table in the model's dtype."""
+        return self.dense(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids [...] to [..., H]."""
+        rows = ids.flatten()
+        table = {name: buffer[rows] for name, buffer in self.named_buffers(recurse=False)}
+        return self.scheme.dequantize(table, len(rows), self.width, self.dtype).reshape(*ids.shape, self.width)
+
+
+class TiedHead(nn.Module):
+    """An output head whose table is that of packed embeddings; it has no tensors of its own."""
+
+    def __init__(self, embeddings: PackedEmbedding) -> None:
+        super().__init__()
+        self._shared = [embeddings]  # in a list, so that it is not registered a second time
+
+    @property
+    def weight(self) -> Tensor:
+        """The table in the model's dtype."""
+        return self._shared[0].weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., H] to [..., V]."""
+        return F.linear(inputs, self._shared[0].dense(inputs.dtype))
+
+
 class ExpertCache:
     """The dequantized matrices that were used last, up to a number of bytes; shared by all layers of a model."""
 

@@ -75,9 +75,9 @@ def rounding(**settings: Any) -> QuantizeConfig:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven widths, plain matrices among them, zero points, packed attention, layers of 8 and 7 experts."""
+    """Seven widths, plain matrices among them, zero points, packed attention and tables, layers of 8 and 7 experts."""
     source = tiny_checkpoint(tmp_path_factory.mktemp("source") / "model")
-    config = rounding(group_size=8, symmetric=False, attention=PartConfig(bits=4))
+    config = rounding(group_size=8, symmetric=False, attention=PartConfig(bits=4), embeddings=PartConfig(bits=8))
     return packed_checkpoint(source, source.parent / "packed", OPTIONS, config)
 
 
@@ -244,6 +244,35 @@ def test_dequantized_is_the_dense_model(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(packed), logits(opened(folder))), "the packed one is as it was"
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_and_head_are_packed(tied: bool, tmp_path: Path) -> None:
+    """One table where they are tied; rows that are looked up are those of the whole table."""
+    source = tiny_checkpoint(tmp_path / "model", tie_word_embeddings=tied)
+    config = rounding(group_size=8, embeddings=PartConfig(bits=5))
+    folder = packed_checkpoint(source, tmp_path / "packed", ("4",), config)
+    tables = {name for name in stored(folder) if "embed" in name or "head" in name}
+    assert tables == {
+        f"{path}.weight_{kind}"
+        for path in ("model.embed_tokens", "lm_head")[: 1 if tied else 2]
+        for kind in ("packed", "scale")
+    }
+    model = opened(folder)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    original = stored(source)["model.embed_tokens.weight"].float()
+    largest = original.unflatten(1, (-1, 8)).abs().amax(2).repeat_interleave(8, 1)
+    assert ((embeddings.weight - original).abs() <= largest / 31 * 2.02).all(), "a step of 5 bits, scales in bf16"
+    assert torch.equal(embeddings(TOKENS), embeddings.weight[TOKENS])
+    assert torch.equal(head.weight, embeddings.weight) == tied
+    hidden = torch.randn(2, 3, embeddings.embedding_dim)
+    torch.testing.assert_close(head(hidden), hidden @ head.weight.T)
+    dense = opened(folder, dequantize=True)
+    torch.testing.assert_close(logits(dense), logits(model), rtol=1e-4, atol=1e-4)
+    assert (dense.lm_head.weight is dense.model.embed_tokens.weight) == tied
+    for number, found in enumerate((model, dense)):
+        found.save_pretrained(tmp_path / f"saved-{number}")
+        assert torch.equal(logits(opened(tmp_path / f"saved-{number}")), logits(found))
+
+
 def test_cache_of_experts_gives_the_same_and_keeps_its_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = logits(opened(folder))
     matrix = 4 * 32 * 32
@@ -278,6 +307,7 @@ def test_lm_eval_measures_the_same_as_on_the_dense_model(
 
     manager = harness._manager
     monkeypatch.setattr(harness, "_manager", lambda paths, include_defaults: manager(paths, include_defaults=False))
+    monkeypatch.setattr(harness, "compute_dtype", lambda config, device: torch.float32)
     data = tmp_path / "text.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("A first text.", "And a second, longer.")))
     (tmp_path / "text.yaml").write_text(TASK.lstrip() + f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n")

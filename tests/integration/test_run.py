@@ -36,7 +36,8 @@ from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
 ROOT = Path(__file__).parents[2]
 BESIDE_THE_WEIGHTS = {
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json",
-    "recipe.yaml", "plan.json", "manifest.json", "ledger.json", "probe.npz", "report.json", "report.md", "README.md",
+    "recipe.yaml", "plan.json", "experts.json", "manifest.json", "ledger.json", "probe.npz", "report.json", "report.md",
+    "report.html", "README.md",
 }  # fmt: skip
 LAYERS, EXPERTS = 3, 8
 
@@ -109,6 +110,14 @@ def test_prune_from_start_to_finish(source: Path, texts: Path, tmp_path: Path) -
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"], "the work folder is gone"
     assert {name for name in content(out) if not name.startswith("model-")} == BESIDE_THE_WEIGHTS
     assert json.loads((out / "report.json").read_text()) == report
+    files = json.loads((out / "manifest.json").read_text())["files"]
+    assert content(out).keys() - files.keys() == {"manifest.json", "README.md", "report.html"}
+    measured = json.loads((out / "experts.json").read_text())["steps"][0]["layers"]
+    assert [(layer["layer"], len(layer["statistics"]["tokens"])) for layer in measured] == [
+        (layer, EXPERTS) for layer in range(LAYERS)
+    ]
+    page = (out / "report.html").read_bytes()
+    assert moe_compress.write_page(out).read_bytes() == page, "it is made of what is in the folder and nothing else"
     assert {name: check["passed"] for name, check in report["checks"].items()} == dict.fromkeys(
         ("coverage", "bytes", "keys", "logits", "target"), True
     )
@@ -175,7 +184,8 @@ def test_no_steps_is_the_identity(source: Path, tmp_path: Path) -> None:
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
     assert json.loads((out / "plan.json").read_text()) == {"steps": []}
-    assert set(report["ratio"].values()) == {1.0}
+    ratios = report["ratio"]
+    assert {*ratios.pop("params_by_part").values(), *ratios.pop("flops_by_part").values(), *ratios.values()} == {1.0}
 
 
 @pytest.mark.usefixtures("no_reload")

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import moe_compress
+from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.checkpoint.index import TensorIndex
-from moe_compress.checkpoint.writer import sha256_of
 from moe_compress.cli import app
 from moe_compress.compress.prune.step import PruneStep
 from moe_compress.errors import CheckpointError, UsageError, VerificationError
@@ -357,7 +357,16 @@ def test_command(out: Path) -> None:
 
 @pytest.mark.usefixtures("no_reload")
 @pytest.mark.parametrize(
-    "name", ["tokenizer.json", "generation_config.json", "recipe.yaml", "report.json", "plan.json", "ledger.json"]
+    "name",
+    [
+        "tokenizer.json",
+        "generation_config.json",
+        "recipe.yaml",
+        "report.json",
+        "plan.json",
+        "experts.json",
+        "ledger.json",
+    ],
 )
 def test_any_file_that_is_gone_or_changed(name: str, made: Path, out: Path) -> None:
     text = (out / name).read_text()

@@ -119,6 +119,10 @@ class QuantizeConfig(BaseModel):
     attention: PartConfig | None = Field(default=None, description="Linear layers of the attention.")
     shared_experts: PartConfig | None = Field(default=None, description="Linear layers of shared experts.")
     dense_mlp: PartConfig | None = Field(default=None, description="Linear layers of MLPs without experts.")
+    embeddings: PartConfig | None = Field(
+        default=None,
+        description="Input embeddings and output head, rounded to nearest; one table where they are tied.",
+    )
     max_tokens_per_expert: int = Field(
         default=1024, ge=1, description="Calibration tokens an expert's cost is measured on, at most."
     )
@@ -139,6 +143,12 @@ class QuantizeConfig(BaseModel):
             raise ValueError(f"{unset[0]} needs `bits` of its own where the experts' are chosen by a budget")
         if self.allow_drop and self.granularity == "layer":
             raise ValueError("allow_drop needs `granularity: expert` or `projection`; a whole layer cannot be dropped")
+        return self
+
+    @model_validator(mode="after")
+    def _embeddings_have_bits(self) -> QuantizeConfig:
+        if self.embeddings is not None and self.embeddings.bits is None and self.bits is None:
+            raise ValueError("embeddings needs `bits` of its own")
         return self
 
     @property
@@ -162,11 +172,19 @@ class QuantizeConfig(BaseModel):
 # Rules between settings, judged in the step as it is written (see `recipe.OperationSettings`).
 
 LAST: str | None = "packed experts are not changed again"
+RELATION: str | None = "quantized"
+METHODS = {"gptq": "2210.17323", "nf4": "2305.14314", "int8": "2208.07339"}
+MIXTURE_COMPRESSOR = "2410.06270"
+SUPER_EXPERTS = "2507.23279"
 # Settings that say how a budget is spent.
 CHOICE_SETTINGS = (
     "options", "keep_option", "allow_drop", "granularity", "allocation", "cost", "minimum_counts",
     "protect_super_experts", "max_tokens_per_expert", "gradient_samples", "measured_by", "seed",
 )  # fmt: skip
+
+
+def leaves_banks(step: Mapping[str, Any]) -> bool:
+    return False
 
 
 def needs_tokens(step: Mapping[str, Any]) -> bool:
@@ -207,6 +225,8 @@ def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in ("keep_option", "minimum_counts"):
         if step.get(key):
             yield key, "the tier `stock` holds one scheme for all routed experts"
+    if step.get("embeddings") is not None:
+        yield "embeddings", "plain transformers does not load packed embeddings"
     if step.get("symmetric") is False:
         yield "symmetric", "plain transformers ignores the zero points of experts"
     if step.get("bits") == 1 or (budget is not None and 1 in (step.get("options") or [1])):
@@ -219,3 +239,15 @@ def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     schemes = {(step[name].get("bits") or step.get("bits"), step[name].get("group_size") or size) for name in names}
     if len(schemes) > 1:
         yield "attention", "the tier `stock` holds one scheme for all linear layers outside the experts"
+
+
+def tags(step: Mapping[str, Any], tier: str) -> list[str]:
+    return ["quantized", *(["compressed-tensors"] if tier == "stock" else [])]
+
+
+def papers(step: Mapping[str, Any]) -> list[str]:
+    found = [METHODS[step["method"]]] if step["method"] in METHODS else []
+    if all(step[name] is None for name in BUDGETS):
+        return found
+    found += [MIXTURE_COMPRESSOR] if step["allocation"] == "optimal" else []
+    return found + ([SUPER_EXPERTS] if step["protect_super_experts"] else [])

@@ -9,6 +9,7 @@ HELD_BYTES batches do not wait but start the layer anew for every matrix, which 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from moe_compress.checkpoint.rewrite import PROBES
 from moe_compress.compress.quantize.gptq import POOL_BELOW, Hessians
 from moe_compress.compress.quantize.shapes import LinearLayer
-from moe_compress.models.experts import expert_inner, matrix_shape, routed_tokens
+from moe_compress.compress.quantize.shared import load_moments
+from moe_compress.models.experts import matrix_shape, routed_experts, routed_inner
 from moe_compress.models.layers import MoELayer
 from moe_compress.models.lockstep import Enough, Lockstep
 
@@ -27,13 +29,23 @@ Inputs = tuple[Any, ...]  # of a module
 
 
 class Moments:
-    """The batches of `run` inside layer `index`; to be closed before they leave it. The probe is counted nowhere."""
+    """The batches of `run` inside layer `index`; to be closed before they leave it. The probe is counted nowhere.
+
+    `shared` is the folder of moments of the layer's experts that were collected before, over all layers that use them.
+    """
 
     def __init__(
-        self, run: Lockstep, index: int, layer: nn.Module, moe: MoELayer | None, linears: Sequence[LinearLayer]
+        self,
+        run: Lockstep,
+        index: int,
+        layer: nn.Module,
+        moe: MoELayer | None,
+        linears: Sequence[LinearLayer],
+        shared: Path | None = None,
     ) -> None:
         self._run, self._index, self._layer, self._moe = run, index, layer, moe
         self._linears = {layer.get_submodule(linear.path): linear for linear in linears}
+        self._shared = shared
         self._experts: Any = None if moe is None else moe.experts
         self._places = [*self._linears, *([] if moe is None else [moe.experts])]
         self._place: nn.Module | None = None  # where batches stop
@@ -92,17 +104,21 @@ class Moments:
 
     def _count(self, name: str, members: list[int], width: int) -> tuple[Tensor, list[int]]:
         experts, fused = self._experts, getattr(self._experts, name)
+        if self._shared is not None:
+            moments, few = load_moments(self._shared, self._index, name).finish(POOL_BELOW)
+            return moments[list(members)].to(fused.device), [expert for expert in members if expert in few]
         hessians = Hessians(len(members), width, fused.device)
         position = {expert: number for number, expert in enumerate(members)}
 
         def see(inputs: Inputs) -> None:
             hidden_TH, index_TK, gate_TK = inputs
-            for expert, slot_N in routed_tokens(index_TK, gate_TK, len(fused)):
+            for expert, slot_N in routed_experts(experts, index_TK, gate_TK):
                 if expert not in position:
                     continue
-                inputs_NI = hidden_TH.index_select(0, slot_N // index_TK.shape[1])
-                if name == "down_proj":
-                    inputs_NI = expert_inner(experts, expert, inputs_NI)
+                if name != "down_proj":
+                    inputs_NI = hidden_TH.index_select(0, slot_N // index_TK.shape[1])
+                else:
+                    inputs_NI = routed_inner(experts, expert, hidden_TH, index_TK, slot_N)
                     if self._run.batch in self._waiting:
                         self._inner.setdefault(self._run.batch, {})[expert] = inputs_NI
                 hessians.add(position[expert], inputs_NI)

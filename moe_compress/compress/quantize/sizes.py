@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from moe_compress.checkpoint.stream import LayerStream
+from moe_compress.checkpoint.stream import TORCH_DTYPES, LayerStream
 from moe_compress.compress.quantize.config import QuantizeConfig
 from moe_compress.compress.quantize.plan import SHAPE_BYTES, ExpertShapes, QuantizePlan
 from moe_compress.compress.quantize.shapes import LinearLayer, expert_shapes, linear_layers
-from moe_compress.compress.quantize.storage import linear_savings, noted_bytes, scale_dtype_of
-from moe_compress.models.layers import decoder_layers, find_moe_layers
+from moe_compress.compress.quantize.storage import embedding_scheme, linear_savings, noted_bytes, scale_dtype_of
+from moe_compress.models.layers import decoder_layers, find_moe_layers, owners
 from moe_compress.models.skeleton import build_skeleton
 
 
 @dataclass(frozen=True)
+class Table:
+    """Embeddings or output head; a head is read as a whole for every token."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    is_head: bool
+
+
+@dataclass(frozen=True)
 class Sizes:
-    """A checkpoint of `stored_bytes` before it is quantized; scales are stored in `scale_dtype`."""
+    """A checkpoint of `stored_bytes` before it is quantized; scales are stored in `scale_dtype`.
+
+    `shapes` are those of layers that store experts; what several layers use counts once.
+    """
 
     stored_bytes: int
     shapes: tuple[ExpertShapes, ...]
     linears: tuple[LinearLayer, ...]
+    tables: tuple[Table, ...]
     scale_dtype: torch.dtype
 
     @classmethod
     def of_stream(cls, stream: LayerStream) -> Sizes:
         """As they are on disk."""
-        shapes = tuple(expert_shapes(moe, stream.stored_dtypes) for moe in stream.moe_layers.values())
+        stored = [moe for layer, moe in stream.moe_layers.items() if layer not in stream.owners]
+        shapes = tuple(expert_shapes(moe, stream.stored_dtypes) for moe in stored)
         linears = tuple(linear_layers(stream.layers, stream.moe_layers))
-        return cls(stream.checkpoint.index.nbytes, shapes, linears, scale_dtype_of(stream))
+        index, heads = stream.checkpoint.index, _heads(stream.model)
+        tables = tuple(
+            Table((index[name].shape[0], index[name].shape[1]), TORCH_DTYPES[index[name].dtype], module in heads)
+            for module, names in stream.end_names.items()
+            for name in names
+        )
+        return cls(index.nbytes, shapes, linears, tables, scale_dtype_of(stream))
 
     @classmethod
     def of_config(cls, config: Any, stored_bytes: int) -> Sizes:
@@ -39,9 +60,13 @@ class Sizes:
         skeleton = build_skeleton(config)
         layers = find_moe_layers(skeleton)
         name = {4: "F32", 2: "BF16"}[dtype.itemsize]
-        shapes = tuple(expert_shapes(layer, {}, name) for layer in layers)
+        borrowed = owners(config)
+        shapes = tuple(expert_shapes(layer, {}, name) for layer in layers if layer.layer not in borrowed)
         linears = tuple(linear_layers(decoder_layers(skeleton)[1], {layer.layer: layer for layer in layers}))
-        return cls(stored_bytes, shapes, linears, dtype)
+        heads = _heads(skeleton)
+        ends = [skeleton.get_input_embeddings(), *(head for head in heads if len(heads) == 1)]
+        tables = tuple(Table(tuple(module.weight.shape), dtype, module in heads) for module in ends)
+        return cls(stored_bytes, shapes, linears, tables, dtype)
 
     @property
     def expert_bytes(self) -> int:
@@ -51,10 +76,23 @@ class Sizes:
         )
 
     def saved_outside(self, config: QuantizeConfig, tier: str) -> int:
-        """Bytes that quantized linear layers outside the experts save, less what is noted beside them."""
+        """Bytes that quantized linear layers outside the experts, tables save, less what is noted there."""
         linears = [linear for linear in self.linears if linear.part in config.parts]
         noted = SHAPE_BYTES * len(linears) if tier == "stock" else 0
-        return linear_savings(config, linears, self.scale_dtype) - noted
+        return linear_savings(config, linears, self.scale_dtype) - noted + self._saved_tables(config, self.tables)
+
+    def saved_unread(self, config: QuantizeConfig) -> int:
+        """Of these bytes, those that no token reads: of embeddings that are only looked up."""
+        return self._saved_tables(config, [table for table in self.tables if not table.is_head])
+
+    def _saved_tables(self, config: QuantizeConfig, tables: Sequence[Table]) -> int:
+        if config.embeddings is None:
+            return 0
+        scheme = embedding_scheme(config)
+        return sum(
+            table.shape[0] * table.shape[1] * table.dtype.itemsize - scheme.stored_bytes(*table.shape, table.dtype)
+            for table in tables
+        )
 
     def fixed_bytes(self, config: QuantizeConfig, tier: str) -> int:
         """Of everything but the routed experts, once it is quantized."""
@@ -66,4 +104,10 @@ class Sizes:
 
     def active_share(self) -> float:
         """Of the routed experts, what a token uses."""
-        return sum(shape.top_k for shape in self.shapes) / sum(shape.num_experts for shape in self.shapes)
+        return min(1.0, sum(shape.top_k for shape in self.shapes) / sum(shape.num_experts for shape in self.shapes))
+
+
+def _heads(model: Any) -> list[Any]:
+    """The modules whose tables are read as a whole: the head, and embeddings that are tied to it."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return [embeddings, head] if embeddings.weight is head.weight else [head]

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moe_compress.checkpoint.rewrite import Tensors, described
+from moe_compress.checkpoint.rewrite import TableFormat, Tensors, described
 from moe_compress.checkpoint.stream import TORCH_DTYPES, LayerStream
 from moe_compress.checkpoint.writer import SAFETENSORS_DTYPES
 from moe_compress.compress.quantize.config import BITSANDBYTES, PartConfig, QuantizeConfig
@@ -62,6 +62,35 @@ def linear_scheme(config: QuantizeConfig, part: PartConfig) -> Scheme:
     return scheme_of(str(bits), config.model_copy(update={"group_size": size}))
 
 
+def embedding_scheme(config: QuantizeConfig) -> Scheme:
+    """How embeddings and the head are stored: symmetric, so that a row is read by itself."""
+    assert config.embeddings is not None
+    size = config.embeddings.group_size
+    size = config.group_size if size in (None, "auto") else size
+    bits = config.embeddings.bits or config.bits
+    assert bits is not None, "the settings see to it"
+    return Scheme(Grid(bits, None if size == "channel" else int(size or 0), True))
+
+
+def embedding_tables(stream: LayerStream, config: QuantizeConfig) -> dict[str, TableFormat]:
+    """The stored tables that a step packs. Raises `UnsupportedModelError` for embeddings that do more than look up."""
+    if config.embeddings is None:
+        return {}
+    scheme, tables = embedding_scheme(config), {}
+    scale_dtype = scale_dtype_of(stream)
+    paths = {module: path for path, module in stream.model.named_modules()}
+    for module, names in stream.end_names.items():
+        if type(module) not in (nn.Embedding, nn.Linear) or len(names) > 1:
+            raise UnsupportedModelError(
+                f"embeddings of the class {type(module).__name__} cannot be packed; leave out `embeddings`."
+            )
+        for name in names:
+            assert scheme.grid is not None
+            check_group_size(scheme.grid, stream.checkpoint.index[name].shape[1], f"`{name}`")
+            tables[name] = TableFormat(paths[module], scheme, scale_dtype)
+    return tables
+
+
 def linear_savings(config: QuantizeConfig, linears: Iterable[LinearLayer], scale_dtype: torch.dtype) -> int:
     """Bytes saved by quantizing linear layers outside the experts, all stored in `scale_dtype` before."""
     saved = 0
@@ -102,6 +131,7 @@ def require_quantizable(config: QuantizeConfig, stream: LayerStream, tier: str) 
     `UsageError` for a group size that does not divide a matrix, `UnsupportedModelError` for experts that
     compressed-tensors cannot pack.
     """
+    embedding_tables(stream, config)
     packed: set[str] = set()
     for moe in stream.moe_layers.values():
         check_shapes(config, expert_shapes(moe, stream.stored_dtypes))
@@ -161,12 +191,15 @@ class PluginStorage:
             for layer, found in change.layers.items()
         }
         linears = {f"{linear.layer}.{linear.path}": number(change.linear_scheme(linear)) for linear in change.linears}
+        tables = {}
+        if change.settings.embeddings is not None:
+            tables = {"embeddings": number(embedding_scheme(change.settings))}
         packed = {
             "schemes": [scheme.to_json() for scheme in schemes],
             "scale_dtype": str(change.scale_dtype).removeprefix("torch."),
             "experts": experts,
             "linears": linears,
-        }
+        } | tables
         section = config.get(SECTION) or plugin_section(change.plan.layers[0].num_experts)
         return plugin_config(config, section | {PACKED: packed})
 
@@ -206,7 +239,7 @@ class PluginStorage:
         for linear in (linear for linear in change.linears if linear.layer == index):
             enter(f"{prefix}{linear.path}", change.linear_scheme(linear), *linear.shape)
         moe = target.moe_layers.get(index)
-        if moe is not None:
+        if moe is not None and index not in target.owners:
             for part, (height, width) in projection_shapes(moe).items():
                 for expert, name in enumerate(change.layers[index].options[part]):
                     scheme = None if name == KEEP else scheme_of(name, change.settings)
