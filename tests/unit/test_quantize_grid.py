@@ -99,7 +99,7 @@ def test_search_keeps_the_best_of_its_ranges(symmetric: bool, weighted: bool, mo
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_long_search_is_no_worse_than_trying_all_its_ranges(bits: int, symmetric: bool) -> None:
-    """Brute force in float64 over 20 ranges, summed over many groups; no single group is much worse."""
+    """Brute force in float64 over 20 ranges, summed over many groups; few are more than a tenth worse."""
     weight = torch.randn(4, 50, 128, generator=torch.Generator().manual_seed(2))
     importance = torch.rand(4, 1, 128, generator=torch.Generator().manual_seed(3)) ** 2 + 0.05
     grid, steps = Grid(bits, 64, symmetric), 20
@@ -120,7 +120,8 @@ def test_a_long_search_is_no_worse_than_trying_all_its_ranges(bits: int, symmetr
         shift = (grid.lowest - low * share / one).round().clamp(grid.lowest, grid.highest)
         tried.append(error(one, torch.zeros_like(one) if symmetric else shift))
     least = torch.stack(tried).amin(0)
-    assert found.sum() <= (1.002 if bits == 2 else 1) * least.sum() and (found <= 1.3 * least).all()
+    assert found.sum() <= (1.002 if bits == 2 else 1) * least.sum()
+    assert (found > 1.1 * least).double().mean() < 0.01
     assert found.sum() < 0.95 * tried[0].sum()
 
 
