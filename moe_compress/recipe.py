@@ -15,6 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field
 
 from moe_compress.calibrate.config import CalibrationConfig
+from moe_compress.compress.distill import config as distill
+from moe_compress.compress.distill.config import DistillConfig
 from moe_compress.compress.prune import config as prune
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.quantize import config as quantize
@@ -53,7 +55,7 @@ class OperationSettings(Protocol):
         """The arXiv numbers of what the step follows; `report/citations.py` has a line for each."""
 
 
-OPERATIONS: dict[str, OperationSettings] = {"prune": prune, "quantize": quantize}
+OPERATIONS: dict[str, OperationSettings] = {"distill": distill, "prune": prune, "quantize": quantize}
 
 
 class ExportConfig(BaseModel):
@@ -79,7 +81,7 @@ class Recipe(BaseModel):
         default=CalibrationConfig(dataset=REFERENCE),
         description="The tokens that experts are measured on; required when there are steps.",
     )
-    steps: list[Annotated[PruneConfig | QuantizeConfig, Discriminator("op")]] = Field(
+    steps: list[Annotated[DistillConfig | PruneConfig | QuantizeConfig, Discriminator("op")]] = Field(
         default=[], description="Transformations in order; none copies the checkpoint unchanged."
     )
     export: ExportConfig = Field(default=ExportConfig(), description="How the result is written.")
@@ -216,6 +218,11 @@ def _idle(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
     for index, (step, operation) in enumerate(zip(_steps(values), operations, strict=True)):
         for key, why in operation.idle(step) if operation is not None else ():
             yield ("steps", index, key), why
+    if operations and operations[0] is distill and not _steps(values)[0].get("teacher_model"):
+        why = (
+            "no step before it has changed the model, so it would learn from itself; put it after one, or name another "
+        )
+        yield ("steps", 0, "op"), why + "`teacher_model`"
     if isinstance(evaluation, dict):
         others = [
             step["op"] for step, found in zip(_steps(values), operations, strict=True) if found not in (None, prune)

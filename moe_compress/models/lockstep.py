@@ -121,6 +121,19 @@ class Lockstep:
         self.close()
         return self.logits
 
+    def finish_each(self, use: Callable[[Tensor], None]) -> None:
+        """Pass every batch through what follows the layers, and end the run.
+
+        `use` gets the logits [B, S, V] batch by batch; only one batch's are in memory at a time.
+        """
+        self._next += 1
+        with torch.no_grad():
+            for batch, coroutine in enumerate(self._passes):
+                self._batch = batch
+                coroutine.switch()
+                use(self.logits.pop())
+        self.close()
+
     def last_gradients(self, index: int, loss: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
         """Pass the last layer `index` and what follows it; ends the run.
 
