@@ -89,7 +89,7 @@ num_samples: 3
         "export.tier": (11, "did you mean `stock`?"),
         "export.max_shard_size": (11, "`4GB`"),
         "eval.limit": (12, "greater than or equal to 1"),
-        "num_samples": (13, "did you mean `calibration.num_samples`?"),
+        "num_samples": (13, "did you mean `calibration.num_samples`"),
     }
     assert set(found) == set(expected)
     for path, (line, hint) in expected.items():
