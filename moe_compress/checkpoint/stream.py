@@ -29,6 +29,7 @@ from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.errors import CheckpointError
 from moe_compress.models.experts import IMPLEMENTATION
 from moe_compress.models.layers import MoELayer, decoder_layers, find_moe_layers
+from moe_compress.models.linear import speed_up
 from moe_compress.models.skeleton import build_skeleton, release
 
 TORCH_DTYPES = {
@@ -84,6 +85,7 @@ class LayerStream:
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.model: Any = build_skeleton(checkpoint.config, device=device, experts_implementation=IMPLEMENTATION)
+        speed_up(self.model)
         self.layers_name, self.layers = decoder_layers(self.model)
         self.moe_layers: dict[int, MoELayer] = {found.layer: found for found in find_moe_layers(self.model)}
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)

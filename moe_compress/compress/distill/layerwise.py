@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from moe_compress.checkpoint.durable import replace_durably
 from moe_compress.checkpoint.hidden import load_hidden, save_hidden
+from moe_compress.checkpoint.memory import give_back
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.compress.distill import parts
 from moe_compress.compress.distill.apply import Readers, rounded
@@ -75,12 +76,15 @@ def heal_layers(
             to_float32(teacher.load(index))
             targets = run.through(index)
             teacher.release(index)
+            give_back()
             entering = [entered(calls[batch]) for batch in range(len(batches))]
             states = (states or entering) if own_inputs else entering
             fit = _Fit(student, index, config, wanted_names[index], calls, states, targets, entering, folder)
             line = fit.train()
             states = fit.outputs if own_inputs else []
             student.release(index)
+            del fit
+            give_back()
             save_hidden(folder, index + 1, [*run.hidden, *states])
             metrics.add({"update": index, **line, "seconds": round(time.monotonic() - started, 3)})
             calls.clear()
