@@ -40,6 +40,15 @@ def projections(experts: Any) -> dict[str, tuple[str, ...]]:
     return {"gate_up_proj": ("gate_proj", "up_proj") if apart else ("gate_up_proj",), "down_proj": ("down_proj",)}
 
 
+def part_rows(experts: Any, name: str, rows: int) -> dict[str, slice]:
+    """The projections in a fused matrix of `rows` rows, and the rows of each, alternating ones told apart too."""
+    if not experts.has_gate or name == "down_proj":
+        return {name: slice(None)}
+    if experts.is_concatenated:
+        return {"gate_proj": slice(rows // 2), "up_proj": slice(rows // 2, None)}
+    return {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+
+
 def matrix_shape(experts: Any, fused: Tensor) -> tuple[int, int]:
     """Rows and columns [out, in] of one expert's matrix in a fused parameter [E, ...]."""
     _, first, second = fused.shape
@@ -74,6 +83,11 @@ def expert_output(experts: Any, expert: int, inner_NF: Tensor) -> Tensor:
     return experts.post_expert_norm(output_NH) if experts.has_post_expert_norm else output_NH
 
 
+def whole_expert(experts: Any, expert: int, hidden_NH: Tensor) -> Tensor:
+    """Raw output [N, H] of one expert for its inputs."""
+    return expert_output(experts, expert, expert_inner(experts, expert, hidden_NH))
+
+
 def routed_tokens(index_TK: Tensor, gate_TK: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor]]:
     """For every expert with tokens: its index and its positions in the flattened routing table, ascending.
 
@@ -88,6 +102,22 @@ def routed_tokens(index_TK: Tensor, gate_TK: Tensor, num_experts: int) -> Iterat
         if count:
             yield expert, order[start : start + count]
         start += count
+
+
+def routed_experts(experts: Any, index_TK: Tensor, gate_TK: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """`routed_tokens` for the stored experts of a module, whatever its router calls them."""
+    if hasattr(experts, "routed_slots"):
+        yield from experts.routed_slots(index_TK, gate_TK)
+    else:
+        yield from routed_tokens(index_TK, gate_TK, len(experts.down_proj))
+
+
+def routed_inner(experts: Any, expert: int, hidden_TH: Tensor, index_TK: Tensor, slot_N: Tensor) -> Tensor:
+    """Inputs [N, F] of a stored expert's down projection, for positions that `routed_experts` gave with it."""
+    if hasattr(experts, "slot_inner"):
+        inner_NF: Tensor = experts.slot_inner(expert, hidden_TH, index_TK, slot_N)
+        return inner_NF
+    return expert_inner(experts, expert, hidden_TH.index_select(0, slot_N // index_TK.shape[1]))
 
 
 def experts_forward(experts: Any, hidden_TH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:

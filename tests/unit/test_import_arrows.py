@@ -37,8 +37,10 @@ COMMON: dict[str, set[str]] = {
         "calibrate.config",
         "eval.config",
         "compress.distill.config",
+        "compress.merge.config",
         "compress.prune.config",
         "compress.quantize.config",
+        "compress.tie.config",
     },
 }
 RANK = {part: row for row, parts in enumerate(ROWS) for part in parts}

@@ -150,6 +150,10 @@ def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "temperature", "`nll_share: 1` leaves no divergence"
 
 
+def leaves_banks(step: Mapping[str, Any]) -> bool:
+    return False  # those that were there stay
+
+
 def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from ()
 

@@ -237,7 +237,7 @@ class _Fit:
 
     def _use_trained_bank(self) -> None:
         """Experts that another layer stores are those that it was given when it was fitted."""
-        owners: Mapping[int, int] = getattr(self.student, "owners", {})
+        owners = self.student.owners
         if self.index not in owners:
             return
         moe, owner = self.student.moe_layers[self.index], self.student.moe_layers[owners[self.index]]

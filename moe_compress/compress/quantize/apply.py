@@ -7,11 +7,12 @@ take a second moment that is partly pooled over the layer (`Hessians.finish`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moe_compress.checkpoint.rewrite import Change, TableFormat, Tensors
@@ -20,7 +21,7 @@ from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.prune.apply import with_counts
 from moe_compress.compress.quantize.config import BITSANDBYTES
 from moe_compress.compress.quantize.gptq import gptq
-from moe_compress.compress.quantize.moments import Moments
+from moe_compress.compress.quantize.moments import Moments, chunks
 from moe_compress.compress.quantize.plan import KEEP, QuantizedLayer, QuantizePlan
 from moe_compress.compress.quantize.rtn import rtn
 from moe_compress.compress.quantize.shapes import LinearLayer
@@ -39,11 +40,12 @@ from moe_compress.runtime import bnb
 from moe_compress.runtime.pack import pack
 from moe_compress.runtime.scheme import Scheme
 
-HESSIAN_BYTES = 4 << 30  # of second moments held at a time
-
 
 class QuantizeChange(Change):
-    """Applies a plan; `tokens` are needed by gptq alone. What `notes` remembers survives an interruption."""
+    """Applies a plan; `tokens` are needed by gptq alone. What `notes` remembers survives an interruption.
+
+    `moments` is the folder of second moments of experts that several layers use.
+    """
 
     def __init__(
         self,
@@ -55,6 +57,7 @@ class QuantizeChange(Change):
         tokens: Tensor | None,
         batch_size: int,
         notes: Path | None = None,
+        moments: Path | None = None,
     ) -> None:
         self.plan, self.settings, self.scale_dtype = plan, plan.config, scale_dtype
         self.layers: dict[int, QuantizedLayer] = {layer.layer: layer for layer in plan.layers}
@@ -62,7 +65,8 @@ class QuantizeChange(Change):
         self.storage = StockStorage(self) if tier == "stock" else PluginStorage(self)
         self.tokens = tokens if plan.config.method == "gptq" else None
         self.batch_size = batch_size
-        self._notes = notes
+        self._notes, self._moments = notes, moments
+        self._shared: dict[int, dict[str, Tensor]] = {}  # by layer that stores them: quantized experts' values
         self._pooled: dict[str, list[int]] = {}  # layer -> experts as numbered in the source
         if notes is not None and notes.exists():
             self._pooled = json.loads(notes.read_text(encoding="utf-8"))
@@ -79,6 +83,8 @@ class QuantizeChange(Change):
         return self.storage.config(config)
 
     def layer(self, moe: MoELayer, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if moe.layer not in self.layers:  # its experts are another layer's
+            return state
         keep = self.layers[moe.layer].keep
         return state if len(keep) == moe.num_experts else moe.select(state, torch.tensor(keep))
 
@@ -86,11 +92,15 @@ class QuantizeChange(Change):
     def store(self, target: LayerStream, index: int, run: Lockstep) -> dict[str, Tensor]:
         packed, few = Packed(index), set[int]()
         layer, moe = target.layers[index], target.moe_layers.get(index)
+        if index in target.owners:
+            self._use_shared(target, index)
+            moe = None
         linears = [linear for linear in self.linears if linear.layer == index]
         moments = None
         order: list[list[LinearLayer] | None] = [*([linear] for linear in linears), *([] if moe is None else [None])]
         if order and self.tokens is not None:
-            moments = Moments(run, index, layer, moe, linears)
+            shared = self._moments if index in target.owners.values() else None
+            moments = Moments(run, index, layer, moe, linears, shared)
             order = moments.order()
         for group in order:
             if group is not None:
@@ -101,6 +111,8 @@ class QuantizeChange(Change):
                 few |= self._quantize_experts(moe, name, moments, packed)
         if moments is not None:
             moments.close()
+        if moe is not None and index in target.owners.values():
+            self._keep_shared(moe)
         self._pooled[str(index)] = sorted(few)
         if self._notes is not None:
             write_json(self._notes, self._pooled)
@@ -126,6 +138,26 @@ class QuantizeChange(Change):
     def linear_scheme(self, linear: LinearLayer) -> Scheme:
         """How a linear layer outside the experts is stored."""
         return linear_scheme(self.settings, self.settings.parts[linear.part])
+
+    def _keep_shared(self, moe: MoELayer) -> None:
+        """Keep the values of a bank for the layers that use it later, over an interruption too."""
+        self._shared[moe.layer] = {name: getattr(moe.experts, name).data for name in projections(moe.experts)}
+        if self._notes is not None:
+            save_file({k: v.cpu() for k, v in self._shared[moe.layer].items()}, self._shared_file(moe.layer))
+
+    def _use_shared(self, target: LayerStream, index: int) -> None:
+        """Let a layer run the quantized experts of the layer that stores them."""
+        owner, experts = target.owners[index], target.moe_layers[index].experts
+        if owner not in self._shared:
+            self._shared[owner] = load_file(self._shared_file(owner), device=str(target.device))
+        for name, values in self._shared[owner].items():
+            getattr(experts, name).data = values
+        if index == max(layer for layer, stored_by in target.owners.items() if stored_by == owner):
+            del self._shared[owner]
+
+    def _shared_file(self, layer: int) -> Path:
+        assert self._notes is not None, "an interruption is survived with notes"
+        return self._notes.with_name(f"shared-{layer:05d}.safetensors")
 
     def _quantize_linears(
         self, layer: nn.Module, linears: list[LinearLayer], moments: Moments | None, packed: Packed
@@ -159,7 +191,7 @@ class QuantizeChange(Change):
         options = list(zip(*(planned.options[part] for part in parts), strict=True))
         for chosen in dict.fromkeys(options):
             members = [expert for expert, found in enumerate(options) if found == chosen]
-            for chunk in _chunks(members, matrix_EOI.shape[2]) if moments is not None else [members]:
+            for chunk in chunks(members, matrix_EOI.shape[2]) if moments is not None else [members]:
                 weights_EOI = matrix_EOI if len(chunk) == len(options) else matrix_EOI[chunk]
                 hessian = None
                 if moments is not None and set(chosen) != {KEEP}:
@@ -205,10 +237,3 @@ class QuantizeChange(Change):
         _, height, width = weights_EOI.shape
         values = [scheme.dequantize(tensors, height, width, torch.float32) for tensors in stored]
         return stored, torch.stack(values)
-
-
-def _chunks(members: list[int], width: int) -> Iterator[list[int]]:
-    """Experts whose second moments fit into memory together."""
-    count = max(1, HESSIAN_BYTES // (4 * width**2))
-    for start in range(0, len(members), count):
-        yield members[start : start + count]
