@@ -33,14 +33,14 @@ PACKAGED = load_recipe("prune-distill").model_dump(mode="json", exclude_unset=Tr
 PRUNE, DISTILL = PACKAGED["steps"]
 LAYERWISE = {
     "op": "distill", "mode": "layerwise", "trainable": DISTILL["trainable"], "batch_size": 4, "micro_batch_size": 2,
-    "learning_rate": 0.003, "data": DISTILL["data"] | {"num_samples": 128},
+    "learning_rate": 0.003, "data": DISTILL["data"] | {"num_samples": 64},
 }  # fmt: skip
 ROWS: dict[str, dict[str, Any] | None] = {
     "original": None,
     "pruned": None,
     "recipe prune-distill": DISTILL,
-    "routers and norms": DISTILL | {"trainable": ["routers", "norms"]},
     "layerwise": LAYERWISE,
+    "routers and norms": DISTILL | {"trainable": ["routers", "norms"], "data": DISTILL["data"] | {"num_samples": 64}},
 }
 
 Row = dict[str, Any]
