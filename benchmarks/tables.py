@@ -236,6 +236,15 @@ def quantize_frontier() -> str:
     )
 
 
+def distill_reference() -> str:
+    """The pruned model before and after distillation in several ways."""
+    rows = []
+    for row in load("distill_reference")["rows"]:
+        took = [f"{row['tokens']:,}", f"{row['seconds'] / 60:.1f}"] if row["settings"] else ["", ""]
+        rows.append([row["name"], *took, *scores(row["tasks"])])
+    return table(["", "tokens", "minutes", *TASKS], rows)
+
+
 def streaming() -> str:
     """Time, memory and disk traffic beside those of `cp -r`."""
     found = load("streaming")
@@ -329,8 +338,9 @@ def gptq_speed() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
-        prune_reference, prune_criteria, prune_readme, merge_reference, skip_reference, skip_speed, quantize_allocations, quantize_sizes,
-        quantize_readme, quantize_frontier, streaming, kill_resume, allocation, lm_eval_reference, gptq_speed,
+        prune_reference, prune_criteria, prune_readme, merge_reference, skip_reference, skip_speed, distill_reference,
+        quantize_allocations, quantize_sizes, quantize_readme, quantize_frontier, streaming, kill_resume, allocation,
+        lm_eval_reference, gptq_speed,
     )
 }  # fmt: skip
 

@@ -71,6 +71,12 @@ class Step(ABC, Generic[Settings]):
         each expert. Raises `UsageError` or `UnsupportedModelError` when the step cannot be.
         """
 
+    def check_inputs(self, folder: Path, config: Any) -> None:
+        """Raise what can be known to be wrong with what the step reads, before any step has begun.
+
+        `folder` holds the original's tokenizer, `config` is its configuration.
+        """
+
     def score(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Scores:
         """Measure what the step decides by, or read what was measured before in `folder`."""
         return scoring.score(source, folder, around, title)

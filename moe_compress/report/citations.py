@@ -31,6 +31,7 @@ class Paper:
 BIBLIOGRAPHY = {
     paper.arxiv: paper
     for paper in (
+        Paper("hinton2015distilling", "Hinton, Geoffrey", "Distilling the Knowledge in a Neural Network", "1503.02531"),
         Paper(
             "liu2026score",
             "Liu, Zongfang",

@@ -36,6 +36,7 @@ COMMON: dict[str, set[str]] = {
         "settings",
         "calibrate.config",
         "eval.config",
+        "compress.distill.config",
         "compress.merge.config",
         "compress.prune.config",
         "compress.quantize.config",
