@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
 
 
-def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
-    """A checkpoint's architecture, experts, parameters, bytes and FLOPs per token; reads no weights."""
+def inspect(model: str | Path, *, revision: str | None = None, scores: str | Path | None = None) -> dict[str, Any]:
+    """A checkpoint's architecture, experts, parameters, bytes and FLOPs per token; reads no weights.
+
+    With `scores` of this model its routing health too.
+    """
     from moe_compress import pipeline
 
-    return pipeline.inspect(str(model), revision=revision)
+    return pipeline.inspect(str(model), revision=revision, scores=None if scores is None else Path(scores))
 
 
 def validate(recipe: RecipeSource, overrides: Sequence[str] = (), **settings: Any) -> Recipe:

@@ -119,19 +119,23 @@ def root(
         "moe-compress inspect reference",
         "moe-compress inspect allenai/OLMoE-1B-7B-0924 --revision main",
         "moe-compress inspect ./checkpoint --json",
+        "moe-compress inspect ./checkpoint --scores scores",
     ),
 )
 @guarded
 def inspect(
     model: Model,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Folder that `score` wrote for this model: shows its routing health too.")
+    ] = None,
     json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Show a checkpoint's architecture, experts, parameters, bytes and FLOPs per token."""
     from moe_compress import console, pipeline
 
-    facts = pipeline.inspect(model, revision=revision)
+    facts = pipeline.inspect(model, revision=revision, scores=scores)
     console.print_json(facts) if json else console.print_inspection(facts)
 
 

@@ -67,6 +67,32 @@ def print_inspection(facts: Mapping[str, Any]) -> None:
         print(f"of the derived costs: {note}")
     for sentence in facts["tiers"]:
         print(sentence)
+    if "routing" in facts:
+        print_routing(facts["routing"])
+
+
+def print_routing(health: Mapping[str, Any]) -> None:
+    """Routing health, layer by layer, and what it means."""
+    from moe_compress.report.tables import format_percent
+
+    header = ["layer", "least used", "most used", "used evenly", "dead", "super experts"]
+    header += ["SRP, 16 tokens", "by chance", "hits at top-k", "at 2 x", "at 3 x"]
+    rows = [header]
+    for layer in [*health["layers"], {"layer": "all", **health}]:
+        loads = [f"{layer[name]:.2f}" if name in layer else "" for name in ("smallest_load", "largest_load")]
+        even = format_percent(layer["used_evenly"]) if "used_evenly" in layer else ""
+        supers = [str(len(layer["super"]))] if layer["layer"] == "all" else [" ".join(map(str, layer["super"]))]
+        routing = layer.get("srp", {}).get("16", {})
+        consistency = [f"{routing[name]:.3f}" if routing else "-" for name in ("value", "by_chance")]
+        rates = layer.get("hit_rates", {})
+        hits = [format_percent(rates[ratio]) if ratio in rates else "-" for ratio in ("1", "2", "3")]
+        rows.append([str(layer["layer"]), *loads, even, str(len(layer["dead"])), *supers, *consistency, *hits])
+    print_table(rows, title=f"routing of {health['tokens']:,} calibration tokens; loads in multiples of the mean")
+    dead = [f"{layer}/{expert}" for layer, expert in health["dead"]]
+    if dead:
+        print(f"never used (layer/expert): {listed(dead, MAX_LISTED)}")
+    for sentence in health["offloading"]:
+        print(f"offloading: {sentence}")
 
 
 def print_score_summary(summary: Mapping[str, Any]) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import share
 from moe_compress.calibrate.scores import Scores
+from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.rewrite import dense_config
 from moe_compress.checkpoint.source import Checkpoint, open_config, small_files
 from moe_compress.compress.operation import Outlook
 from moe_compress.compress.quantize.step import QuantizeStep
 from moe_compress.errors import UsageError
 from moe_compress.eval.cost import cost, stored_by_part
+from moe_compress.health import NEEDED, routing_health
 from moe_compress.manifest import describe_source
 from moe_compress.measure import cost_figures
 from moe_compress.models.layers import find_moe_layers
@@ -25,8 +27,11 @@ from moe_compress.steps import make_step
 SPARE_DISK = 1.05  # of the weights, for what lies beside them
 
 
-def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
-    """A checkpoint's architecture, experts, parameters, bytes and FLOPs per token, from its configuration alone."""
+def inspect(model: str, *, revision: str | None = None, scores: Path | None = None) -> dict[str, Any]:
+    """A checkpoint's architecture, experts, parameters, bytes and FLOPs per token, from its configuration alone.
+
+    With the scores of this model, `routing` says how healthy its routing is (see `health`).
+    """
     if revision is not None and (model == "reference" or Path(model).expanduser().is_dir()):
         raise UsageError(f"`--revision` has no effect: {model} is no Hub id; leave it out.")
     config, index = open_config(model, revision, quantized=True)
@@ -36,6 +41,13 @@ def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
     text: Any = config.get_text_config()
     bytes_per_param = figures.stored_bytes / max(1, figures.total_params)
     estimated = {part: round(count * bytes_per_param) for part, count in figures.params.items()}
+    stored = stored_by_part(config, index) if index is not None else estimated
+    routing = {}
+    if scores is not None:
+        measured = Scores.load(scores, only=lambda name: name in NEEDED)
+        require_same_model(measured, *_revision_of(model, revision, config, index), scores)
+        each = stored.get("routed_experts", 0) / sum(layer.num_experts for layer in layers)
+        routing = {"routing": routing_health(measured, text.num_hidden_layers, each)}
     return {
         "model": model,
         "architecture": (config.architectures or [type(config).__name__])[0],
@@ -49,7 +61,7 @@ def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
         "params": figures.params,
         "total_params": figures.total_params,
         "active_params": figures.active_params,
-        "bytes": stored_by_part(config, index) if index is not None else estimated,
+        "bytes": stored,
         "bytes_are": "measured" if index is not None else "estimated",
         "stored_bytes": figures.stored_bytes,
         "flops_per_token": figures.prefill_flops,
@@ -59,7 +71,7 @@ def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
         "tiers": [
             "stock: plain transformers loads it; pruning to one expert count for all layers keeps it so.",
         ],
-    }
+    } | routing
 
 
 def plan(recipe: Recipe, *, scores: Path | None = None, keep_steps: bool = False) -> dict[str, Any]:
@@ -73,11 +85,7 @@ def plan(recipe: Recipe, *, scores: Path | None = None, keep_steps: bool = False
     warnings, measured = task_warnings(recipe), None
     if scores is not None:
         measured = Scores.load(scores)
-        folder, commit = small_files(recipe.model, recipe.revision)
-        source = None
-        if index is not None:
-            source = describe_source(Checkpoint(folder, config, recipe.model, commit, index))["fingerprint"]
-        require_same_model(measured, commit, source, scores)
+        require_same_model(measured, *_revision_of(recipe.model, recipe.revision, config, index), scores)
         warnings += [
             f"the scores in {scores} were measured with other calibration settings: {difference}."
             for difference in calibration_differences(measured, recipe.calibration)
@@ -142,6 +150,17 @@ def disk_needed(recipe: Recipe, config: Any, source_bytes: int, *, keep_steps: b
     tokens = calibration.num_samples * calibration.sequence_length if recipe.steps else 0
     hidden_size: int = config.get_text_config().hidden_size
     return round(source_bytes * copies * SPARE_DISK) + 2 * 4 * tokens * hidden_size
+
+
+def _revision_of(
+    model: str, revision: str | None, config: Any, index: TensorIndex | None
+) -> tuple[str | None, str | None]:
+    """What `require_same_model` compares: the commit of a Hub id, and the fingerprint of weights that are there."""
+    folder, commit = small_files(model, revision)
+    if index is None:
+        return commit, None
+    fingerprint: str = describe_source(Checkpoint(folder, config, model, commit, index))["fingerprint"]
+    return commit, fingerprint
 
 
 def require_same_model(scores: Scores, commit: str | None, fingerprint: str | None, folder: Path) -> None:

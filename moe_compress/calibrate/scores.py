@@ -13,6 +13,8 @@ the tokens routed to an expert; g is the value that truly multiplies the expert'
 | `max_abs` | [E] | largest absolute entry of f |
 | `easy_ep` | [E] | sum of g times the norm times max(0, 1 - cos(h, h + routed output)) |
 | `coselection` | [E, E] | tokens routed to both experts (the diagonal is `tokens`) |
+| `windows_16`, `windows_64` | [E, 17], [E, 65] | windows of 16 (64) tokens in a row in which 0, 1, ... of them use it |
+| `cache_lookups`, `cache_hits` | [E], [E, 3] | how often caches of 1, 2, 3 times top-k looked for it, and had it |
 """
 
 from __future__ import annotations

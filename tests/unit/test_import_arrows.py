@@ -19,6 +19,7 @@ ROWS = (
     ("console",),
     ("pipeline", "reference"),
     ("preview",),
+    ("health",),
     ("measure",),
     ("steps",),
     ("compress", "eval", "report", "verification", "manifest", "workspace"),
