@@ -202,7 +202,7 @@ def test_validate_says_what_is_valid_and_takes_overrides() -> None:
 def test_inspect(pipeline: Fakes) -> None:
     calls = pipeline(inspect=FACTS)
     shown = invoke("inspect", "org/model", "--revision", "main").stdout
-    assert calls["inspect"] == (("org/model",), {"revision": "main"})
+    assert calls["inspect"] == (("org/model",), {"revision": "main", "scores": None})
     for text in (
         "Qwen3MoeForCausalLM",
         "16 experts, 4 per token",
