@@ -86,11 +86,16 @@ def start(recipe: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes], out: Path) -> float:
-    """Let a run end by itself and return its length; its last words end this program when it failed."""
+    """Let a run end by itself and return its length."""
     used, _ = live(process, out)
+    require_success(process, out)
+    return used
+
+
+def require_success(process: subprocess.Popen[bytes], out: Path) -> None:
+    """End this program with the last words of a run that failed."""
     if process.returncode != 0:
         raise SystemExit(f"the run of {out} failed:\n{out.with_name(f'{out.name}.log').read_text(encoding='utf-8')}")
-    return used
 
 
 def live(process: subprocess.Popen[bytes], out: Path, until: Aim | None = None) -> tuple[float, dict[str, float]]:
@@ -195,7 +200,7 @@ def main() -> None:
         finish(start(recipe, folder / "first"), folder / "first")
         process = start(recipe, folder / "uninterrupted")
         length, began = live(process, folder / "uninterrupted")
-        finish(process, folder / "uninterrupted")
+        require_success(process, folder / "uninterrupted")
         lengths = {"start": began["score"], "verify": length - began["verify"]}
         expected = hashes(folder / "uninterrupted")
         repeatable = expected == hashes(folder / "first")

@@ -142,3 +142,35 @@ def verify(out: str | Path, *, progress: Progress | None = None) -> dict[str, di
     from moe_compress import pipeline
 
     return pipeline.verify(Path(out), progress=progress)
+
+
+def push(
+    out: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    token: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Push a folder that `run` wrote to the Hub, as one commit; a dry run only tells what would be done.
+
+    Returns what is in `files` (bytes by name), where it went (`repo_id`, `revision`, `private`, `url`, `commit`), and
+    what was removed there and left out here. `token` is the one of `hf auth login` or HF_TOKEN unless given. Raises
+    `VerificationError` when the folder is not the one that was verified, `UsageError` for a repository that holds
+    another checkpoint (unless `force`), `PublishError` for all that the Hub refuses.
+    """
+    from moe_compress.publish import push as publishing
+
+    return publishing.push(
+        Path(out),
+        repo_id,
+        private=private,
+        revision=revision,
+        force=force,
+        dry_run=dry_run,
+        token=token,
+        progress=progress,
+    )

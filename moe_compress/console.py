@@ -151,6 +151,31 @@ def print_checks(checks: Mapping[str, Mapping[str, Any]]) -> None:
         print_table([["check", "result", "detail"], *rows])
 
 
+def print_push(planned: Mapping[str, Any], hub: str) -> None:
+    """What a push will upload, where to, and what it will remove there."""
+    from moe_compress.report.tables import format_bytes
+
+    state = {None: "", True: "existing, ", False: "new, "}[planned["exists"]]
+    visibility = (
+        "private"
+        if planned["private"]
+        else "public" + (" unless its owner's default is private") * (planned["exists"] is not True)
+    )
+    print(f"to {hub}/{planned['repo_id']} ({state}{visibility}), branch {planned['revision']}:")
+    print_table([["file", "size"], *([name, format_bytes(size)] for name, size in planned["files"].items())])
+    print(
+        f"{len(planned['files'])} files, {format_bytes(planned['bytes'])} ({planned['bytes']:,} bytes), in one commit"
+    )
+    for verb, key in (
+        ("removed there, of an earlier checkpoint", "removed"),
+        ("left out, no run wrote it", "left_out"),
+    ):
+        if planned[key]:
+            print(f"{verb}: {listed(planned[key], MAX_LISTED)}")
+    if planned["note"]:
+        print(f"note: {planned['note']}")
+
+
 def _random_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """The chosen criterion beside the random prunings: their mean and the best of them."""
     from moe_compress.report.tables import NOTHING, format_metric, format_number, metric_label

@@ -64,6 +64,10 @@ class DataError(MoECompressError):
     """Calibration or evaluation data cannot be had."""
 
 
+class PublishError(MoECompressError):
+    """A checkpoint cannot be pushed; what the Hub holds is what it held before."""
+
+
 class VerificationError(MoECompressError):
     """A check failed, or a target was missed; `checks` holds the outcome of all of them."""
 

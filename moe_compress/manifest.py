@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.checkpoint.rewrite import Ledger
 from moe_compress.checkpoint.source import Checkpoint
-from moe_compress.checkpoint.writer import sha256_of
 
 FORMAT = 1  # of manifest.json
 NOT_HASHED = ("manifest.json", "README.md", "report.html")

@@ -39,11 +39,12 @@ from moe_compress.preview import (
 from moe_compress.progress import Progress, SilentProgress
 from moe_compress.recipe import Recipe, check_tier, dump_recipe
 from moe_compress.report.build import build_report
-from moe_compress.report.card import license_fields, model_card
+from moe_compress.report.card import inherited_fields, model_card
 from moe_compress.report.experts import EXPERTS_FILE, expert_statistics
 from moe_compress.report.markdown import report_markdown
 from moe_compress.report.page import write_page
 from moe_compress.report.paths import without_local_paths
+from moe_compress.report.scores import write_eval_results
 from moe_compress.steps import load_record, make_step, run_identity, run_step
 from moe_compress.verification import checks as verification
 from moe_compress.workspace import (
@@ -418,11 +419,11 @@ def _write_report(
         text,
         base_model=source.model_id,
         revision=source.revision,
-        license_fields=license_fields(source.folder),
-        ops=[step.op for step in recipe.steps],
+        inherited=inherited_fields(source.folder),
         tier=recipe.export.tier,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+    write_eval_results(folder, report)
 
 
 def _published_recipe(recipe: Recipe) -> str:

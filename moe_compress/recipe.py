@@ -29,9 +29,13 @@ TASK_SETTINGS = ("include_path", "limit", "batch_size", "num_fewshot", "apply_ch
 
 
 class OperationSettings(Protocol):
-    """What the `config.py` of an operation has besides its settings: rules that judge a step as it is written."""
+    """What the `config.py` of an operation has besides its settings.
+
+    Rules judge a step as it is written; what is said of it in public is read from its resolved settings.
+    """
 
     LAST: str | None  # why no step may follow, if none may
+    RELATION: str | None  # the Hub's word for what the result is to its source, where it has one
 
     def needs_tokens(self, step: Mapping[str, Any]) -> bool:
         """Whether calibration tokens pass through the model."""
@@ -41,6 +45,12 @@ class OperationSettings(Protocol):
 
     def beyond_stock(self, step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """Settings whose result plain transformers cannot load, or loads wrong without a word, with the reason."""
+
+    def tags(self, step: Mapping[str, Any], tier: str) -> list[str]:
+        """What the result is found by on the Hub."""
+
+    def papers(self, step: Mapping[str, Any]) -> list[str]:
+        """The arXiv numbers of what the step follows; `report/citations.py` has a line for each."""
 
 
 OPERATIONS: dict[str, OperationSettings] = {"prune": prune, "quantize": quantize}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from moe_compress.checkpoint.durable import sync
+from moe_compress.checkpoint.durable import sha256_of, sync
 from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, write_hidden
 from moe_compress.checkpoint.index import TensorIndex, TensorInfo, read_header
 from moe_compress.checkpoint.source import WEIGHT_SUFFIXES, Checkpoint
@@ -29,7 +29,6 @@ from moe_compress.checkpoint.writer import (
     SAFETENSORS_DTYPES,
     Shard,
     ShardWriter,
-    sha256_of,
     tensor_sha256,
     write_json,
 )

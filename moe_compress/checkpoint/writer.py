@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_compress.checkpoint.durable import replace_durably, sync
+from moe_compress.checkpoint.durable import replace_durably, sha256_of, sync
 from moe_compress.checkpoint.index import TensorInfo, read_header
 
 SAFETENSORS_DTYPES = {
@@ -141,15 +141,6 @@ class ShardWriter:
                     if (self.folder / after).exists():
                         (self.folder / after).rename(self.folder / before)
             renames.unlink()
-
-
-def sha256_of(file: Path) -> str:
-    """Hash of a whole file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def tensor_sha256(info: TensorInfo) -> str:

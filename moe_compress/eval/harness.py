@@ -88,6 +88,7 @@ def evaluate(
             "num_fewshot": {task: results["n-shot"][task] for task in results["configs"]},
             "num_documents": {task: count["effective"] for task, count in results["n-samples"].items()},
             "task_versions": {task: results["versions"][task] for task in results["configs"]},
+            "datasets": {task: _dataset(content) for task, content in results["configs"].items()},
         }
         del model
         gc.collect()
@@ -126,6 +127,16 @@ def flatten(results: Mapping[str, Any]) -> dict[str, Metrics]:
                 "higher_is_better": None if higher is None else bool(higher),
             }
     return tasks
+
+
+def _dataset(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a task's documents come from, as its configuration names it to `datasets`."""
+    local = task.get("custom_dataset") is not None or (task.get("dataset_kwargs") or {}).get("data_files") is not None
+    return {
+        "path": None if local else task.get("dataset_path"),
+        "name": task.get("dataset_name"),
+        "split": task.get("test_split") or task.get("validation_split"),
+    }
 
 
 def _load_tasks(config: EvalConfig) -> tuple[dict[str, Any], Any]:

@@ -24,10 +24,11 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.record import Record
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, PROBE_FILE, Ledger
-from moe_compress.checkpoint.writer import sha256_of, tensor_sha256
+from moe_compress.checkpoint.writer import tensor_sha256
 from moe_compress.errors import CheckpointError, MoECompressError, UsageError, VerificationError
 from moe_compress.manifest import FORMAT
 from moe_compress.models.layers import SECTION

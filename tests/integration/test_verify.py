@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import moe_compress
+from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.checkpoint.index import TensorIndex
-from moe_compress.checkpoint.writer import sha256_of
 from moe_compress.cli import app
 from moe_compress.compress.prune.step import PruneStep
 from moe_compress.errors import CheckpointError, UsageError, VerificationError

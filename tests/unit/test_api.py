@@ -50,6 +50,21 @@ def test_verbs_reach_the_pipeline_with_loaded_recipes(calls: dict[str, Any], tmp
     assert calls["verify"][0] == (Path("out"),)
 
 
+def test_push_reaches_the_publisher(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def fake(out: Path, repo_id: str, **options: Any) -> dict[str, Any]:
+        seen.update(options, out=out, repo_id=repo_id)
+        return {"called": "push"}
+
+    monkeypatch.setattr("moe_compress.publish.push.push", fake)
+    assert moe_compress.push("out", "me/small", private=True, token="t") == {"called": "push"}
+    assert seen == {
+        "out": Path("out"), "repo_id": "me/small", "private": True, "revision": None, "force": False,
+        "dry_run": False, "token": "t", "progress": None,
+    }  # fmt: skip
+
+
 def test_evaluate_takes_a_config_or_settings(calls: dict[str, Any]) -> None:
     moe_compress.evaluate("out", baseline="org/model", tasks=["a"], limit=3)
     assert calls["evaluate_checkpoint"][1]["config"] == EvalConfig(tasks=["a"], limit=3)
@@ -71,8 +86,8 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         "import sys, moe_compress\n"
         "assert {'run', 'verify'} <= set(dir(moe_compress)) and moe_compress.__version__\n"
         "assert not {'torch', 'pydantic', 'typer', 'numpy'} & set(sys.modules)\n"
-        "from moe_compress import inspect, validate, score, plan, run, evaluate, verify\n"
-        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "from moe_compress import inspect, validate, score, plan, run, evaluate, verify, push\n"
+        "assert not {'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -127,10 +127,10 @@ def verbs() -> list[list[str]]:
 
 def test_the_verbs_are_the_promised_ones() -> None:
     assert {words[0] for words in verbs()} == {
-        *("inspect", "validate", "score", "plan", "run", "demo", "eval", "verify", "report", "recipes"),
+        *("inspect", "validate", "score", "plan", "run", "demo", "eval", "verify", "report", "push", "recipes"),
     }
     overview = invoke("--help").stdout
-    for topic in ("Look", "Compress", "Measure"):
+    for topic in ("Look", "Compress", "Measure", "Publish"):
         assert topic in overview
 
 
@@ -154,6 +154,19 @@ def test_help_is_fast() -> None:
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert statistics.median(seconds() for _ in range(5)) < HELP_SECONDS
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from moe_compress.cli import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "assert CliRunner().invoke(app, ['push', '--help']).exit_code == 0\n"
+        "assert not {'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_version() -> None:
@@ -352,6 +365,59 @@ def test_verify_shows_the_checks_and_exits_3_when_one_fails(pipeline: Fakes, tmp
         assert done.exit_code == 3
         assert "FAILED" in done.stdout
         assert done.stderr == "error: check `keys` failed: a tensor is missing.\n"
+
+
+PUSH: dict[str, Any] = {
+    "repo_id": "me/small",
+    "revision": "main",
+    "private": True,
+    "exists": False,
+    "files": {"config.json": 700, "model.safetensors": 5_000_000},
+    "bytes": 5_000_700,
+    "removed": ["model-00002-of-00002.safetensors"],
+    "left_out": [".env"],
+    "note": None,
+}
+
+
+def test_push_says_what_it_will_do_before_it_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    options: dict[str, Any] = {}
+
+    def prepare(out: Path, repo_id: str, hub: Any, **given: Any) -> Any:
+        seen.append("prepare")
+        options.update(given, out=out, repo_id=repo_id)
+        return SimpleNamespace(to_json=lambda: PUSH)
+
+    def upload(planned: Any, hub: Any, progress: Any) -> dict[str, Any]:
+        seen.append("upload")
+        if seen.count("upload") == 2:
+            raise KeyboardInterrupt
+        return PUSH | {"url": "https://hub/me/small", "commit": "c0ffee"}
+
+    monkeypatch.setattr("moe_compress.publish.push.prepare", prepare)
+    monkeypatch.setattr("moe_compress.publish.push.upload", upload)
+    dry = invoke("push", "out", "me/small", "--dry-run", "--private", "--revision", "b", "--force")
+    assert dry.exit_code == 0 and seen == ["prepare"]
+    assert options.pop("progress") is not None
+    assert options == {
+        "out": Path("out"), "repo_id": "me/small", "private": True, "revision": "b", "force": True, "dry_run": True,
+    }  # fmt: skip
+    for fragment in (
+        *("/me/small (new, private), branch main", "2 files, 5 MB (5,000,700 bytes), in one commit", "config.json"),
+        *("of an earlier checkpoint: model-00002-of-00002.safetensors", "left out, no run wrote it: .env"),
+    ):
+        assert fragment in dry.stdout
+    done = invoke("push", "out", "me/small")
+    assert done.stdout.endswith("https://hub/me/small\ncommit: c0ffee\n")
+    assert (options["private"], options["revision"], options["force"], options["dry_run"]) == (
+        False,
+        None,
+        False,
+        False,
+    )
+    interrupted = invoke("push", "out", "me/small")
+    assert interrupted.exit_code == 130 and "nothing is visible yet" in interrupted.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,14 @@ import copy
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from moe_compress.report import tables
 from moe_compress.report.build import build_report, headline_metric, recovery
-from moe_compress.report.card import license_fields, model_card
 from moe_compress.report.markdown import headline, limits, random_lines, report_markdown
 from moe_compress.report.paths import without_local_paths
 from moe_compress.report.tables import MISSING, UNDEFINED, summary_rows
@@ -282,52 +279,7 @@ def test_number_formats(text: str, expected: str) -> None:
     assert text == expected
 
 
-# card
-
-
-def card(report: dict[str, Any], **more: Any) -> str:
-    arguments: dict[str, Any] = {
-        "base_model": "org/model",
-        "revision": "abc",
-        "license_fields": {"license": "apache-2.0"},
-        "ops": ["prune"],
-    }
-    return model_card(report, RECIPE, **(arguments | more))
-
-
-def front_matter(text: str) -> dict[str, Any]:
-    _, content, _ = text.split("---\n", 2)
-    return dict(yaml.safe_load(content))
-
-
-def test_front_matter(report: dict[str, Any]) -> None:
-    matter = front_matter(card(report))
-    assert matter["base_model"] == "org/model"
-    assert matter["license"] == "apache-2.0"
-    assert matter["library_name"] == "transformers"
-    assert {"moe", "pruned"} <= set(matter["tags"])
-    assert "license" not in front_matter(card(report, license_fields=None))
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("---\nlicense: mit\ntags: [a]\n---\n# Model\n", {"license": "mit"}),
-        (
-            "---\nlicense: other\nlicense_name: tongyi\nlicense_link: LICENSE\n---\n",
-            {"license": "other", "license_name": "tongyi", "license_link": "LICENSE"},
-        ),
-        ("---\nlicense: [mit, apache-2.0]\n---\n", {}),
-        ("---\nlicense: {\n---\n", {}),
-        ("---\njust a text\n---\n", {}),
-        ("# Model\n\n---\nlicense: mit\n---\n", {}),
-        (None, {}),
-    ],
-)
-def test_licence_of_the_source(text: str | None, expected: dict[str, str], tmp_path: Path) -> None:
-    if text is not None:
-        (tmp_path / "README.md").write_text(text)
-    assert license_fields(tmp_path) == expected
+# paths
 
 
 def test_local_paths_are_shortened_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,68 +296,3 @@ def test_local_paths_are_shortened_and_nothing_else(tmp_path: Path, monkeypatch:
     }  # fmt: skip
     for text in ("allenai/c4", "12.3 tokens/s", "a / b", "reference", "", ".", "~5 GB", "https://huggingface.co/a/b"):
         assert without_local_paths(text) == text
-
-
-def test_a_local_base_model_is_named_without_its_path(report: dict[str, Any]) -> None:
-    report["settings"]["model"] = "/home/someone/models/mine"
-    text = card(report, base_model="/home/someone/models/mine", revision=None)
-    assert "base_model" not in front_matter(text)
-    assert "`mine`" in text
-    assert "/home/someone" not in text
-
-
-def test_how_to_load_follows_the_tier(report: dict[str, Any]) -> None:
-    assert "import moe_compress" not in card(report)
-    assert "import moe_compress" in card(report, tier="plugin")
-
-
-def leaves(value: Any) -> Iterator[float]:
-    if isinstance(value, dict):
-        for item in value.values():
-            yield from leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from leaves(item)
-        yield len(value)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield value
-
-
-NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
-
-
-def figures(text: str) -> set[str]:
-    """Numbers in the prose and tables of a card, without front matter and code."""
-    body = re.sub(r"```.*?```|`[^`]*`|10\^9|1 GB", "", text.split("---\n", 2)[2], flags=re.DOTALL)
-    return set(NUMBER.findall(body))
-
-
-def known_figures(report: dict[str, Any]) -> set[str]:
-    formats = [
-        tables.format_bytes,
-        tables.format_count,
-        tables.format_flops,
-        tables.format_number,
-        tables.format_percent,
-        tables.format_score,
-    ]
-    return {number for leaf in leaves(report) for form in formats for number in NUMBER.findall(form(leaf))}
-
-
-def test_no_figure_in_the_card_is_absent_from_the_report(report: dict[str, Any]) -> None:
-    shown = figures(card(report))
-    assert len(shown) > 20
-    assert shown <= known_figures(report)
-    bare = build_report({}, {"stored_bytes": 12_345})
-    assert figures(card(bare)) == {"12.3"}
-
-
-def test_figures_of_the_card_follow_the_report(report: dict[str, Any]) -> None:
-    changed = copy.deepcopy(report)
-    changed["compressed"]["stored_bytes"] = 7_777_777
-    del changed["compressed"]["speed"], changed["ratio"]["speed"]
-    text = card(changed)
-    assert "7.78 MB" in text
-    assert "10.4 GB" not in text
-    assert MISSING in text
-    assert figures(text) <= known_figures(changed)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_compress.checkpoint import writer
+from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.checkpoint.index import TensorIndex
-from moe_compress.checkpoint.writer import Shard, ShardWriter, sha256_of, tensor_sha256, write_json
+from moe_compress.checkpoint.writer import Shard, ShardWriter, tensor_sha256, write_json
 
 ORDER = ["rest", "layer-0", "layer-1"]
 INDEX = "model.safetensors.index.json"

@@ -115,6 +115,12 @@ class PruneConfig(BaseModel):
 # Rules between settings, judged in the step as it is written (see `recipe.OperationSettings`).
 
 LAST: str | None = None
+RELATION: str | None = None  # the Hub has no word for pruned
+FAMILY = "2606.15716"
+SUPER_EXPERTS = "2507.23279"
+CRITERIA = {"reap": "2510.13999", "easy_ep": "2504.06792", "mone": "2507.00390"} | dict.fromkeys(
+    ("seer", "man", "msan"), FAMILY
+)
 
 
 def needs_tokens(step: Mapping[str, Any]) -> bool:
@@ -132,3 +138,15 @@ def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "scope",
             "the tier `stock` cannot hold a different number of experts in each layer, as `scope: global` leaves it",
         )
+
+
+def tags(step: Mapping[str, Any], tier: str) -> list[str]:
+    criterion = step["criterion"]
+    return ["pruned", *([criterion] if isinstance(criterion, str) and criterion != "random" else [])]
+
+
+def papers(step: Mapping[str, Any]) -> list[str]:
+    criterion = step["criterion"]
+    found = [CRITERIA[criterion]] if isinstance(criterion, str) and criterion in CRITERIA else []
+    found += [] if isinstance(criterion, str) else [FAMILY]
+    return found + ([SUPER_EXPERTS] if step["protect_super_experts"] else [])

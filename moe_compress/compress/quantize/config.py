@@ -172,6 +172,10 @@ class QuantizeConfig(BaseModel):
 # Rules between settings, judged in the step as it is written (see `recipe.OperationSettings`).
 
 LAST: str | None = "packed experts are not changed again"
+RELATION: str | None = "quantized"
+METHODS = {"gptq": "2210.17323", "nf4": "2305.14314", "int8": "2208.07339"}
+MIXTURE_COMPRESSOR = "2410.06270"
+SUPER_EXPERTS = "2507.23279"
 # Settings that say how a budget is spent.
 CHOICE_SETTINGS = (
     "options", "keep_option", "allow_drop", "granularity", "allocation", "cost", "minimum_counts",
@@ -231,3 +235,15 @@ def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     schemes = {(step[name].get("bits") or step.get("bits"), step[name].get("group_size") or size) for name in names}
     if len(schemes) > 1:
         yield "attention", "the tier `stock` holds one scheme for all linear layers outside the experts"
+
+
+def tags(step: Mapping[str, Any], tier: str) -> list[str]:
+    return ["quantized", *(["compressed-tensors"] if tier == "stock" else [])]
+
+
+def papers(step: Mapping[str, Any]) -> list[str]:
+    found = [METHODS[step["method"]]] if step["method"] in METHODS else []
+    if all(step[name] is None for name in BUDGETS):
+        return found
+    found += [MIXTURE_COMPRESSOR] if step["allocation"] == "optimal" else []
+    return found + ([SUPER_EXPERTS] if step["protect_super_experts"] else [])
