@@ -17,7 +17,7 @@ Not covered: caches; hidden states of all batches stay in memory. Gradients reac
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +25,7 @@ from greenlet import greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_compress.errors import ResumeError
+from moe_compress.errors import ResumeError, UnsupportedModelError
 
 
 class Enough(Exception):
@@ -65,7 +65,8 @@ class Lockstep:
         # called before each layer with the batch's number and the layer's arguments
         self.recorder: Callable[[int, tuple[Any, ...], dict[str, Any]], None] | None = None
         self._leaves: list[Tensor] | None = None
-        self._start = start
+        self._tokens = list(batches)
+        self._starts = [start] * len(batches)  # layers before that are skipped
         self._scheduler = greenlet.getcurrent()
         self._batch = self._next = 0
         head = model.get_output_embeddings()
@@ -87,6 +88,30 @@ class Lockstep:
                 "on in the middle; start over with --force."
             )
 
+    def fork(self, batch: int) -> int:
+        """Another pass of the tokens of `batch`, standing where that stands; returns its number.
+
+        Raises `UnsupportedModelError` where layers hand on more than they return. Input embeddings must be resident.
+        """
+        number = len(self._passes)
+        self._left.append(list(self._left[batch]))
+        self._entering.append(0)
+        self._tokens.append(self._tokens[batch])
+        self._starts.append(self._next)
+        self._passes.append(greenlet(self._forward))
+        self._batch = number
+        with torch.no_grad():
+            self._passes[number].switch(self._tokens[number])
+            for _ in range(self._next):
+                self._passes[number].switch()
+        if self._entering[number] != self._entering[batch]:
+            self.close()
+            raise UnsupportedModelError(
+                f"The layers of {type(self.model).__name__} hand on more than they return, so a pass cannot begin in "
+                "the middle."
+            )
+        return number
+
     @property
     def hidden(self) -> list[Tensor]:
         """What a later run needs to go on from here: all that left the last layer, batch by batch, and checksums [N].
@@ -94,6 +119,11 @@ class Lockstep:
         The checksums are those of all that is about to enter the next layer.
         """
         return [*(tensor for left in self._left for tensor in left), torch.tensor(self._entering)]
+
+    @property
+    def batch(self) -> int:
+        """The number of the batch that is being passed on."""
+        return self._batch
 
     def rehearse(self, index: int) -> None:
         """Run layer `index` on every batch and forget the outputs; all batches stay before it.
@@ -120,6 +150,15 @@ class Lockstep:
         self._advance(count)
         self.close()
         return self.logits
+
+    def finish_each(self) -> Iterator[Tensor]:
+        """As `finish` for all batches, but only one batch's logits are in memory at a time."""
+        for batch, coroutine in enumerate(self._passes):
+            self._batch = batch
+            with torch.no_grad():
+                coroutine.switch()
+            yield self.logits.pop()
+        self.close()
 
     def last_gradients(self, index: int, loss: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
         """Pass the last layer `index` and what follows it; ends the run.
@@ -166,7 +205,7 @@ class Lockstep:
                 with contextlib.suppress(Enough):
                     forward(*args, **kwargs)
             batch = self._batch
-            if index < self._start:
+            if index < self._starts[batch]:
                 return _output(self._left[batch])
             if self.recorder is not None:
                 self.recorder(batch, args, kwargs)
