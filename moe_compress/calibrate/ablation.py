@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_compress.calibrate.scores import Scores
+from moe_compress.calibrate.scores import ABLATION, Scores
 from moe_compress.checkpoint.durable import replace_durably
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
@@ -34,7 +34,6 @@ from moe_compress.progress import Stage
 LOSSES_FILE = "losses.json"
 HIDDEN_BYTES = 2 << 30  # of hidden states that pass the layers together
 COPIES = 2  # of the hidden states of a pass: what left the last layer, and the embeddings its forward pass holds on to
-STATISTIC = "ablation"  # in the scores: mean change of the loss [E], NaN where it was not measured
 Array = NDArray[np.float64]
 Pair = tuple[int, int]  # layer, expert
 
@@ -119,8 +118,9 @@ def with_importance(scores: Scores, losses: Losses) -> Scores:
         for index, expert in losses.without:
             if index == layer.layer:
                 values[expert] = losses.changes((index, expert)).mean()
-        layers.append(replace(layer, statistics=layer.statistics | {STATISTIC: values}))
-    return replace(scores, layers=layers)
+        layers.append(replace(layer, statistics=layer.statistics | {ABLATION: values}))
+    measured = {ABLATION: {"sequences": len(losses.whole_N), "replaced_in": list(losses.replaced_in)}}
+    return replace(scores, layers=layers, fingerprint=scores.fingerprint | measured)
 
 
 def grouped(experts: Mapping[int, Sequence[int]], size: int) -> list[list[Pair]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoTokenizer
 
+from moe_compress.calibrate.ablation import Losses, ablate, num_layer_passes
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import Calibration, load_calibration
 from moe_compress.calibrate.scores import Scores
@@ -64,4 +67,31 @@ def score(
             min_tokens_per_expert=around.calibration.min_tokens_per_expert,
             stage=stage,
             measurement=measurement,
+        )
+
+
+def ablations(
+    source: Checkpoint,
+    tokens: Tensor,
+    experts: Mapping[int, Sequence[int]],
+    folder: Path,
+    around: Surroundings,
+    title: str,
+) -> Losses:
+    """The loss on `tokens` [N, S] without each of these experts (by layer), going on with what `folder` holds."""
+    stream = LayerStream(source, around.device)
+    fingerprint = {
+        "source": describe_source(source),
+        "tokens": hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest(),
+        "experts": {str(layer): list(chosen) for layer, chosen in experts.items()},
+    }
+    with around.progress.stage(f"{title}: ablate", num_layer_passes(stream, tokens, experts)) as stage:
+        return ablate(
+            stream,
+            tokens,
+            experts,
+            batch_size=around.calibration.batch_size,
+            folder=folder,
+            fingerprint=fingerprint,
+            stage=stage,
         )

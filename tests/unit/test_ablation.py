@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
+import moe_compress
 from moe_compress.calibrate import ablation
 from moe_compress.calibrate.ablation import Losses, ablate, grouped, num_layer_passes
+from moe_compress.calibrate.config import CalibrationConfig
+from moe_compress.calibrate.scores import LayerScores
 from moe_compress.checkpoint.source import open_checkpoint
 from moe_compress.checkpoint.stream import LayerStream
+from moe_compress.compress.prune.config import PruneConfig
+from moe_compress.compress.prune.plan import criterion_scores
+from moe_compress.compress.scoring import read_calibration
 from moe_compress.errors import ResumeError, UsageError
 from moe_compress.progress import SilentProgress
-from tests.tiny_checkpoint import VOCABULARY, tiny_checkpoint
+from tests.tiny_checkpoint import VOCABULARY, tiny_checkpoint, tiny_recipe, write_texts
 
 EXPERTS, TOP_K, LAYERS = 5, 2, 3
 TOKENS = torch.randint(VOCABULARY, (5, 20), generator=torch.Generator().manual_seed(1))
@@ -94,8 +101,9 @@ def test_grouped_routers_silence_it(tmp_path: Path) -> None:
     config = DeepseekV3Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, n_routed_experts=8, num_experts_per_tok=2, n_group=2,
-        topk_group=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1,
-        initializer_range=0.3, max_position_embeddings=64, bos_token_id=None, eos_token_id=None,
+        topk_group=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        first_k_dense_replace=1, initializer_range=0.3, max_position_embeddings=64, bos_token_id=None,
+        eos_token_id=None,
     )  # fmt: skip
     model: Any = DeepseekV3ForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "model")
@@ -157,3 +165,41 @@ def test_no_expert_to_spare(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", num_experts=2, num_experts_per_tok=2)
     with pytest.raises(UsageError, match="layer 0 has 2 experts and every token uses all"):
         measured(model, tmp_path / "work", {0: [1]})
+
+
+def test_pruning_by_it(tmp_path: Path) -> None:
+    """`criterion: ablation` drops the experts that the loss misses least, with or without scores made before."""
+    model = tiny_checkpoint(tmp_path / "model", dtype=torch.float32, num_experts=4)
+    texts = write_texts(tmp_path / "texts.txt")
+    recipe = tiny_recipe(model, texts, 0.5)
+    recipe["steps"][0] |= {"criterion": "ablation", "ablation_samples": 6, "protect_super_experts": False}
+    scores = moe_compress.score(recipe, tmp_path / "scores")
+    tokens = read_calibration(
+        model, open_checkpoint(str(model)).config, CalibrationConfig(**recipe["calibration"])
+    ).tokens
+    stream = LayerStream(open_checkpoint(str(model)))
+    with SilentProgress().stage("ablate", 1) as stage:
+        losses = ablate(
+            stream, tokens[:6], {0: range(4), 1: range(4)}, batch_size=3, folder=tmp_path / "x", fingerprint={},
+            stage=stage,
+        )  # fmt: skip
+    for layer in scores.layers:
+        importance = layer.statistics["ablation"]
+        np.testing.assert_allclose(
+            importance, [losses.changes((layer.layer, expert)).mean() for expert in range(4)], atol=1e-6
+        )
+    assert sorted(file.name for file in (tmp_path / "scores").glob("[!m]*")) == ["scores.json", "scores.safetensors"]
+    given = moe_compress.plan(recipe, scores=tmp_path / "scores")["steps"][0]["layers"]
+    for layer, planned in zip(scores.layers, given, strict=True):
+        assert planned["keep"] == sorted(np.argsort(-layer.statistics["ablation"])[:2].tolist())
+    moe_compress.run(recipe, tmp_path / "out")
+    done = json.loads((tmp_path / "out" / "plan.json").read_text())["steps"][0]["layers"]
+    assert [layer["keep"] for layer in done] == [layer["keep"] for layer in given]
+
+
+def test_half_measured_importance_is_refused() -> None:
+    config = PruneConfig.model_validate({"op": "prune", "criterion": "ablation", "keep": 0.5})
+    for statistics, missing in (({"tokens": np.ones(3)}, 3), ({"tokens": np.ones(3), "ablation": [1.0, np.nan, 2]}, 1)):
+        layer = LayerScores(4, 3, 1, 9, 0.0, {name: np.asarray(values) for name, values in statistics.items()})
+        with pytest.raises(UsageError, match=f"without {missing} of the 3 experts of layer 4"):
+            criterion_scores(config, layer)

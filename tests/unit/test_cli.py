@@ -197,7 +197,7 @@ def test_validate_prints_three_mistakes_and_exits_2(tmp_path: Path) -> None:
         f"error: 3 mistakes in {file}:",
         "  line 1: modle: unknown key; did you mean `model`?",
         "  line 4: steps.0.criterion: unknown value `raep`; did you mean `reap`? (one of: random, frequency, seer, "
-        "ean, reap, man, msan, easy_ep, mone)",
+        "ean, reap, man, msan, easy_ep, mone, ablation)",
         "  line 5: calibration.dataset: should be a text (quote it) or a list, got `1`",
     ]
 
