@@ -10,7 +10,7 @@ Not covered: losses of several experts at once, which are not the sum of their o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,59 +55,98 @@ class Losses:
         return changed
 
 
-def ablate(
-    stream: LayerStream,
-    tokens: Tensor,
-    experts: Mapping[int, Sequence[int]],
-    *,
-    batch_size: int,
-    folder: Path,
-    fingerprint: Mapping[str, Any],
-    stage: Stage,
-) -> Losses:
-    """The loss on `tokens` [N, S] of the whole model, and without each of these `experts` of these layers, one by one.
+class Ablation:
+    """The losses on `tokens` [N, S] of the whole model, and without each of some experts of some layers, one by one.
 
-    `folder` keeps what is measured; `fingerprint` says of what, and must be the same when it is continued. `stage`
-    advances once per layer of every group and of the first pass (`num_layer_passes`). Raises `UsageError` when a layer
-    has no expert to spare, `ResumeError` for another fingerprint.
+    `folder` keeps what is measured, and `fingerprint` says of what: another one is refused (`ResumeError`). Other
+    experts can be asked for later; what is known of them is not measured again. Raises `UsageError` when a layer has no
+    expert to spare.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _require_spare(stream, experts)
-    kept = _Kept(folder, fingerprint)
-    removal = Removal(stream.checkpoint.config, stream.device)
-    groups = grouped(experts, _group_size(tokens, stream))
-    batches = tokens.to(stream.device).split(batch_size)
-    first = {group[0][0] for group in groups}
-    if "whole" not in kept.losses or not kept.holds_entering(first):
-        stream.load_trunk()
-        whole, _ = _pass(
-            stream, batches, 0, [], [], removal, stage, lambda layer, hidden: kept.enter(layer, hidden, first)
-        )
-        kept.add({"whole": whole})
-    else:
-        for _ in stream.layers:
-            stage.advance("done before")
-    for group in groups:
-        start = group[0][0]
-        if all(_name(pair) in kept.losses for pair in group):
-            for _ in range(start, len(stream.layers)):
-                stage.advance("done before")
-            continue
-        stream.load_trunk()
-        hidden = [tensor.to(stream.device) for tensor in kept.entering(start)]
-        _, without = _pass(stream, batches, start, hidden, group, removal, stage)
-        kept.add({_name(pair): losses for pair, losses in without.items()})
-    kept.forget_entering()
-    pairs = [(layer, expert) for layer, chosen in experts.items() for expert in chosen]
-    replaced = tuple(layer for layer in experts if removal.replaces(stream.moe_layers[layer]))
-    found = {pair: np.array(kept.losses[_name(pair)]) for pair in pairs}
-    return Losses(np.array(kept.losses["whole"]), found, replaced)
 
+    def __init__(
+        self,
+        stream: LayerStream,
+        tokens: Tensor,
+        experts: Mapping[int, Sequence[int]],
+        *,
+        batch_size: int,
+        folder: Path,
+        fingerprint: Mapping[str, Any],
+    ) -> None:
+        _require_spare(stream, experts)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.stream = stream
+        self.pairs = [(layer, expert) for layer in sorted(experts) for expert in experts[layer]]
+        self._removal = Removal(stream.checkpoint.config, stream.device)
+        self._batches = tokens.to(stream.device).split(batch_size)
+        self._kept = _Kept(folder, {**fingerprint, "batch_size": batch_size})
+        missing = [pair for pair in self.pairs if _name(pair) not in self._kept.losses]
+        size = _group_size(tokens, stream)
+        self._groups = [missing[start : start + size] for start in range(0, len(missing), size)]
+        self._starts = {group[0][0] for group in self._groups}
+        self._first_pass = "whole" not in self._kept.losses or not self._kept.holds_entering(self._starts)
 
-def num_layer_passes(stream: LayerStream, tokens: Tensor, experts: Mapping[int, Sequence[int]]) -> int:
-    """How often `ablate` advances its stage."""
-    count = len(stream.layers)
-    return count + sum(count - group[0][0] for group in grouped(experts, _group_size(tokens, stream)))
+    @property
+    def num_layer_passes(self) -> int:
+        """How often `run` advances its stage."""
+        count = len(self.stream.layers)
+        return count * self._first_pass + sum(count - group[0][0] for group in self._groups)
+
+    def run(self, stage: Stage) -> Losses:
+        """Measure what is not known yet; `stage` advances once per layer of the first pass and of every group."""
+        kept = self._kept
+        if self._first_pass:
+            self.stream.load_trunk()
+            whole, _ = self._pass(0, [], [], stage)
+            kept.add({"whole": whole})
+        for group in self._groups:
+            start = group[0][0]
+            self.stream.load_trunk()
+            hidden = [tensor.to(self.stream.device) for tensor in kept.entering(start)]
+            _, without = self._pass(start, hidden, group, stage)
+            kept.add({_name(pair): losses for pair, losses in without.items()})
+        kept.forget_entering()
+        layers = dict.fromkeys(layer for layer, _ in self.pairs)
+        replaced = tuple(layer for layer in layers if self._removal.replaces(self.stream.moe_layers[layer]))
+        found = {pair: np.array(kept.losses[_name(pair)]) for pair in self.pairs}
+        return Losses(np.array(kept.losses["whole"]), found, replaced)
+
+    def _pass(
+        self, start: int, hidden: Sequence[Tensor], group: Sequence[Pair], stage: Stage
+    ) -> tuple[Array, dict[Pair, Array]]:
+        """The losses of the whole model and without each expert of the group, from layer `start` to the head."""
+        stream, batches = self.stream, self._batches
+        run = Lockstep(stream.model, stream.layers, batches, start=start, hidden=hidden)
+        numbers: dict[Pair, list[int]] = {}
+        try:
+            for index in range(start, len(stream.layers)):
+                if not group and index in self._starts:
+                    self._kept.enter(index, run.hidden)
+                own = [pair for pair in group if pair[0] == index]
+                for pair in own:
+                    numbers[pair] = [run.fork(batch) for batch in range(len(batches))]
+                stream.load(index)
+                removed = {number: pair[1] for pair in own for number in numbers[pair]}
+                with self._without(index, removed, run):
+                    run.through(index)
+                stream.release(index)
+                stage.advance(f"{len(numbers)} experts taken out")
+            if any(parameter.is_meta for parameter in stream.model.get_output_embeddings().parameters()):
+                stream.load_head()
+            found = [_losses(logits, batches[number % len(batches)]) for number, logits in enumerate(run.finish_each())]
+        finally:
+            run.close()
+        whole = np.concatenate(found[: len(batches)])
+        return whole, {pair: np.concatenate([found[number] for number in own]) for pair, own in numbers.items()}
+
+    @contextmanager
+    def _without(self, index: int, removed: Mapping[int, int], run: Lockstep) -> Iterator[None]:
+        """While a layer is passed, it lacks for every pass the expert that was taken out there."""
+        if not removed:
+            yield
+            return
+        with self._removal.of(self.stream.moe_layers[index], lambda: removed.get(run.batch)):
+            yield
 
 
 def with_importance(scores: Scores, losses: Losses) -> Scores:
@@ -123,62 +162,10 @@ def with_importance(scores: Scores, losses: Losses) -> Scores:
     return replace(scores, layers=layers, fingerprint=scores.fingerprint | measured)
 
 
-def grouped(experts: Mapping[int, Sequence[int]], size: int) -> list[list[Pair]]:
-    """Layers and experts in order, in groups that pass the layers together."""
-    pairs = [(layer, expert) for layer in sorted(experts) for expert in experts[layer]]
-    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
-
-
 def _group_size(tokens: Tensor, stream: LayerStream) -> int:
     """Experts whose passes fit into memory together, beside that of the whole model."""
     hidden_size: int = stream.model.config.get_text_config().hidden_size
     return max(1, HIDDEN_BYTES // (COPIES * 4 * tokens.numel() * hidden_size) - 1)
-
-
-def _pass(
-    stream: LayerStream,
-    batches: Sequence[Tensor],
-    start: int,
-    hidden: Sequence[Tensor],
-    group: Sequence[Pair],
-    removal: Removal,
-    stage: Stage,
-    enter: Callable[[int, list[Tensor]], None] = lambda layer, hidden: None,
-) -> tuple[Array, dict[Pair, Array]]:
-    """The losses of the whole model and without each expert of the group, from layer `start` to the head."""
-    run = Lockstep(stream.model, stream.layers, batches, start=start, hidden=hidden)
-    numbers: dict[Pair, list[int]] = {}
-    try:
-        for index in range(start, len(stream.layers)):
-            enter(index, run.hidden)
-            own = [pair for pair in group if pair[0] == index]
-            for pair in own:
-                numbers[pair] = [run.fork(batch) for batch in range(len(batches))]
-            stream.load(index)
-            removed = {number: expert for _, expert in own for number in numbers[index, expert]}
-            with _without(stream, index, removed, run, removal):
-                run.through(index)
-            stream.release(index)
-            stage.advance(f"{len(numbers)} experts taken out")
-        if any(parameter.is_meta for parameter in stream.model.get_output_embeddings().parameters()):
-            stream.load_head()
-        per_pass = [_losses(logits, batches[number % len(batches)]) for number, logits in enumerate(run.finish_each())]
-    finally:
-        run.close()
-    whole = np.concatenate(per_pass[: len(batches)])
-    return whole, {pair: np.concatenate([per_pass[number] for number in own]) for pair, own in numbers.items()}
-
-
-@contextmanager
-def _without(
-    stream: LayerStream, index: int, removed: Mapping[int, int], run: Lockstep, removal: Removal
-) -> Iterator[None]:
-    """While a layer is passed, it lacks for every pass the expert that was taken out there."""
-    if not removed:
-        yield
-        return
-    with removal.of(stream.moe_layers[index], lambda: removed.get(run.batch)):
-        yield
 
 
 def _losses(logits_BSV: Tensor, tokens_BS: Tensor) -> Array:
@@ -219,8 +206,8 @@ class _Kept:
         self.losses |= {name: values.tolist() for name, values in losses.items()}
         write_json(self.folder / LOSSES_FILE, {"fingerprint": self.fingerprint, "losses": self.losses})
 
-    def enter(self, layer: int, hidden: list[Tensor], wanted: set[int]) -> None:
-        if layer in wanted and layer:
+    def enter(self, layer: int, hidden: list[Tensor]) -> None:
+        if layer:
             temporary = self.folder / "entering.part"
             save_file({str(number): tensor.cpu().contiguous() for number, tensor in enumerate(hidden)}, temporary)
             replace_durably(temporary, self._file(layer))

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from moe_compress.calibrate.ablation import Losses, ablate, num_layer_passes
+from moe_compress.calibrate.ablation import Ablation, Losses
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import Calibration, load_calibration
 from moe_compress.calibrate.scores import Scores
@@ -80,18 +80,14 @@ def ablations(
 ) -> Losses:
     """The loss on `tokens` [N, S] without each of these experts (by layer), going on with what `folder` holds."""
     stream = LayerStream(source, around.device)
-    fingerprint = {
-        "source": describe_source(source),
-        "tokens": hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest(),
-        "experts": {str(layer): list(chosen) for layer, chosen in experts.items()},
-    }
-    with around.progress.stage(f"{title}: ablate", num_layer_passes(stream, tokens, experts)) as stage:
-        return ablate(
-            stream,
-            tokens,
-            experts,
-            batch_size=around.calibration.batch_size,
-            folder=folder,
-            fingerprint=fingerprint,
-            stage=stage,
-        )
+    digest = hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
+    ablation = Ablation(
+        stream,
+        tokens,
+        experts,
+        batch_size=around.calibration.batch_size,
+        folder=folder,
+        fingerprint={"source": describe_source(source), "tokens": digest},
+    )
+    with around.progress.stage(f"{title}: ablate", ablation.num_layer_passes) as stage:
+        return ablation.run(stage)

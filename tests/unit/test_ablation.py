@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCa
 
 import moe_compress
 from moe_compress.calibrate import ablation
-from moe_compress.calibrate.ablation import Losses, ablate, grouped, num_layer_passes
+from moe_compress.calibrate.ablation import Ablation, Losses
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.scores import LayerScores
 from moe_compress.checkpoint.source import open_checkpoint
@@ -44,13 +45,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )  # fmt: skip
 
 
-def measured(folder: Path, work: Path, chosen: Any = CHOSEN, *, stage: Any = None, fingerprint: Any = "a") -> Losses:
+def ablation_of(folder: Path, work: Path, chosen: Any = CHOSEN, fingerprint: Any = "a") -> Ablation:
     stream = LayerStream(open_checkpoint(str(folder)))
+    return Ablation(stream, TOKENS, chosen, batch_size=2, folder=work, fingerprint={"tokens": fingerprint})
+
+
+def measured(folder: Path, work: Path, chosen: Any = CHOSEN, *, stage: Any = None) -> Losses:
     with SilentProgress().stage("ablate", 1) as silent:
-        return ablate(
-            stream, TOKENS, chosen, batch_size=2, folder=work, fingerprint={"tokens": fingerprint},
-            stage=stage or silent,
-        )  # fmt: skip
+        return ablation_of(folder, work, chosen).run(stage or silent)
 
 
 @contextmanager
@@ -146,19 +148,29 @@ def test_interrupted_and_continued(layers: int, folder: Path, tmp_path: Path, mo
     # Unfinished groups begin again; a first pass cut short too.
     assert len(loaded) == {2: whole, LAYERS + 1: whole - LAYERS, LAYERS + 4: whole - 2 * LAYERS}[layers]
     with pytest.raises(ResumeError, match="something else"):
-        measured(folder, tmp_path / "cut", fingerprint="b")
+        ablation_of(folder, tmp_path / "cut", fingerprint="b")
 
 
 def test_progress_is_announced(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablation, "HIDDEN_BYTES", EACH_ALONE)
-    counting = Interrupting(-1)
+    announced, counting = ablation_of(folder, tmp_path).num_layer_passes, Interrupting(-1)
     measured(folder, tmp_path, stage=counting)
-    stream = LayerStream(open_checkpoint(str(folder)))
-    assert num_layer_passes(stream, TOKENS, CHOSEN) == -1 - counting.left
+    assert announced == -1 - counting.left == 3 * LAYERS + 3
 
 
-def test_groups_keep_the_order() -> None:
-    assert grouped({4: [1], 0: [7, 2]}, 2) == [[(0, 7), (0, 2)], [(4, 1)]]
+def test_more_experts_later(folder: Path, tmp_path: Path) -> None:
+    """What was measured before is not measured again, and comes out the same."""
+    some = measured(folder, tmp_path, {0: [1], 2: [3]})
+    counting = Interrupting(-1)
+    more = measured(folder, tmp_path, {0: [1], 1: [0], 2: [3, 0]}, stage=counting)
+    assert -1 - counting.left == LAYERS + 2, "a first pass up to layer 1, and one group from there"
+    assert list(more.without) == [(0, 1), (1, 0), (2, 3), (2, 0)]
+    for pair, losses in some.without.items():
+        np.testing.assert_array_equal(more.without[pair], losses)
+    np.testing.assert_array_equal(more.whole_N, some.whole_N)
+    again = Interrupting(-1)
+    measured(folder, tmp_path, stage=again, chosen={1: [0]})
+    assert again.left == -1
 
 
 def test_no_expert_to_spare(tmp_path: Path) -> None:
@@ -167,7 +179,7 @@ def test_no_expert_to_spare(tmp_path: Path) -> None:
         measured(model, tmp_path / "work", {0: [1]})
 
 
-def test_pruning_by_it(tmp_path: Path) -> None:
+def test_pruning_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`criterion: ablation` drops the experts that the loss misses least, with or without scores made before."""
     model = tiny_checkpoint(tmp_path / "model", dtype=torch.float32, num_experts=4)
     texts = write_texts(tmp_path / "texts.txt")
@@ -177,12 +189,8 @@ def test_pruning_by_it(tmp_path: Path) -> None:
     tokens = read_calibration(
         model, open_checkpoint(str(model)).config, CalibrationConfig(**recipe["calibration"])
     ).tokens
-    stream = LayerStream(open_checkpoint(str(model)))
-    with SilentProgress().stage("ablate", 1) as stage:
-        losses = ablate(
-            stream, tokens[:6], {0: range(4), 1: range(4)}, batch_size=3, folder=tmp_path / "x", fingerprint={},
-            stage=stage,
-        )  # fmt: skip
+    monkeypatch.setattr(sys.modules[__name__], "TOKENS", tokens[:6])
+    losses = measured(model, tmp_path / "losses", {0: range(4), 1: range(4)})
     for layer in scores.layers:
         importance = layer.statistics["ablation"]
         np.testing.assert_allclose(
