@@ -126,6 +126,41 @@ def evaluate(
     )
 
 
+def audit(
+    recipe: RecipeSource,
+    work: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    experts: int | None = 8,
+    layers: int | None = None,
+    sequences: int = 32,
+    held_out: str | None = None,
+    seed: int = 0,
+    scores: str | Path | None = None,
+    force: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Take `experts` of each layer out one by one (all if None), and say how well every criterion ranks them by it.
+
+    Returns what is written to `work/audit.json`; the folder `work` also serves as `scores` of a run. An interrupted
+    audit goes on when the same call is made again.
+    """
+    from moe_compress.auditing import audit as auditing
+
+    chosen = auditing.AuditSettings(experts, layers, sequences, held_out, seed)
+    return auditing.audit(
+        load_recipe(recipe, overrides, settings),
+        Path(work),
+        chosen,
+        scores=None if scores is None else Path(scores),
+        force=force,
+        device=device,
+        progress=progress,
+    )
+
+
 def write_page(*outs: str | Path, output: str | Path | None = None) -> Path:
     """Write the HTML page about one result, or comparing several, and return where it is.
 

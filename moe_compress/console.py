@@ -95,6 +95,16 @@ def print_routing(health: Mapping[str, Any]) -> None:
         print(f"offloading: {sentence}")
 
 
+def print_audit(found: Mapping[str, Any]) -> None:
+    """The criteria of an audit, best first, and what follows."""
+    from moe_compress.auditing.tables import criterion_rows, verdicts
+
+    count = sum(len(layer["experts"]) for layer in found["layers"])
+    print_table(criterion_rows(found), title=f"{count} experts of {len(found['layers'])} layers taken out one by one")
+    for sentence in verdicts(found):
+        print(f"audit: {sentence}")
+
+
 def print_score_summary(summary: Mapping[str, Any]) -> None:
     """What `score` measured, and the experts that saw too few tokens."""
     print(

@@ -76,11 +76,11 @@ def score(
     An interrupted measurement is continued, unless `force` starts it over.
     """
     around = surroundings(recipe, device, progress)
-    config, folder = _look(recipe, {"WORK": work})
+    config, folder = look(recipe, {"WORK": work})
     if force or not (work / "scores.json").exists():
         around = replace(around, data=read_calibration(folder, config, recipe.calibration))
     source = open_checkpoint(recipe.model, recipe.revision)
-    identity = _made_by(around) | {
+    identity = made_by(around) | {
         "source": describe_source(source),
         "calibration": recipe.calibration.model_dump(mode="json"),
     }
@@ -118,7 +118,7 @@ def run(
         refuse_existing(out, force)
     around = surroundings(recipe, device, progress)
     folders = {"OUT": out, "the work folder": work} | ({"--scores": scores} if scores else {})
-    config, folder = _look(recipe, folders)
+    config, folder = look(recipe, folders)
     if resume and out.exists():
         report = _finished(recipe, out)
         if report is not None:
@@ -141,13 +141,13 @@ def run(
     identity = _identity(recipe, source)
     if given is not None and scores is not None:
         require_same_model(given, identity["source"]["revision"], identity["source"]["fingerprint"], scores)
-        _require_same_calibration(given, around, scores)
+        require_same_calibration(given, around, scores)
     if not work.exists():
         require_space(work, disk_needed(recipe, source.config, source.index.nbytes, keep_steps=keep_steps))
         if not same_disk(work, out):
             require_space(out, source.index.nbytes)
     # What is evaluated changes no bit of the checkpoint, so another evaluation goes on from the same state.
-    identity |= {"recipe": recipe.model_dump(mode="json", exclude={"eval"})} | _made_by(around)
+    identity |= {"recipe": recipe.model_dump(mode="json", exclude={"eval"})} | made_by(around)
     with locked(work):
         open_workspace(work, identity, resume=resume, force=force)
         if given is not None and not (work / FIRST_SCORES / "scores.json").exists():
@@ -211,7 +211,7 @@ def dry_run(
     out, work = _places(out, work)
     if not resume:
         refuse_existing(out, force)
-    _look(recipe, {"OUT": out, "the work folder": work} | ({"--scores": scores} if scores else {}))
+    look(recipe, {"OUT": out, "the work folder": work} | ({"--scores": scores} if scores else {}))
     _given_scores(recipe, scores)
     planned = plan(recipe, scores=scores, keep_steps=keep_steps)
     if not work.exists():
@@ -275,7 +275,7 @@ def _places(out: Path, work: Path | None) -> tuple[Path, Path]:
     return out, (work or out.with_name(f"{out.name}.work")).absolute()
 
 
-def _look(recipe: Recipe, folders: dict[str, Path]) -> tuple[PretrainedConfig, Path]:
+def look(recipe: Recipe, folders: dict[str, Path]) -> tuple[PretrainedConfig, Path]:
     """The model's configuration and the folder of its tokenizer, and all refusals that need no weights."""
     refuse_overlap(folders | _folder_of("the model", recipe.model))
     config, _ = open_config(recipe.model, recipe.revision)
@@ -300,7 +300,7 @@ def _given_scores(recipe: Recipe, folder: Path | None) -> Scores | None:
     return replace(Scores.load(folder), min_tokens_per_expert=recipe.calibration.min_tokens_per_expert)
 
 
-def _require_same_calibration(scores: Scores, around: Surroundings, folder: Path) -> None:
+def require_same_calibration(scores: Scores, around: Surroundings, folder: Path) -> None:
     """Raise `UsageError` when the scores were measured on other tokens than this run would calibrate with."""
     assert around.data is not None
     if scores.fingerprint.get("tokens") != around.data.fingerprint:
@@ -312,7 +312,7 @@ def _require_same_calibration(scores: Scores, around: Surroundings, folder: Path
         )
 
 
-def _made_by(around: Surroundings) -> dict[str, Any]:
+def made_by(around: Surroundings) -> dict[str, Any]:
     """What else decides the bits of a result: it is not continued on another device or with other libraries."""
     versions = library_versions()
     return {"device": around.device, "versions": {name: versions[name] for name in ("torch", "transformers")}}

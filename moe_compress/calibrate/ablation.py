@@ -32,7 +32,7 @@ from moe_compress.models.reduced import Removal
 from moe_compress.progress import Stage
 
 LOSSES_FILE = "losses.json"
-HIDDEN_BYTES = 2 << 30  # of hidden states that pass the layers together
+HIDDEN_BYTES = 1 << 30  # of hidden states that pass the layers together
 COPIES = 2  # of the hidden states of a pass: what left the last layer, and the embeddings its forward pass holds on to
 Array = NDArray[np.float64]
 Pair = tuple[int, int]  # layer, expert

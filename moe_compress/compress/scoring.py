@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from moe_compress.calibrate.ablation import Ablation, Losses
 from moe_compress.calibrate.config import CalibrationConfig
-from moe_compress.calibrate.data import Calibration, load_calibration
+from moe_compress.calibrate.data import Calibration, load_calibration, load_held_out
 from moe_compress.calibrate.scores import Scores
 from moe_compress.calibrate.sweep import Measurement, collect
 from moe_compress.checkpoint.source import Checkpoint
@@ -27,6 +27,13 @@ def read_calibration(folder: Path, config: Any, calibration: CalibrationConfig) 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return load_calibration(calibration, tokenizer, max_length=longest)
+
+
+def read_held_out(folder: Path, config: Any, calibration: CalibrationConfig, num_sequences: int) -> Calibration:
+    """Sequences of documents that the calibration tokens are not of."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return load_held_out(calibration, tokenizer, num_sequences, max_length=longest)
 
 
 def calibration_data(source: Checkpoint, around: Surroundings) -> Calibration:

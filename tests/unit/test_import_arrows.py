@@ -16,7 +16,8 @@ PACKAGE = Path(moe_compress.__file__).parent
 ROWS = (
     ("__main__",),
     ("cli", "api"),
-    ("console",),
+    ("console", "cli_base"),
+    ("auditing",),
     ("pipeline", "reference", "publish"),
     ("preview",),
     ("health",),
