@@ -131,7 +131,7 @@ def pruned(criterion: str, seed: int, scores: Scores, source: Checkpoint, folder
     if tasks is None:
         around = Surroundings(CalibrationConfig(dataset="reference"), 4 * 10**9, "cpu", SilentProgress())
         shutil.rmtree(folder, ignore_errors=True)
-        step.apply(plan, source, folder, around, criterion)
+        step.apply(plan, source, folder, around, criterion, scores)
         tasks = figures(open_rewritten(folder, source).folder)
     return {"kept_sha256": kept, "tasks": tasks}
 

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from moe_compress import __version__, preview
 from moe_compress.calibrate.scores import Scores
+from moe_compress.checkpoint.memory import give_back
 from moe_compress.checkpoint.record import Record
 from moe_compress.checkpoint.rewrite import PROBE_FILE
 from moe_compress.checkpoint.source import REFERENCE, Checkpoint, open_checkpoint, open_config, small_files
@@ -174,6 +175,7 @@ def _run(
         manifest = _manifest(recipe, source, records, around) | {"identity": identity_digest(_identity(recipe, source))}
         manifest = without_local_paths(manifest) | {"files": file_hashes(finished.folder)}
         write_json(finished.folder / verification.MANIFEST_FILE, manifest)
+        give_back()  # a process beside this one loads the result
         checks = verification.verify(finished.folder, around.progress)
         measured: list[dict[str, Any]] = [{}, {}]
         randoms: list[dict[str, Any]] = []

@@ -15,10 +15,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field
 
 from moe_compress.calibrate.config import CalibrationConfig
+from moe_compress.compress.merge import config as merge
+from moe_compress.compress.merge.config import MergeConfig
 from moe_compress.compress.prune import config as prune
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.quantize import config as quantize
 from moe_compress.compress.quantize.config import QuantizeConfig
+from moe_compress.compress.tie import config as tie
+from moe_compress.compress.tie.config import TieConfig
 from moe_compress.errors import UsageError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.settings import Document, Location, Size, did_you_mean, plain, read_yaml
@@ -37,6 +41,9 @@ class OperationSettings(Protocol):
     LAST: str | None  # why no step may follow, if none may
     RELATION: str | None  # the Hub's word for what the result is to its source, where it has one
 
+    def leaves_banks(self, step: Mapping[str, Any]) -> bool:
+        """Whether routers choose among more experts than are stored afterwards; then only `quantize` may follow."""
+
     def needs_tokens(self, step: Mapping[str, Any]) -> bool:
         """Whether calibration tokens pass through the model."""
 
@@ -53,7 +60,12 @@ class OperationSettings(Protocol):
         """The arXiv numbers of what the step follows; `report/citations.py` has a line for each."""
 
 
-OPERATIONS: dict[str, OperationSettings] = {"prune": prune, "quantize": quantize}
+OPERATIONS: dict[str, OperationSettings] = {
+    "merge": merge,
+    "prune": prune,
+    "quantize": quantize,
+    "tie": tie,
+}
 
 
 class ExportConfig(BaseModel):
@@ -79,7 +91,7 @@ class Recipe(BaseModel):
         default=CalibrationConfig(dataset=REFERENCE),
         description="The tokens that experts are measured on; required when there are steps.",
     )
-    steps: list[Annotated[PruneConfig | QuantizeConfig, Discriminator("op")]] = Field(
+    steps: list[Annotated[MergeConfig | PruneConfig | QuantizeConfig | TieConfig, Discriminator("op")]] = Field(
         default=[], description="Transformations in order; none copies the checkpoint unchanged."
     )
     export: ExportConfig = Field(default=ExportConfig(), description="How the result is written.")
@@ -266,6 +278,11 @@ def _beyond_tier(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
     for index, operation in enumerate(operations[:-1]):
         if operation is not None and operation.LAST is not None:
             yield ("steps", index, "op"), f"`{steps[index]['op']}` must be the last step: {operation.LAST}"
+    for index, (step, operation) in enumerate(zip(steps[:-1], operations, strict=False)):
+        after = operations[index + 1]
+        if operation is not None and operation.leaves_banks(step) and after not in (None, quantize):
+            why = f"step {index} leaves routers that choose among more experts than are stored; put it after this one"
+            yield ("steps", index + 1, "op"), why
     if isinstance(export, dict) and export.get("tier") == "plugin":
         return
     for index, (step, operation) in enumerate(zip(steps, operations, strict=True)):

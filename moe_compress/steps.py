@@ -16,12 +16,19 @@ from moe_compress.checkpoint.record import Record
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, Change, open_rewritten, rewrite
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.writer import write_json
+from moe_compress.compress.merge.step import MergeStep
 from moe_compress.compress.operation import Step
 from moe_compress.compress.prune.step import PruneStep
 from moe_compress.compress.quantize.step import QuantizeStep
 from moe_compress.compress.surroundings import Surroundings
+from moe_compress.compress.tie.step import TieStep
 
-OPERATIONS: dict[str, type[Step[Any]]] = {"prune": PruneStep, "quantize": QuantizeStep}
+OPERATIONS: dict[str, type[Step[Any]]] = {
+    "merge": MergeStep,
+    "prune": PruneStep,
+    "quantize": QuantizeStep,
+    "tie": TieStep,
+}
 
 
 def make_step(config: Any) -> Step[Any]:

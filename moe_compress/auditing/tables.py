@@ -24,7 +24,7 @@ def verdicts(found: Found) -> list[str]:
     others = [name for name in useless if name not in found["criteria_of_the_recipe"]]
     if others:
         names = ", ".join(f"`{name}`" for name in others)
-        sentences.append(f"{NO_BETTER}: {names}.")
+        sentences.append(f"{NO_BETTER} within layers: {names}.")
     low, high = found["chance"]["spearman_ci"]
     sentences.append(f"random scores reach rho between {low:+.2f} and {high:+.2f} in 95 of 100 cases.")
     if found["ceiling"] is not None:
@@ -70,7 +70,8 @@ def audit_markdown(found: Found) -> str:
         "rho is Spearman's, tau Kendall's tau-b, between a criterion and the change of the loss: the mean of the "
         "layers' own, and over all experts at once. Intervals are bootstrapped over sequences and experts; p is "
         "one-sided, by reordering within layers, corrected for all criteria (Holm). The last column is what the "
-        "lowest-scored of a layer's measured experts costs less one drawn at random, in thousandths of a nat: below 0 is better.",
+        "lowest-scored of a layer's measured experts costs less one drawn at random, in thousandths of a nat: below 0 "
+        "is better.",
         "",
         *_table(criterion_rows(found)),
         "",
@@ -113,11 +114,12 @@ def expert_rows(found: Found) -> list[list[str]]:
 
 
 def _verdict(one: Found) -> str:
+    figures = f"{_rho(one)}, p {one['p_corrected']:.2g}"
     if one["better_than_random"]:
-        return f"`{one['criterion']}` ranks experts better than chance ({_rho(one)}, p {one['p_corrected']:.2g})."
+        return f"`{one['criterion']}` ranks a layer's experts better than chance ({figures})."
     return (
-        f"`{one['criterion']}` is no better than random on this model and text ({_rho(one)}, "
-        f"p {one['p_corrected']:.2g}); do not choose experts by it."
+        f"`{one['criterion']}` is no better than random at ranking a layer's experts, on this model and text "
+        f"({figures}); do not choose experts by it."
     )
 
 

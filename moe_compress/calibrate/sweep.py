@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_compress.calibrate.locality import Locality
+from moe_compress.calibrate.logits import RouterGram
 from moe_compress.calibrate.scores import LayerScores, Scores
 from moe_compress.checkpoint.durable import replace_durably
 from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, save_hidden
@@ -58,9 +59,10 @@ class LayerStatistics:
 
         names = ("gate_sum", "norm_sum", "norm_sq_sum", "gate_norm_sum", "gate_sq_norm_sq_sum", "max_abs", "easy_ep")
         self.sums = {name: zeros(experts) for name in names}
-        self.sums |= {name: zeros(experts, moe.width) for name in ("output_sum", "output_sq_sum")}
+        self.sums |= {name: zeros(experts, moe.width) for name in ("output_sum", "output_sq_sum", "gated_output_sum")}
         self.sums["coselection"] = zeros(experts, experts)
         self.locality = Locality(experts, moe.top_k)
+        self._router = RouterGram(moe)
         self.num_tokens = 0
         self.cosine_sum, self.stream_energy = zeros(1), zeros(1)
         self._entering_TH: Tensor | None = None
@@ -88,6 +90,7 @@ class LayerStatistics:
             self.sums[name][expert] += values.sum()
         self.sums["output_sum"][expert] += output_NH.sum(0, dtype=torch.float64)
         self.sums["output_sq_sum"][expert] += output_NH.square().sum(0, dtype=torch.float64)
+        self.sums["gated_output_sum"][expert] += gate @ output_NH.double()
         self.sums["max_abs"][expert] = torch.maximum(self.sums["max_abs"][expert], output_NH.abs().max().double())
         self._saliency.append((expert, token_N, product))
         if self.measurement is not None:
@@ -130,6 +133,7 @@ class LayerStatistics:
         for hook in self._hooks:
             hook.remove()
         del self.moe.experts.observer  # before measuring, which runs experts too
+        self.sums["router_gram"] = self._router.close()
         statistics = {name: values.cpu().numpy() for name, values in self.sums.items()}
         statistics["tokens"] = np.diagonal(statistics["coselection"]).copy()
         statistics |= self.locality.statistics()

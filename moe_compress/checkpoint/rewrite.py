@@ -23,6 +23,7 @@ from transformers import AutoConfig, PretrainedConfig
 from moe_compress.checkpoint.durable import sha256_of, sync
 from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, write_hidden
 from moe_compress.checkpoint.index import TensorIndex, TensorInfo, read_header
+from moe_compress.checkpoint.memory import give_back
 from moe_compress.checkpoint.source import WEIGHT_SUFFIXES, Checkpoint
 from moe_compress.checkpoint.stream import LayerStream, read_tensor
 from moe_compress.checkpoint.writer import (
@@ -40,6 +41,7 @@ from moe_compress.runtime.remote_code import write_remote_code
 from moe_compress.runtime.scheme import Scheme, Shapes
 
 PROBE_TOKENS = 32
+PROBES = 1  # batches of a run that are the probe's; calibration tokens follow
 PROBE_POSITIONS = 8  # logits are kept for this many of them
 PROBE_FILE = "probe.npz"
 LEDGER_FILE = "ledger.json"
@@ -83,11 +85,12 @@ class Change:
         """The new tensors of an MoE layer, both sides by name inside the decoder layer, in the model's layout."""
         return state
 
-    def store(self, target: LayerStream, index: int, rehearse: Callable[[], None]) -> dict[str, Tensor]:
+    def store(self, target: LayerStream, index: int, run: Lockstep) -> dict[str, Tensor]:
         """What is written for a layer, by name in the checkpoint.
 
-        The layer is resident in `target` with the tensors that `layer` gave; `rehearse` runs it on all sequences. Where
-        something else is stored than these tensors, they are replaced by what the stored ones stand for.
+        The layer is resident in `target` with the tensors that `layer` gave, and the batches of `run`, the probe's
+        first, stand before it. Where something else is stored than these tensors, they are replaced by what the stored
+        ones stand for.
         """
         return target.stored_layer(index)
 
@@ -160,11 +163,13 @@ def rewrite(
     target.load_trunk()
     _use_stored(target, tables, folder)
     probe = probe_tokens(config)
-    batches = [probe, *(() if change.tokens is None else change.tokens.split(change.batch_size))]
+    last = len(target.layers) - 1
+    # Nothing looks at what the calibration tokens leave the last layer with.
+    calibration = () if change.tokens is None or done > last else change.tokens.split(change.batch_size)
     run = Lockstep(
         target.model,
         target.layers,
-        [tokens.to(device) for tokens in batches],
+        [tokens.to(device) for tokens in (probe, *calibration)],
         start=done,
         hidden=[h.to(device) for h in hidden],
     )
@@ -173,7 +178,7 @@ def rewrite(
         unchanged = _write_layers(stream, target, change, run, writer, stage, done)
         target.load_head()
         _use_stored(target, tables, folder)
-        logits = run.finish(1)[0]
+        logits = run.finish()[0]
     finally:
         run.close()
     positions = np.linspace(0, probe.shape[1] - 1, PROBE_POSITIONS).round().astype(int)
@@ -203,6 +208,7 @@ def _write_layers(
     While one layer is worked on, the one before it waits for the disk.
     """
     unchanged: dict[str, str] = {}
+    last = len(stream.layers) - 1
 
     def finish(index: int, *commits: Callable[[], None]) -> None:
         names = stream.passing(index, change.packs(index))
@@ -221,14 +227,15 @@ def _write_layers(
                 state = change.layer(stream.moe_layers[index], state)
             target.layers[index].load_state_dict(state, assign=True)
             del state
-            stored = change.store(target, index, lambda index=index: run.rehearse(index))  # type: ignore[misc]
-            run.through(index)
+            stored = change.store(target, index, run)
+            run.through(index, PROBES if index == last else None)
             if before is not None:
                 before.result()
             part = writer.begin(_part(index), stored)
             del stored
             target.release(index)
             before = background.submit(finish, index, part, write_hidden(writer.folder, index + 1, run.hidden))
+            give_back()
             stage.advance()
         if before is not None:
             before.result()

@@ -56,6 +56,36 @@ BIBLIOGRAPHY = {
             "2507.00390",
         ),
         Paper(
+            "chen2024hcsmoe",
+            "Chen, I-Chun",
+            "Retraining-Free Merging of Sparse MoE via Hierarchical Clustering",
+            "2410.08589",
+        ),
+        Paper(
+            "li2023mcsmoe",
+            "Li, Pingzhi",
+            "Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy",
+            "2310.01334",
+        ),
+        Paper(
+            "jha2026ream",
+            "Jha, Saurav",
+            "REAM: Merging Improves Pruning of Experts in LLMs",
+            "2604.04356",
+        ),
+        Paper(
+            "chakrabarti2026lorexperts",
+            "Chakrabarti, Inesh",
+            "Shape Mutating Expert Compression: LorExperts and BTExperts",
+            "2608.07814",
+        ),
+        Paper(
+            "jaggi2026tying",
+            "Jaggi, Martin",
+            "Tying the Loop -- Tied Expert Layers in Mixture-of-Experts Language Models",
+            "2606.16825",
+        ),
+        Paper(
             "su2025super",
             "Su, Zunhai",
             "Unveiling Super Experts in Mixture-of-Experts Large Language Models",

@@ -103,15 +103,31 @@ def to_float32(model: Any, tokens: torch.Tensor, stored: torch.dtype) -> None:
     """Compute in float32 with the very values that a quantized checkpoint stands for.
 
     compressed-tensors unpacks linear layers in the first forward pass, here in float32 and so without the rounding to
-    the stored type that experts get on loading.
+    the stored type that experts get on loading. Experts are upcast while they run, one layer at a time.
     """
     model(input_ids=tokens[:, :1], use_cache=False)
     for module in model.modules():
         if hasattr(module, "weight_scale"):
             module.weight.data = module.weight.data.to(stored)
-    for parameter in model.parameters():
+        if any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
+            kept = {parameter: parameter.data for parameter in module.parameters(recurse=False)}
+            module.register_forward_pre_hook(lambda module, inputs: upcast(module))
+            module.register_forward_hook(lambda module, inputs, output, kept=kept: put_back(kept))
+        else:
+            upcast(module)
+
+
+def upcast(module: torch.nn.Module) -> None:
+    """A module's own parameters in float32."""
+    for parameter in module.parameters(recurse=False):
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
+
+
+def put_back(kept: dict[torch.nn.Parameter, torch.Tensor]) -> None:
+    """Parameters as they were."""
+    for parameter, values in kept.items():
+        parameter.data = values
 
 
 def main(folder: Path, output: str, mode: str) -> None:

@@ -134,9 +134,16 @@ def test_what_the_reader_is_told(audited: Path) -> None:
     for one in found["criteria"]:
         one["better_than_random"] = one["criterion"] == "mone"
     said = verdicts(found)
-    assert re.match(r"`reap` is no better than random on this model and text \(rho [+-]\d\.\d\d, ", said[0])
+    assert re.match(
+        r"`reap` is no better than random at ranking a layer's experts, on this model and text \(rho [+-]\d\.\d\d, ",
+        said[0],
+    )
     assert said[0].endswith("do not choose experts by it.")
-    assert said[1].startswith("no better than random: ") and "`reap`" not in said[1] and "`mone`" not in said[1]
+    assert (
+        said[1].startswith("no better than random within layers: ")
+        and "`reap`" not in said[1]
+        and "`mone`" not in said[1]
+    )
     found["criteria"].sort(key=lambda one: one["criterion"] != "mone")
     assert verdicts(found)[1].startswith("`mone` agrees best")
     shown = audit_markdown(found)

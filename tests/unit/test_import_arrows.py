@@ -38,8 +38,10 @@ COMMON: dict[str, set[str]] = {
         "settings",
         "calibrate.config",
         "eval.config",
+        "compress.merge.config",
         "compress.prune.config",
         "compress.quantize.config",
+        "compress.tie.config",
     },
 }
 RANK = {part: row for row, parts in enumerate(ROWS) for part in parts}

@@ -107,7 +107,8 @@ def test_mistakes_come_in_the_order_of_the_file(tmp_path: Path) -> None:
 
 def test_an_unknown_op_hides_the_settings_of_that_op() -> None:
     found = mistakes(RECIPE | {"steps": [{"op": "prun", "bits": 4}]})
-    assert found == {"steps.0.op": (None, "unknown value `prun`; did you mean `prune`? (one of: prune, quantize)")}
+    hint = "unknown value `prun`; did you mean `prune`? (one of: merge, prune, quantize, tie)"
+    assert found == {"steps.0.op": (None, hint)}
 
 
 def test_a_step_needs_its_op() -> None:
@@ -277,7 +278,7 @@ def test_code_that_comes_with_a_checkpoint_cannot_be_trusted() -> None:
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean `prune-reap-25`"):
         load_recipe("prune-reap-52")
-    with pytest.raises(UsageError, match="packaged are budget-joint, demo, mc-2"):
+    with pytest.raises(UsageError, match="packaged are budget-joint, demo, differences-50, mc-2"):
         load_recipe("nowhere/x.yml")
 
 

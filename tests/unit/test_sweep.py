@@ -145,14 +145,15 @@ def naive(folder: Path, tokens: Tensor) -> dict[int, LayerScores]:
         if f"{prefix}gate.weight" not in weights:
             continue
         sums = {name: np.zeros(NUM_EXPERTS) for name in PER_EXPERT}
-        sums |= {name: np.zeros((NUM_EXPERTS, HIDDEN)) for name in ("output_sum", "output_sq_sum")}
-        sums["coselection"] = np.zeros((NUM_EXPERTS, NUM_EXPERTS))
+        sums |= {name: np.zeros((NUM_EXPERTS, HIDDEN)) for name in ("output_sum", "output_sq_sum", "gated_output_sum")}
+        sums |= {name: np.zeros((NUM_EXPERTS, NUM_EXPERTS)) for name in ("coselection", "router_gram")}
         cosines, trace = [], list[list[int]]()
         for entering, leaving, residual, x in zip(
             *(caught[name] for name in ("entering", "leaving", "residual", "block")), strict=True
         ):
             cosines.append(cosine(entering, leaving))
             logits = weights[f"{prefix}gate.weight"] @ x
+            sums["router_gram"] += np.outer(logits, logits)
             probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
             chosen = np.argsort(-probabilities)[:TOP_K]
             trace.append(chosen.tolist())
@@ -175,6 +176,7 @@ def naive(folder: Path, tokens: Tensor) -> dict[int, LayerScores]:
                 sums["gate_sq_norm_sq_sum"][expert] += g**2 * norm**2
                 sums["output_sum"][expert] += f
                 sums["output_sq_sum"][expert] += f**2
+                sums["gated_output_sum"][expert] += g * f
                 sums["max_abs"][expert] = max(sums["max_abs"][expert], np.abs(f).max())
                 sums["easy_ep"][expert] += g * norm * change
                 for other in chosen:
@@ -329,7 +331,7 @@ def test_an_expert_without_tokens_is_starved(folder: Path, tmp_path: Path) -> No
         assert sorted(counts) == [0, 0, 1, 1]
         unseen = [expert for expert in range(NUM_EXPERTS) if not counts[expert]]
         assert [expert for index, expert in scores.starved if index == layer.layer] == unseen
-        for values in layer.statistics.values():
-            assert not values[unseen].any()
+        for name, values in layer.statistics.items():
+            assert name == "router_gram" or not values[unseen].any()
     assert json.loads((tmp_path / "scores.json").read_text())["starved"] == [list(pair) for pair in scores.starved]
     assert scores.summary()["fewest_tokens_per_expert"] == 0

@@ -98,6 +98,8 @@ class PrunePlan:
         counts = sorted({len(layer.keep) for layer in self.layers})
         span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         lines.append(f"Each of {len(self.layers)} layers keeps {span} experts.")
+        if config.replace is not None:
+            lines.append("The others become their mean outputs; the router keeps its rows.")
         protected = [f"layer {layer.layer} expert {expert}" for layer in self.layers for expert in layer.protected]
         if protected:
             lines.append(f"Protected super experts: {listed(protected, MAX_LISTED)}.")
@@ -179,6 +181,8 @@ def keep_count(
     A fraction is rounded to the nearest count, then to the nearest multiple of `multiple_of` that the layer holds,
     at least one multiple; halves round up. The arguments are those of `plan_prune`.
     """
+    if config.replace is not None:
+        num_groups, groups_per_token = 1, None
     unit = math.lcm(config.multiple_of, num_groups)
     smallest = _smallest_count(config, num_experts, top_k, num_groups, groups_per_token)
     asked = config.keep if isinstance(config.keep, int) else _nearest(config.keep * num_experts)
@@ -212,11 +216,14 @@ def plan_prune(
     """Choose the experts every layer keeps.
 
     `num_groups` is the router's number of expert groups, each a run of consecutive experts that stay equally many;
-    `groups_per_token` is how many of them a token may use, all when None. `scope: global` ranks raw scores over all
+    `groups_per_token` is how many of them a token may use, all when None; neither matters where dropped experts leave
+    a constant behind, since the router keeps its rows. `scope: global` ranks raw scores over all
     layers; where counts must be multiples, the next best experts are added together, ranked by their mean score.
     Raises `UsageError` when `keep` is impossible or more experts are protected than kept, `DataError` on non-finite
     statistics.
     """
+    if config.replace is not None:
+        num_groups, groups_per_token = 1, None
     found = super_experts(scores, num_decoder_layers) if config.protect_super_experts else set()
     values = [criterion_scores(config, layer) for layer in scores.layers]
     protected = [sorted(expert for index, expert in found if index == layer.layer) for layer in scores.layers]
@@ -274,7 +281,7 @@ def _smallest_count(
 ) -> int:
     """Fewest experts a layer can keep: top-k of them, and enough in every routing group."""
     assert num_experts % num_groups == 0, "routing groups are equal in the source"
-    needed = top_k
+    needed = top_k if config.replace is None else 1
     if num_groups > 1:
         # Group-limited routers rank groups by their best two experts, and fill top-k from the groups they chose.
         needed = num_groups * max(2, math.ceil(top_k / (groups_per_token or num_groups)))

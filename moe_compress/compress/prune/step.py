@@ -16,14 +16,15 @@ from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
 from moe_compress.compress.operation import Outlook, Step
-from moe_compress.compress.prune.apply import PruneChange
+from moe_compress.compress.prune.apply import PruneChange, bank_of
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.prune.plan import PrunePlan, keep_count, plan_prune
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.eval.cost import cost
-from moe_compress.models.layers import find_moe_layers, routing_groups, set_num_experts
+from moe_compress.models.layers import find_moe_layers, require_no_banks, routing_groups, set_num_experts
 from moe_compress.models.skeleton import build_skeleton
-from moe_compress.runtime.families import causal_model
+from moe_compress.runtime.banks import Bank
+from moe_compress.runtime.families import banked, causal_model
 from moe_compress.verification.checks import require_coverage
 
 TARGET_TOLERANCE = 0.02  # of the fraction of experts kept
@@ -37,16 +38,14 @@ class PruneStep(Step[PruneConfig]):
         return True
 
     def preview(self, before: Outlook, tier: str) -> tuple[dict[str, Any], Outlook]:
-        if tier == "plugin" and self.config.scope == "global":
+        require_no_banks(before.config, "prune")
+        if tier == "plugin" and (self.config.scope == "global" or self.config.replace is not None):
             causal_model(before.config.to_dict())
         layer = find_moe_layers(build_skeleton(before.config))[0]
         count = keep_count(
             self.config, num_experts=layer.num_experts, top_k=layer.top_k, **routing_limits(before.config)
         )
-        smaller = type(before.config).from_dict(before.config.to_dict())
-        if count != layer.num_experts:
-            set_num_experts(smaller, layer.num_experts, count)
-        after = before.resized(smaller)
+        after = self._outlook(before, layer.num_experts, count)
         entry: dict[str, Any] = {
             "op": "prune",
             "criterion": self.config.model_dump(mode="json")["criterion"],
@@ -58,6 +57,10 @@ class PruneStep(Step[PruneConfig]):
             return entry, after
         plan = self.plan(before.scores, before.config)
         found = plan.to_json()
+        if self.config.replace is not None:
+            banks = {layer.layer: bank_of(layer) for layer in plan.layers}
+            after = before.resized(banked(before.config, layer.num_experts, banks))
+            return entry | {"summary": found["summary"], "layers": found["layers"]}, after
         figures = cost(before.config)
         share = figures.params["routed_experts"] / figures.total_params
         stored = round(before.stored_bytes * (1 - share * (1 - plan.num_kept / plan.num_experts)))
@@ -85,7 +88,7 @@ class PruneStep(Step[PruneConfig]):
         write_json(folder / "plan.json", plan.to_json())
         record = self._record(plan, scores, dropped_bytes(plan, LayerStream(source, around.device)))
         require_coverage(record)
-        self.apply(plan, source, folder / "checkpoint", around, title)
+        self.apply(plan, source, folder / "checkpoint", around, title, scores)
         return record
 
     def plan(self, scores: Scores, config: Any) -> PrunePlan:
@@ -93,7 +96,9 @@ class PruneStep(Step[PruneConfig]):
         text = config.get_text_config()
         return plan_prune(self.config, scores, num_decoder_layers=text.num_hidden_layers, **routing_limits(config))
 
-    def apply(self, plan: PrunePlan, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> None:
+    def apply(
+        self, plan: PrunePlan, source: Checkpoint, folder: Path, around: Surroundings, title: str, scores: Scores
+    ) -> None:
         """Write the checkpoint that a plan makes of `source`, unless it is complete already."""
         if (folder / LEDGER_FILE).exists():
             return
@@ -101,11 +106,23 @@ class PruneStep(Step[PruneConfig]):
             rewrite(
                 source,
                 folder,
-                PruneChange(plan),
+                PruneChange(plan, scores),
                 max_shard_bytes=around.max_shard_bytes,
                 device=around.device,
                 stage=stage,
             )
+
+    def _outlook(self, before: Outlook, num_experts: int, count: int) -> Outlook:
+        """What the step leads to when each layer keeps `count` experts."""
+        if self.config.replace is not None:
+            slots = tuple(expert if expert < count else None for expert in range(num_experts))
+            layers = find_moe_layers(build_skeleton(before.config))
+            banks = {layer.layer: Bank(count, slots) for layer in layers}
+            return before.resized(banked(before.config, num_experts, banks))
+        smaller = type(before.config).from_dict(before.config.to_dict())
+        if count != num_experts:
+            set_num_experts(smaller, num_experts, count)
+        return before.resized(smaller)
 
     def _record(self, plan: PrunePlan, scores: Scores, dropped: int) -> Record:
         largest = max(layer.num_experts for layer in plan.layers)
@@ -144,11 +161,17 @@ def routing_limits(config: Any) -> dict[str, Any]:
 
 
 def dropped_bytes(plan: PrunePlan, stream: LayerStream) -> int:
-    """Stored bytes of the experts and router rows that a plan drops, worked out from the source's headers."""
+    """Stored bytes of the experts and router rows that a plan drops, less those of constants; from the headers."""
     total = 0
     for layer in plan.layers:
         moe = stream.moe_layers[layer.layer]
-        tensors = {name: (tensor, 0) for name, tensor in moe.expert_tensors().items()} | moe.router_tensors()
+        tensors = {name: (tensor, 0) for name, tensor in moe.expert_tensors().items()}
+        if plan.config.replace is None:
+            tensors |= moe.router_tensors()
+        else:
+            down = next(name for name in tensors if name.endswith("down_proj"))
+            width = moe.width * DTYPE_BITS[stream.stored_dtypes[f"{moe.block_name}.{down}"]] // 8
+            total -= width * (moe.num_experts - len(layer.keep))
         for name, (tensor, dimension) in tensors.items():
             bits = DTYPE_BITS[stream.stored_dtypes[f"{moe.block_name}.{name}"]]
             total += tensor.numel() // tensor.shape[dimension] * bits // 8 * (moe.num_experts - len(layer.keep))

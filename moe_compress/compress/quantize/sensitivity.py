@@ -27,7 +27,7 @@ from moe_compress.compress.quantize.gptq import POOL_BELOW, Hessians, gptq
 from moe_compress.compress.quantize.plan import DROP, SUPER_EXPERT_BITS, WHOLE
 from moe_compress.compress.quantize.rtn import rtn
 from moe_compress.errors import UnsupportedModelError
-from moe_compress.models.experts import expert_output, expert_weight, matrix_shape, projections
+from moe_compress.models.experts import expert_inner, expert_output, expert_weight, matrix_shape, projections
 from moe_compress.models.layers import MoELayer
 from moe_compress.models.reduced import ReducedBlocks, lending
 from moe_compress.runtime.grid import Grid
@@ -80,7 +80,8 @@ class Sensitivity:
                     input_NH, _, gate_N = inputs[expert]
                     own = {name: matrices[number] for name, matrices in rounded.items()}
                     for part in parts:
-                        output_NH = expert_output(_Rounded(experts, own, part), expert, input_NH)
+                        one = _Rounded(experts, own, part)
+                        output_NH = expert_output(one, expert, expert_inner(one, expert, input_NH))
                         change_NH = self.moe.output_scale * gate_N[:, None] * (output_NH - exact[expert])
                         self._enter(costs, f"{part}.{bits}", expert, change_NH)
             if self.routers is not None:
@@ -101,20 +102,17 @@ class Sensitivity:
     def _exact(self, inputs: dict[int, Tensor]) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         """The experts' raw outputs, and the second moments of the inputs of their matrices (none without gptq)."""
         experts: Any = self.moe.experts
-        if self.config.method != "gptq" or self.config.measured_by == "rtn":
-            return {expert: expert_output(experts, expert, input_NH) for expert, input_NH in inputs.items()}, {}
         device = next(iter(inputs.values())).device
-        widths = {name: matrix_shape(experts, getattr(experts, name))[1] for name in self._names()}
+        rounding = self.config.method != "gptq" or self.config.measured_by == "rtn"
+        names = [] if rounding else self._names()
+        widths = {name: matrix_shape(experts, getattr(experts, name))[1] for name in names}
         sums = {name: Hessians(len(inputs), width, device) for name, width in widths.items()}
-        number = {expert: position for position, expert in enumerate(inputs)}
-
-        def see(expert: int, hidden_NH: Tensor, inner_NF: Tensor) -> None:
+        exact: dict[int, Tensor] = {}
+        for number, (expert, input_NH) in enumerate(inputs.items()):
+            inner_NF = expert_inner(experts, expert, input_NH)
             for name, hessians in sums.items():
-                hessians.add(number[expert], inner_NF if name == "down_proj" else hidden_NH)
-
-        experts.recorder = see
-        exact = {expert: expert_output(experts, expert, input_NH) for expert, input_NH in inputs.items()}
-        del experts.recorder
+                hessians.add(number, inner_NF if name == "down_proj" else input_NH)
+            exact[expert] = expert_output(experts, expert, inner_NF)
         return exact, {name: hessians.finish(POOL_BELOW)[0] for name, hessians in sums.items()}
 
     def _names(self) -> list[str]:

@@ -27,11 +27,12 @@ from moe_compress.compress.quantize.plan import (
     with_group_size,
 )
 from moe_compress.compress.quantize.sensitivity import ReducedRouters, Sensitivity
+from moe_compress.compress.quantize.shared import collect_moments, has_moments, joined
 from moe_compress.compress.quantize.sizes import Sizes
 from moe_compress.compress.quantize.storage import require_quantizable, scale_dtype_of
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import UsageError
-from moe_compress.models.layers import MoELayer, routing_groups
+from moe_compress.models.layers import MoELayer, owners, require_no_banks, routing_groups
 from moe_compress.runtime.families import causal_model
 
 BUDGET_TOLERANCE = 0.02  # of the budget
@@ -51,6 +52,8 @@ class QuantizeStep(Step[QuantizeConfig]):
     def preview(self, before: Outlook, tier: str) -> tuple[dict[str, Any], Outlook]:
         if tier == "plugin":
             causal_model(before.config.to_dict())
+        if self.config.allow_drop:
+            require_no_banks(before.config, "allow_drop")
         sizes = Sizes.of_config(before.config, before.stored_bytes)
         entry: dict[str, Any] = self.config.model_dump(mode="json", exclude_unset=True)
         config = with_group_size(self.config, sizes.shapes)
@@ -120,7 +123,7 @@ class QuantizeStep(Step[QuantizeConfig]):
         return plan_quantize(
             config,
             sizes.shapes,
-            scores,
+            joined(scores, owners(model_config)) if scores is not None else None,
             fixed_bytes=sizes.fixed_bytes(config, tier),
             num_decoder_layers=model_config.get_text_config().num_hidden_layers,
             num_groups=routing_groups(model_config),
@@ -144,6 +147,7 @@ class QuantizeStep(Step[QuantizeConfig]):
             tokens=data.tokens if data is not None and self.config.method == "gptq" else None,
             batch_size=around.calibration.batch_size,
             notes=folder / "pooled.json",
+            moments=self._shared_moments(stream, folder / "moments", around, title),
         )
         if not (folder / "checkpoint" / LEDGER_FILE).exists():
             with around.progress.stage(f"{title}: apply", len(stream.layers)) as stage:
@@ -168,6 +172,16 @@ class QuantizeStep(Step[QuantizeConfig]):
             calibration=scores.fingerprint if scores else described,
             pooled=change.pooled,
         )
+
+    def _shared_moments(self, stream: LayerStream, folder: Path, around: Surroundings, title: str) -> Path | None:
+        """Where the second moments of experts that several layers use are, if gptq needs any."""
+        if not stream.owners or self.config.method != "gptq":
+            return None
+        if not has_moments(folder, stream.owners):
+            data = scoring.calibration_data(stream.checkpoint, around)
+            with around.progress.stage(f"{title}: shared experts", len(stream.layers)) as stage:
+                collect_moments(stream, data.tokens, around.calibration.batch_size, folder, stage)
+        return folder
 
     def _channel_weights(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> dict[int, Tensor]:
         """The loss gradient's second moment at every layer's output, for `cost: fisher`."""

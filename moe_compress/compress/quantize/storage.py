@@ -239,7 +239,7 @@ class PluginStorage:
         for linear in (linear for linear in change.linears if linear.layer == index):
             enter(f"{prefix}{linear.path}", change.linear_scheme(linear), *linear.shape)
         moe = target.moe_layers.get(index)
-        if moe is not None:
+        if moe is not None and index not in target.owners:
             for part, (height, width) in projection_shapes(moe).items():
                 for expert, name in enumerate(change.layers[index].options[part]):
                     scheme = None if name == KEEP else scheme_of(name, change.settings)
