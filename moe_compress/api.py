@@ -58,13 +58,23 @@ def score(
 
 
 def plan(
-    recipe: RecipeSource, *, scores: str | Path | None = None, overrides: Sequence[str] = (), **settings: Any
+    recipe: RecipeSource,
+    *,
+    scores: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    hours: bool = False,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """What would happen to every expert, and the predicted sizes; without `scores` the sizes alone."""
+    """What would happen to every expert, the predicted sizes, and the memory a run takes; without `scores` no names.
+
+    With `hours` the machine is looked at for two seconds, and `time` says how long the run takes.
+    """
     from moe_compress import pipeline
 
     loaded = load_recipe(recipe, overrides, settings)
-    return pipeline.plan(loaded, scores=None if scores is None else Path(scores))
+    folder, place = None if scores is None else Path(scores), Path.cwd() if hours else None
+    return pipeline.plan(loaded, scores=folder, device=device, clocked_at=place)
 
 
 def run(

@@ -21,6 +21,7 @@ from moe_compress.cli_base import (
     Debug,
     Device,
     Force,
+    Hours,
     Model,
     Overrides,
     RecipeArgument,
@@ -189,6 +190,7 @@ def score(
         "moe-compress plan prune-reap-25",
         "moe-compress plan prune-reap-25 --scores scores steps.0.keep=0.5",
         "moe-compress plan mine.yaml --scores scores steps.0.scope=global --json",
+        "moe-compress plan mine.yaml model=./only-a-config-json --hours",
     ),
 )
 @guarded
@@ -207,6 +209,8 @@ def plan(
     output: Annotated[
         Path | None, typer.Option(help="File for what --sweep finds (default: frontier.json beside the scores).")
     ] = None,
+    hours: Hours = False,
+    device: Device = "auto",
     json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -226,7 +230,7 @@ def plan(
         return
     if output is not None:
         raise UsageError("--output has no effect without --sweep.")
-    planned = pipeline.plan(loaded, scores=scores)
+    planned = pipeline.plan(loaded, scores=scores, device=device, clocked_at=Path.cwd() if hours else None)
     console.print_json(planned) if json else console.print_plan(planned)
 
 
@@ -246,6 +250,7 @@ def run(
     out: Annotated[Path, typer.Argument(help="Folder for the new checkpoint and its report.", metavar="OUT")],
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan, write nothing.")] = False,
+    hours: Hours = False,
     resume: Resume = False,
     force: Force = False,
     work: Work = None,
@@ -264,9 +269,11 @@ def run(
     if dry_run:
         from moe_compress import console, pipeline
 
-        console.print_plan(pipeline.dry_run(loaded, out, work=work, **options))
+        console.print_plan(pipeline.dry_run(loaded, out, work=work, **options, device=device, hours=hours))
         typer.echo(f"a dry run: nothing was written to {out}.")
         return
+    if hours:
+        raise UsageError("--hours has no effect without --dry-run.")
     again = ["moe-compress", "run", recipe, str(out), *(overrides or ()), "--resume", *["--force"] * force]
     again += ["--work", str(work)] * (work is not None) + ["--keep-steps"] * keep_steps
     again += ["--scores", str(scores)] * (scores is not None) + ["--device", device] * (device != "auto")

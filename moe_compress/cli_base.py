@@ -84,4 +84,5 @@ ScoresOption = Annotated[
     Path | None,
     typer.Option(help="Folder that `score` wrote for this model and calibration; nothing is measured anew."),
 ]
+Hours = Annotated[bool, typer.Option("--hours", help="Look at this machine for two seconds and estimate the time.")]
 Work = Annotated[Path | None, typer.Option(help="Folder for intermediate results.", show_default="OUT.work")]

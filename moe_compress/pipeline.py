@@ -23,7 +23,7 @@ from moe_compress.checkpoint.source import REFERENCE, Checkpoint, open_checkpoin
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.scoring import read_calibration
 from moe_compress.compress.scoring import score as measure_all
-from moe_compress.compress.surroundings import Surroundings
+from moe_compress.compress.surroundings import Surroundings, resolved
 from moe_compress.errors import CheckpointError, MeasurementError, UsageError, VerificationError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.manifest import FORMAT, describe_source, file_hashes, hardware, identity_digest, library_versions
@@ -207,15 +207,20 @@ def dry_run(
     work: Path | None = None,
     keep_steps: bool = False,
     scores: Path | None = None,
+    device: str = "auto",
+    hours: bool = False,
 ) -> dict[str, Any]:
-    """The plan of a run, after everything that would keep the run from beginning; writes nothing."""
+    """The plan of a run, after everything that would keep it from beginning; writes nothing.
+
+    With `hours` the machine is looked at for two seconds, and `time` says how long the run takes.
+    """
     check_tier(recipe)
     out, work = _places(out, work)
     if not resume:
         refuse_existing(out, force)
     look(recipe, {"OUT": out, "the work folder": work} | ({"--scores": scores} if scores else {}))
     _given_scores(recipe, scores)
-    planned = plan(recipe, scores=scores, keep_steps=keep_steps)
+    planned = plan(recipe, scores=scores, keep_steps=keep_steps, device=device, clocked_at=work if hours else None)
     if not work.exists():
         require_space(work, planned["disk_needed"])
     return planned
@@ -447,14 +452,13 @@ def _manifest(recipe: Recipe, source: Checkpoint, records: list[Record], around:
 
 
 def surroundings(recipe: Recipe, device: str, progress: Progress | None) -> Surroundings:
-    import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours is the one that shows
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("there is no CUDA device here; use --device cpu.")
     return Surroundings(
-        recipe.calibration, recipe.export.max_shard_size, device, progress or SilentProgress(), recipe.export.tier
+        recipe.calibration,
+        recipe.export.max_shard_size,
+        resolved(device),
+        progress or SilentProgress(),
+        recipe.export.tier,
     )

@@ -20,7 +20,7 @@ ROWS = (
     ("auditing",),
     ("pipeline", "reference", "publish"),
     ("preview",),
-    ("health",),
+    ("health", "estimate"),
     ("measure",),
     ("steps",),
     ("compress", "eval", "report", "verification", "manifest", "workspace"),
