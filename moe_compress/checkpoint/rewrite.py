@@ -30,6 +30,7 @@ from moe_compress.checkpoint.writer import (
     SAFETENSORS_DTYPES,
     Shard,
     ShardWriter,
+    forget_parts,
     tensor_sha256,
     write_json,
 )
@@ -172,6 +173,7 @@ def rewrite(
     done, hidden = load_hidden(folder)
     if not all(writer.has(_part(index)) for index in range(done)):
         done, hidden = 0, []
+        forget_hidden(folder)
     target.load_trunk()
     _use_stored(target, tables, folder)
     _use_replaced(target, new)
@@ -200,12 +202,18 @@ def rewrite(
     copied = {name: tensor_sha256(source.index[name]) for name in stream.untouched if name not in {*tables, *new}}
     transformed = sorted(set(source.index) - set(copied))
     shards = writer.finish(["rest", *(_part(index) for index in range(len(stream.layers)))])
-    forget_hidden(folder)
     ledger = Ledger(source.index.nbytes, copied, transformed, unchanged, expected, shards)
     for entry in folder.rglob("*"):
         sync(entry)
     write_json(folder / LEDGER_FILE, ledger.to_json())
+    forget_progress(folder)
     return ledger
+
+
+def forget_progress(folder: Path) -> None:
+    """Remove what an interrupted `rewrite` would need to go on; only after its ledger is written."""
+    forget_parts(folder)
+    forget_hidden(folder)
 
 
 def _write_layers(
@@ -400,6 +408,7 @@ def dense_config(config: PretrainedConfig) -> PretrainedConfig:
 
 def open_rewritten(folder: Path, source: Checkpoint) -> Checkpoint:
     """The new checkpoint, as the source of the next step; its revision is what was written, not when."""
+    forget_progress(folder)  # left where a kill fell right after the ledger
     return replace(
         source,
         folder=folder,

@@ -125,11 +125,13 @@ def check_coverage(steps: Sequence[Record]) -> Check:
             f"kept without enough calibration tokens: {listed(kept, MAX_LISTED)}; raise calibration.num_samples, or "
             "lower calibration.min_tokens_per_expert.",
         )
+    named = []
     if pooled:
-        shown = listed(pooled, MAX_LISTED)
-        return Check(True, f"statistics pooled over their layer, for want of tokens: {shown}.")
+        named.append(f"statistics pooled over their layer, for want of tokens: {listed(pooled, MAX_LISTED)}")
     if dropped:
-        return Check(True, f"dropped because too few calibration tokens reached them: {listed(dropped, MAX_LISTED)}.")
+        named.append(f"dropped because too few calibration tokens reached them: {listed(dropped, MAX_LISTED)}")
+    if named:
+        return Check(True, f"{'; '.join(named)}.")
     calibrated = any(step.coverage for step in steps)
     return Check(True, "every expert saw calibration tokens." if calibrated else "no step measured single experts.")
 

@@ -13,6 +13,7 @@ from moe_compress.compress.quantize.config import QuantizeConfig
 from moe_compress.compress.quantize.plan import SHAPE_BYTES, ExpertShapes, QuantizePlan
 from moe_compress.compress.quantize.shapes import LinearLayer, expert_shapes, linear_layers
 from moe_compress.compress.quantize.storage import embedding_scheme, linear_savings, noted_bytes, scale_dtype_of
+from moe_compress.errors import UnsupportedModelError
 from moe_compress.models.layers import decoder_layers, find_moe_layers, owners
 from moe_compress.models.skeleton import build_skeleton
 
@@ -46,17 +47,21 @@ class Sizes:
         shapes = tuple(expert_shapes(moe, stream.stored_dtypes) for moe in stored)
         linears = tuple(linear_layers(stream.layers, stream.moe_layers))
         index, heads = stream.checkpoint.index, _heads(stream.model)
+        tied = stream.model.config.get_text_config().tie_word_embeddings
         tables = tuple(
             Table((index[name].shape[0], index[name].shape[1]), TORCH_DTYPES[index[name].dtype], module in heads)
             for module, names in stream.end_names.items()
             for name in names
+            if not (tied and module is stream.model.get_output_embeddings())
         )
         return cls(index.nbytes, shapes, linears, tables, scale_dtype_of(stream))
 
     @classmethod
     def of_config(cls, config: Any, stored_bytes: int) -> Sizes:
         """As the configuration has them, every weight in its dtype."""
-        dtype = config.get_text_config().dtype
+        dtype = config.get_text_config().dtype or torch.bfloat16
+        if dtype.itemsize not in (2, 4):
+            raise UnsupportedModelError(f"weights of the type {dtype} cannot be quantized; convert them to bfloat16.")
         skeleton = build_skeleton(config)
         layers = find_moe_layers(skeleton)
         name = {4: "F32", 2: "BF16"}[dtype.itemsize]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from moe_compress.compress.quantize.plan import (
     check_shapes,
     measured_settings,
     plan_quantize,
+    require_equal_groups,
     with_group_size,
 )
 from moe_compress.compress.quantize.reach import reach
@@ -35,8 +37,9 @@ from moe_compress.compress.quantize.shared import collect_moments, has_moments, 
 from moe_compress.compress.quantize.sizes import Sizes
 from moe_compress.compress.quantize.storage import require_quantizable, scale_dtype_of
 from moe_compress.compress.surroundings import Surroundings
-from moe_compress.errors import UsageError
-from moe_compress.models.layers import MoELayer, owners, require_no_banks, routing_groups
+from moe_compress.errors import UnsupportedModelError, UsageError
+from moe_compress.models.layers import MoELayer, find_moe_layers, owners, require_no_banks, routing_groups
+from moe_compress.models.skeleton import build_skeleton
 from moe_compress.runtime.families import causal_model
 
 BUDGET_TOLERANCE = 0.02  # of the budget
@@ -57,7 +60,7 @@ class QuantizeStep(Step[QuantizeConfig]):
         if tier == "plugin":
             causal_model(before.config.to_dict())
         if self.config.allow_drop:
-            require_no_banks(before.config, "allow_drop")
+            require_droppable(before.config)
         sizes = Sizes.of_config(before.config, before.stored_bytes)
         entry: dict[str, Any] = self.config.model_dump(mode="json", exclude_unset=True)
         config = with_group_size(self.config, sizes.shapes)
@@ -155,8 +158,11 @@ class QuantizeStep(Step[QuantizeConfig]):
         require_quantizable(with_group_size(self.config, sizes.shapes), stream, around.tier)
         folder.mkdir(parents=True, exist_ok=True)
         scores = self.score(source, folder / "scores", around, title) if self.config.has_budget else None
-        plan = self.plan(scores, sizes, source.config, around.tier)
-        write_json(folder / "plan.json", plan.to_json())
+        if (folder / "plan.json").exists():  # a solver that ran out of time need not choose the same again
+            plan = QuantizePlan.from_json(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
+        else:
+            plan = self.plan(scores, sizes, source.config, around.tier)
+            write_json(folder / "plan.json", plan.to_json())
         data = scoring.calibration_data(source, around) if self.is_calibrated else None
         change = QuantizeChange(
             plan,
@@ -179,6 +185,8 @@ class QuantizeStep(Step[QuantizeConfig]):
                     stage=stage,
                 )
         stored = sizes.bytes_after(plan, around.tier)
+        starved = scores.starved if scores else []
+        kept = {(layer.layer, expert) for layer in plan.layers for expert in layer.keep}
         tokens = {"calibration_tokens": data.tokens.numel()} if data is not None else {}
         described = scoring.describe_data(source, data) if data is not None else {}
         return Record(
@@ -189,7 +197,8 @@ class QuantizeStep(Step[QuantizeConfig]):
             targets=targets(plan, stored),
             coverage=scores.summary() if scores else tokens,
             calibration=scores.fingerprint if scores else described,
-            pooled=change.pooled,
+            starved_dropped=[pair for pair in starved if pair not in kept],
+            pooled=sorted({*change.pooled, *(pair for pair in starved if pair in kept)}),
         )
 
     def _shared_moments(self, stream: LayerStream, folder: Path, around: Surroundings, title: str) -> Path | None:
@@ -213,6 +222,15 @@ class QuantizeStep(Step[QuantizeConfig]):
                 folder=folder,
                 stage=stage,
             )
+
+
+def require_droppable(config: Any) -> None:
+    """Raise what keeps experts of this model from being dropped one by one: `UsageError`, `UnsupportedModelError`."""
+    require_no_banks(config, "allow_drop")
+    require_equal_groups(routing_groups(config))
+    for moe in find_moe_layers(build_skeleton(config)):
+        if not moe.block_path:
+            raise UnsupportedModelError(f"allow_drop: the router of `{moe.block_name}` cannot be run by itself.")
 
 
 def targets(plan: QuantizePlan, stored_bytes: int) -> list[Target]:

@@ -80,7 +80,10 @@ def embedding_tables(stream: LayerStream, config: QuantizeConfig) -> dict[str, T
     scheme, tables = embedding_scheme(config), {}
     scale_dtype = scale_dtype_of(stream)
     paths = {module: path for path, module in stream.model.named_modules()}
+    tied = stream.model.config.get_text_config().tie_word_embeddings
     for module, names in stream.end_names.items():
+        if tied and module is stream.model.get_output_embeddings():
+            continue  # a second copy of the same table, which nothing reads
         if type(module) not in (nn.Embedding, nn.Linear) or len(names) > 1:
             raise UnsupportedModelError(
                 f"embeddings of the class {type(module).__name__} cannot be packed; leave out `embeddings`."
@@ -204,7 +207,7 @@ class PluginStorage:
             "experts": experts,
             "linears": linears,
         } | tables
-        section = config.get(SECTION) or plugin_section(change.plan.layers[0].num_experts)
+        section = config.get(SECTION) or plugin_section(len(change.plan.layers[0].keep))
         return plugin_config(config, section | {PACKED: packed})
 
     def pack(self, found: Quantized) -> list[Stored]:
