@@ -44,6 +44,7 @@ FORMAT = 1
 FEW_TOKENS = 16
 KEEP, DROP, WHOLE = "keep", "drop", "expert"
 SUPER_EXPERT_BITS = 8
+GROUPS_STAY_EQUAL = "allow_drop: the router limits its choice to {} groups, which must stay equal; prune first."
 SHAPE_BYTES = 16  # compressed-tensors notes the shape of every matrix, two int64
 BITSANDBYTES_BLOCK = 64  # weights that share a float32 maximum
 REST = "all but the routed experts"
@@ -158,9 +159,7 @@ def plan_quantize(
     assert scores is not None, "a budget needs measured costs"
     _require_same_measurement(config, scores)
     if config.allow_drop and num_groups > 1:
-        raise UsageError(
-            f"allow_drop: the router limits its choice to {num_groups} groups, which must stay equal; prune first."
-        )
+        raise UsageError(GROUPS_STAY_EQUAL.format(num_groups))
     protected = super_experts(scores, num_decoder_layers) if config.protect_super_experts else set()
     pins = [] if tier == "stock" else [str(SUPER_EXPERT_BITS)]
     noted = SHAPE_BYTES if tier == "stock" else 0

@@ -24,9 +24,9 @@ from transformers import PretrainedConfig
 
 from moe_compress.compress.quantize.config import QuantizeConfig
 from moe_compress.compress.quantize.gptq import POOL_BELOW, Hessians, gptq
-from moe_compress.compress.quantize.plan import DROP, SUPER_EXPERT_BITS, WHOLE
+from moe_compress.compress.quantize.plan import DROP, GROUPS_STAY_EQUAL, SUPER_EXPERT_BITS, WHOLE
 from moe_compress.compress.quantize.rtn import rtn
-from moe_compress.errors import UnsupportedModelError
+from moe_compress.errors import UnsupportedModelError, UsageError
 from moe_compress.models.experts import (
     IMPLEMENTATION,
     expert_inner,
@@ -36,7 +36,7 @@ from moe_compress.models.experts import (
     matrix_shape,
     projections,
 )
-from moe_compress.models.layers import MoELayer, family_num_experts, find_moe_layers, with_expert_counts
+from moe_compress.models.layers import MoELayer, family_num_experts, find_moe_layers, routing_groups, with_expert_counts
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.runtime.grid import Grid
 
@@ -175,12 +175,22 @@ class _Rounded:
 
 
 class ReducedRouters:
-    """The MoE blocks of the same model with one expert less, whose routers say who takes a lost expert's place."""
+    """The MoE blocks of the same model with one expert less, whose routers say who takes a lost expert's place.
+
+    Raises `UsageError` for routers that choose within groups, `UnsupportedModelError` for those that are no module's.
+    """
 
     def __init__(self, config: PretrainedConfig) -> None:
+        num_groups = routing_groups(config)
+        if num_groups > 1:
+            raise UsageError(GROUPS_STAY_EQUAL.format(num_groups))
         model = build_skeleton(config)
         num_experts = family_num_experts(model)
-        counts = {moe.layer: moe.num_experts - 1 for moe in find_moe_layers(model)}
+        layers = find_moe_layers(model)
+        for moe in layers:
+            if not moe.block_path:
+                raise UnsupportedModelError(f"allow_drop: the router of `{moe.block_name}` cannot be run by itself.")
+        counts = {moe.layer: moe.num_experts - 1 for moe in layers}
         fewer = with_expert_counts(config, num_experts, num_experts - 1, counts)
         self._layers = {
             moe.layer: moe for moe in find_moe_layers(build_skeleton(fewer, experts_implementation=IMPLEMENTATION))
@@ -188,8 +198,6 @@ class ReducedRouters:
 
     def change(self, moe: MoELayer, expert: int, block_input_NH: Tensor) -> Tensor:
         """Routed output of the block [N, H] without `expert` less that with it, for the same inputs [N, H]."""
-        if not moe.block_path:
-            raise UnsupportedModelError(f"allow_drop: the router of `{moe.block_name}` cannot be run by itself.")
         reduced = self._layers[moe.layer]
         left = torch.tensor([other for other in range(moe.num_experts) if other != expert])
         state = moe.block.state_dict()
