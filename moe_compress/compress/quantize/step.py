@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.calibrate.gradients import channel_gradients
 from moe_compress.calibrate.scores import Scores
@@ -17,6 +18,7 @@ from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
 from moe_compress.compress.operation import Outlook, Step
+from moe_compress.compress.prune.apply import with_counts
 from moe_compress.compress.quantize.apply import QuantizeChange
 from moe_compress.compress.quantize.config import BITSANDBYTES, BUDGETS, QuantizeConfig
 from moe_compress.compress.quantize.plan import (
@@ -28,7 +30,7 @@ from moe_compress.compress.quantize.plan import (
 )
 from moe_compress.compress.quantize.sensitivity import ReducedRouters, Sensitivity
 from moe_compress.compress.quantize.shared import collect_moments, has_moments, joined
-from moe_compress.compress.quantize.sizes import Sizes
+from moe_compress.compress.quantize.sizes import Sizes, active_bytes
 from moe_compress.compress.quantize.storage import require_quantizable, scale_dtype_of
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import UsageError
@@ -62,9 +64,15 @@ class QuantizeStep(Step[QuantizeConfig]):
         if config.has_budget and before.scores is None:
             return entry | {"summary": ["The bits of every expert are chosen when its costs are measured."]}, before
         plan = self.plan(before.scores, sizes, before.config, tier)
+        shares, changed = sizes.shares, before
+        if plan.num_dropped:
+            counts = {layer.layer: len(layer.keep) for layer in plan.layers}
+            content = with_counts(before.config.to_dict(), plan.layers[0].num_experts, counts)
+            changed = before.resized(CONFIG_MAPPING[content["model_type"]].from_dict(content))
+            shares = Sizes.of_config(changed.config, changed.stored_bytes).shares
         outside = sizes.saved_outside(config, tier) - sizes.saved_unread(config)  # which every token reads
-        active = before.active_bytes - outside - sizes.active_share() * (sizes.expert_bytes - plan.expert_bytes)
-        after = before.of_size(stored_bytes=sizes.bytes_after(plan, tier), active_bytes=round(active))
+        active = changed.active_bytes - outside - active_bytes(sizes.saved_in_experts(plan, tier), shares)
+        after = changed.of_size(stored_bytes=sizes.bytes_after(plan, tier), active_bytes=round(active))
         found = plan.to_json()
         shown = {key: found[key] for key in ("summary", "layers", "allocation")}
         return entry | shown | {"average_bits_chosen": plan.average_bits}, after
