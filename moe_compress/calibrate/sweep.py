@@ -43,7 +43,10 @@ class Measurement(Protocol):
     """What a transformation wants measured on every MoE layer besides the statistics."""
 
     def add(self, expert: int, input_NH: Tensor, block_input_NH: Tensor, gate_N: Tensor) -> None:
-        """See what came to an expert: its own inputs, the block's for the same tokens, and the gate values."""
+        """See what came to an expert: its own inputs, the block's for the same tokens, and the gate values.
+
+        Where the decoder layer itself owns the experts, their own inputs stand for the block's.
+        """
 
     def measure(self) -> dict[str, NDArray[np.float64]]:
         """When all tokens have passed and the layer is still resident: more statistics, each [E]."""
@@ -76,9 +79,9 @@ class LayerStatistics:
         self._saliency: list[tuple[int, Tensor, Tensor]] = []
         moe.experts.observer = self  # type: ignore[assignment]
         self._hooks = [moe.experts.register_forward_pre_hook(self._experts_input, with_kwargs=True)]
-        if moe.block_path:  # else the block is the decoder layer, which ends after `layer` is called
+        if moe.block_path:  # else the block is the decoder layer, which all batches have entered, and `layer` ends
             self._hooks.append(moe.block.register_forward_hook(self._block_output))
-        self._hooks.append(moe.block.register_forward_pre_hook(self._block_input, with_kwargs=True))
+            self._hooks.append(moe.block.register_forward_pre_hook(self._block_input, with_kwargs=True))
 
     def expert(self, expert: int, token_N: Tensor, gate_N: Tensor, output_NH: Tensor) -> None:
         gate, norm = self.moe.output_scale * gate_N.double(), output_NH.norm(dim=-1).double()
@@ -97,8 +100,9 @@ class LayerStatistics:
         self.sums["max_abs"][expert] = torch.maximum(self.sums["max_abs"][expert], output_NH.abs().max().double())
         self._saliency.append((expert, token_N, product))
         if self.measurement is not None:
-            assert self._input_TH is not None and self._entering_TH is not None
-            self.measurement.add(expert, self._input_TH[token_N], self._entering_TH[token_N], gate_N)
+            assert self._input_TH is not None
+            entering_TH = self._input_TH if self._entering_TH is None else self._entering_TH
+            self.measurement.add(expert, self._input_TH[token_N], entering_TH[token_N], gate_N)
 
     def block(self, index_TK: Tensor, routed_output_TH: Tensor) -> None:
         chosen_TE = torch.zeros(len(index_TK), self.moe.num_experts + 1, dtype=torch.float64, device=index_TK.device)

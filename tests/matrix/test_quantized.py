@@ -246,6 +246,7 @@ said = {}
 for name, folder in json.loads(Path(sys.argv[1]).read_text()).items():
     try:
         main(Path(folder), folder + "/found.npy", "whole")
+        main(Path(folder), folder + "/layers.npy", "layers")
         said[name] = ""
     except Exception as error:
         said[name] = f"{type(error).__name__}: {error}"
@@ -288,7 +289,8 @@ def test_four_bits_in_stock(case: Case, request: pytest.FixtureRequest) -> None:
     said = request.getfixturevalue("reloaded")[case.name]
     assert not said, said
     with np.load(case.stock / "probe.npz") as probe:
-        assert relative(np.load(case.stock / "found.npy"), probe["logits"]) < TOLERANCE
+        for file in ("found.npy", "layers.npy"):
+            assert relative(np.load(case.stock / file), probe["logits"]) < TOLERANCE
 
 
 def test_mixed_bits_and_uneven_layers_in_plugin(case: Case) -> None:
@@ -307,6 +309,10 @@ def test_mixed_bits_and_uneven_layers_in_plugin(case: Case) -> None:
     assert {name: found[:2] for name, found in stored(case.folder / "mixed").items()} == ledger.expected
     model = case.load("mixed")
     assert case.probe_error(model, "mixed") < TOLERANCE
+    folder = case.folder / "mixed"
+    reload.main(folder, str(folder / "layers.npy"), "layers")
+    with np.load(folder / "probe.npz") as probe:
+        assert relative(np.load(folder / "layers.npy"), probe["logits"]) < TOLERANCE
     for plan in case.mixed_plan.layers:
         original = take_layer(case.stream, plan.layer)
         moe = case.stream.moe_layers[plan.layer]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.gradients import channel_gradients
@@ -20,6 +21,7 @@ from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
 from moe_compress.compress.demand import Demand
 from moe_compress.compress.operation import Outlook, Step
+from moe_compress.compress.prune.apply import with_counts
 from moe_compress.compress.quantize.apply import QuantizeChange
 from moe_compress.compress.quantize.config import BITSANDBYTES, BUDGETS, QuantizeConfig
 from moe_compress.compress.quantize.demand import quantize_demands
@@ -34,7 +36,7 @@ from moe_compress.compress.quantize.plan import (
 from moe_compress.compress.quantize.reach import reach
 from moe_compress.compress.quantize.sensitivity import ReducedRouters, Sensitivity
 from moe_compress.compress.quantize.shared import collect_moments, has_moments, joined
-from moe_compress.compress.quantize.sizes import Sizes
+from moe_compress.compress.quantize.sizes import Sizes, active_bytes
 from moe_compress.compress.quantize.storage import require_quantizable, scale_dtype_of
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import UnsupportedModelError, UsageError
@@ -73,7 +75,16 @@ class QuantizeStep(Step[QuantizeConfig]):
             stored = sizes.fixed_bytes(config, tier) + expected.expert_bytes
             return entry, self._smaller(before, sizes, tier, stored, expected.expert_bytes)
         plan = self.plan(before.scores, sizes, before.config, tier)
-        after = self._smaller(before, sizes, tier, sizes.bytes_after(plan, tier), plan.expert_bytes)
+        shares, changed = sizes.shares, before
+        if plan.num_dropped:
+            counts = {layer.layer: len(layer.keep) for layer in plan.layers}
+            content = with_counts(before.config.to_dict(), plan.layers[0].num_experts, counts)
+            changed = before.resized(CONFIG_MAPPING[content["model_type"]].from_dict(content))
+            shares = Sizes.of_config(changed.config, changed.stored_bytes).shares
+        outside = sizes.saved_outside(config, tier) - sizes.saved_unread(config)  # which every token reads
+        active = changed.active_bytes - outside - active_bytes(sizes.saved_in_experts(plan, tier), shares)
+        saved = sizes.saved_by_part(config, tier)
+        after = changed.of_size(stored_bytes=sizes.bytes_after(plan, tier), active_bytes=round(active), saved=saved)
         found = plan.to_json()
         shown = {key: found[key] for key in ("summary", "layers", "allocation")}
         return entry | shown | {"average_bits_chosen": plan.average_bits}, after
@@ -82,7 +93,8 @@ class QuantizeStep(Step[QuantizeConfig]):
         """The checkpoint in `stored_bytes`, of which the routed experts take `expert_bytes`."""
         config = with_group_size(self.config, sizes.shapes)
         outside = sizes.saved_outside(config, tier) - sizes.saved_unread(config)  # which every token reads
-        active = before.active_bytes - outside - sizes.active_share() * (sizes.expert_bytes - expert_bytes)
+        share = sum(sizes.shares.values()) / len(sizes.shares)
+        active = before.active_bytes - outside - share * (sizes.expert_bytes - expert_bytes)
         saved = sizes.saved_by_part(config, tier)
         return before.of_size(stored_bytes=stored_bytes, active_bytes=round(active), saved=saved)
 
