@@ -45,6 +45,7 @@ def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
         "moe_layers": [layer.layer for layer in layers],
         "num_experts": layers[0].num_experts,
         "top_k": layers[0].top_k,
+        "experts_per_token": figures.experts_per_token,
         "shared_experts": figures.params.get("shared_experts", 0) > 0,
         "params": figures.params,
         "total_params": figures.total_params,

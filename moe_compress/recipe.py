@@ -23,8 +23,14 @@ from moe_compress.compress.prune import config as prune
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.quantize import config as quantize
 from moe_compress.compress.quantize.config import QuantizeConfig
+from moe_compress.compress.skip import config as skip
+from moe_compress.compress.skip.config import SkipConfig
 from moe_compress.compress.tie import config as tie
 from moe_compress.compress.tie.config import TieConfig
+from moe_compress.compress.topk import config as topk
+from moe_compress.compress.topk.config import TopkConfig
+from moe_compress.compress.zero_experts import config as zero_experts
+from moe_compress.compress.zero_experts.config import ZeroExpertsConfig
 from moe_compress.errors import UsageError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.settings import Document, Location, Size, did_you_mean, plain, read_yaml
@@ -68,7 +74,10 @@ OPERATIONS: dict[str, OperationSettings] = {
     "merge": merge,
     "prune": prune,
     "quantize": quantize,
+    "skip": skip,
     "tie": tie,
+    "topk": topk,
+    "zero_experts": zero_experts,
 }
 
 
@@ -96,7 +105,17 @@ class Recipe(BaseModel):
         description="The tokens that experts are measured on; required when there are steps.",
     )
     steps: list[
-        Annotated[DistillConfig | MergeConfig | PruneConfig | QuantizeConfig | TieConfig, Discriminator("op")]
+        Annotated[
+            DistillConfig
+            | MergeConfig
+            | PruneConfig
+            | QuantizeConfig
+            | SkipConfig
+            | TieConfig
+            | TopkConfig
+            | ZeroExpertsConfig,
+            Discriminator("op"),
+        ]
     ] = Field(default=[], description="Transformations in order; none copies the checkpoint unchanged.")
     export: ExportConfig = Field(default=ExportConfig(), description="How the result is written.")
     eval: EvalConfig = Field(default=EvalConfig(), description="How the result is measured.")

@@ -21,7 +21,7 @@ Not covered: caches; hidden states of all batches stay in memory. Gradients reac
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -135,17 +135,13 @@ class Lockstep:
         self.close()
         return self.logits
 
-    def finish_each(self, use: Callable[[Tensor], None]) -> None:
-        """Pass every batch through what follows the layers, and end the run.
-
-        `use` gets the logits [B, S, V] batch by batch; only one batch's are in memory at a time.
-        """
-        self._next += 1
-        with torch.no_grad():
-            for batch, coroutine in enumerate(self._passes):
-                self.batch = batch
+    def finish_each(self) -> Iterator[Tensor]:
+        """As `finish` for all batches, but only one batch's logits are in memory at a time."""
+        for batch, coroutine in enumerate(self._passes):
+            self.batch = batch
+            with torch.no_grad():
                 coroutine.switch()
-                use(self.logits.pop())
+            yield self.logits.pop()
         self.close()
 
     def last_gradients(self, index: int, loss: Callable[[int, Tensor], Tensor]) -> list[Tensor]:

@@ -41,6 +41,9 @@ COMMON: dict[str, set[str]] = {
         "compress.prune.config",
         "compress.quantize.config",
         "compress.tie.config",
+        "compress.skip.config",
+        "compress.topk.config",
+        "compress.zero_experts.config",
     },
 }
 RANK = {part: row for row, parts in enumerate(ROWS) for part in parts}

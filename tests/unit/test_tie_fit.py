@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_compress.compress.merge.low_rank import best_scale, best_successor, weighted_error
 from moe_compress.compress.merge.neurons import Expert, inner_activations, read_expert, write_expert
 from moe_compress.compress.sampling import EvenSample
 from moe_compress.compress.tie.costs import by_output, by_weights
 from moe_compress.compress.tie.fit import fit_expert
+from moe_compress.compress.tie.losses import rank_errors
 from moe_compress.compress.tie.samples import ExpertSamples, Sample, load_samples
 from moe_compress.models.experts import whole_expert
 from tests.unit.test_merge_neurons import EXPERTS, HIDDEN, LAYOUTS, NEURONS, make_experts
@@ -151,3 +154,35 @@ def test_without_tokens_it_is_the_average(fit: str) -> None:
     fitted = fit_expert(experts, members, (0.25, 0.75), samples(1, (0, 0)), fit, 5)
     for name, part in fitted.parts.items():
         torch.testing.assert_close(part, 0.25 * members[0].parts[name] + 0.75 * members[1].parts[name])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_of_ranks(layout: str) -> None:
+    """Rank 0 is the stored expert itself; more is never worse, and full rank loses nothing."""
+    experts = make_experts(layout)
+    lead, member, sample = read_expert(experts, 0), read_expert(experts, 1), samples(1, (80,))[0]
+    ranks = [0, 1, 3, 5, min(NEURONS, HIDDEN)]
+    found = rank_errors(experts, lead, member, sample, ranks)
+    assert found[0] == pytest.approx(error(experts, lead, [member], [sample]), rel=1e-4)
+    assert all(less < more for more, less in pairwise(found))
+    assert found[-1] < 1e-6 * found[0]
+
+
+def test_the_best_successor_is_least_squares() -> None:
+    """Against the pseudo-inverse; without anything seen it is the matrix itself."""
+    matrix, h, other = (random(*size, seed=n).double() for n, size in enumerate(((5, 7), (40, 7), (40, 7))))
+    found = best_successor(matrix, h.T @ other, other.T @ other)
+    expected = (torch.linalg.pinv(other) @ (h @ matrix.T)).T
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    nothing = torch.zeros(7, 7, dtype=torch.float64)
+    torch.testing.assert_close(best_successor(matrix, nothing, nothing), matrix)
+    torch.testing.assert_close(best_successor(matrix, h.T @ h, h.T @ h), matrix)
+
+
+def test_the_best_scale() -> None:
+    matrix, lead, x = (random(*size, seed=n).double() for n, size in enumerate(((5, 7), (5, 7), (400, 7))))
+    moment = x.T @ x
+    found = float(best_scale(matrix, lead, moment))
+    errors = [weighted_error(matrix - scale * lead, moment) for scale in (found - 0.05, found, found + 0.05)]
+    assert errors[1] < min(errors[0], errors[2])
+    assert float(best_scale(matrix, torch.zeros(5, 7), moment)) == 0

@@ -122,11 +122,8 @@ def write_cache(
                     stream.release(index)
                     stage.advance()
                 stream.load_head()
-                run.finish_each(
-                    lambda logits_BSV: tops.append(  # noqa: B023
-                        TopLogits.of(logits_BSV.flatten(0, 1), config.top_logits, config.temperature)
-                    )
-                )
+                for logits_BSV in run.finish_each():
+                    tops.append(TopLogits.of(logits_BSV.flatten(0, 1), config.top_logits, config.temperature))
             finally:
                 run.close()
             _save(_part(folder, number), tops, rows.shape)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.checkpoint.rewrite import PROBES
-from moe_compress.compress.merge.low_rank import best_factors, damped
+from moe_compress.compress.merge.low_rank import best_factors, best_scale, best_successor
 from moe_compress.compress.merge.neurons import DOWN, Expert, inner_activations
 from moe_compress.models.experts import routed_tokens
 from moe_compress.models.lockstep import Enough, Lockstep
@@ -85,26 +85,19 @@ class Differ:
 
         self._observe(run, index, chunk, see)
         for expert in chunk:
-            own = self.members[expert].parts[DOWN].T.double()
-            moment = damped(moments[expert])
-            added = (moment - moments[expert]).diagonal().mean()  # where nothing was seen, the matrix stays W
-            cross = crosses[expert] + added * torch.eye(hidden, **kind)
-            best = torch.linalg.solve(moment, (own @ cross).T).T
+            own = self.members[expert].parts[DOWN].T
+            best = best_successor(own, crosses[expert], moments[expert])
             self._write(expert, DOWN, best, moments[expert])
 
-    def _write(self, expert: int, part: str, matrix: Tensor, moment_II: Tensor) -> None:
-        """Enter the scale and the factors of one matrix; for a down projection it is given as [out, in]."""
+    def _write(self, expert: int, part: str, matrix_OI: Tensor, moment_II: Tensor) -> None:
+        """Enter the scale and the factors of one matrix; that of a down projection is given as [out, in]."""
         lead = self.leads[expert].parts[part]
         lead_OI = (lead.T if part == DOWN else lead).double()
-        moment = damped(moment_II)
-        matrix_OI = matrix.double()
-        weighted = lead_OI @ moment
-        energy = (weighted * lead_OI).sum()
-        scale = (weighted * matrix_OI).sum() / energy if energy > 0 else torch.zeros_like(energy)
         scales = self.differences.get_parameter(f"{short(part)}_scale")
-        scales[expert] = scale
+        scales[expert] = best_scale(matrix_OI, lead_OI, moment_II)
         left, right = self.differences.factors(part, expert)
-        found, other = best_factors(matrix_OI - scales[expert].double() * lead_OI, moment_II, len(left))
+        rest_OI = matrix_OI.double() - scales[expert].double() * lead_OI
+        found, other = best_factors(rest_OI, moment_II, len(left))
         left[: found.shape[1]].copy_(found.T)
         right[: len(other)].copy_(other)
 

@@ -194,8 +194,8 @@ class ReducedRouters:
         left = torch.tensor([other for other in range(moe.num_experts) if other != expert])
         state = moe.block.state_dict()
         for name, (tensor, dimension) in moe.router_tensors().items():
-            beyond = torch.arange(moe.num_experts, tensor.shape[dimension])
-            state[name] = tensor.detach().index_select(dimension, torch.cat([left, beyond]).to(tensor.device))
+            rows = moe.rows(left, tensor.shape[dimension]).to(tensor.device)
+            state[name] = tensor.detach().index_select(dimension, rows)
         experts = {name for name in state if name in moe.expert_tensors()}
         reduced.block.load_state_dict({k: v for k, v in state.items() if k not in experts}, strict=False, assign=True)
 
@@ -203,7 +203,9 @@ class ReducedRouters:
             found: list[Tensor] = []
 
             def forward(hidden_TH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
-                index_TK = index_TK if numbers is None else numbers.to(index_TK.device)[index_TK]
+                if numbers is not None:  # a slot that does not run has the next number
+                    known = torch.cat([numbers, torch.tensor([moe.num_experts])]).to(index_TK.device)
+                    index_TK = known[index_TK.clamp(max=len(numbers))]
                 found.append(experts_forward(moe.experts, hidden_TH, index_TK, gate_TK))
                 return found[0]
 
