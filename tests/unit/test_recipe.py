@@ -107,7 +107,7 @@ def test_mistakes_come_in_the_order_of_the_file(tmp_path: Path) -> None:
 
 def test_an_unknown_op_hides_the_settings_of_that_op() -> None:
     found = mistakes(RECIPE | {"steps": [{"op": "prun", "bits": 4}]})
-    known = "merge, prune, quantize, skip, tie, topk, zero_experts"
+    known = "distill, merge, prune, quantize, skip, tie, topk, zero_experts"
     assert found == {"steps.0.op": (None, f"unknown value `prun`; did you mean `prune`? (one of: {known})")}
 
 
