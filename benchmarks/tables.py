@@ -338,9 +338,9 @@ def gptq_speed() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
-        prune_reference, prune_criteria, prune_readme, merge_reference, skip_reference, skip_speed,
-        quantize_allocations, quantize_sizes, quantize_readme, quantize_frontier, distill_reference, streaming,
-        kill_resume, allocation, lm_eval_reference, gptq_speed,
+        prune_reference, prune_criteria, prune_readme, merge_reference, skip_reference, skip_speed, distill_reference,
+        quantize_allocations, quantize_sizes, quantize_readme, quantize_frontier, streaming, kill_resume, allocation,
+        lm_eval_reference, gptq_speed,
     )
 }  # fmt: skip
 

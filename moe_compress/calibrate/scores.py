@@ -14,6 +14,9 @@ the tokens routed to an expert; g is the value that truly multiplies the expert'
 | `max_abs` | [E] | largest absolute entry of f |
 | `easy_ep` | [E] | sum of g times the norm times max(0, 1 - cos(h, h + routed output)) |
 | `coselection` | [E, E] | tokens routed to both experts (the diagonal is `tokens`) |
+| `windows_16`, `windows_64` | [E, 17], [E, 65] | windows of 16 (64) tokens in a row in which 0, 1, ... of them use it |
+| `ablation` | [E] | what taking the expert out adds to the loss, nats per token; NaN where that was not measured |
+| `cache_lookups`, `cache_hits` | [E], [E, 3] | how often caches of 1, 2, 3 times top-k looked for it, and had it |
 | `router_gram` | [E, E] | sum over all tokens of products of router logits |
 | `mean_output` | [E, H] | mean of f over a sample of all tokens, wherever they were routed; measured on demand |
 
@@ -43,6 +46,7 @@ from moe_compress.checkpoint.durable import replace_durably
 from moe_compress.errors import UsageError
 
 FORMAT = 1
+ABLATION = "ablation"  # the statistic that `calibrate.ablation` measures, on demand
 PAIRWISE = ("coselection", "router_gram")  # statistics of pairs of experts
 RATIO_BINS = 4096
 Array = NDArray[np.float64]

@@ -77,6 +77,9 @@ class Change:
     tokens: Tensor | None = None
     batch_size = 1
 
+    def prepare(self, stream: LayerStream) -> None:
+        """See the empty model of the source, before anything else is asked for."""
+
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The new content of `config.json`."""
         return config
@@ -155,9 +158,10 @@ def rewrite(
     writer.drop_damaged()
     copy_companions(source.folder, folder)
     old_config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    stream = LayerStream(source, device)
+    change.prepare(stream)
     write_config(source.folder, folder, change.config(json.loads(json.dumps(old_config))), old_config)
 
-    stream = LayerStream(source, device)
     config = dense_config(read_config(source, folder))
     target = LayerStream(replace(source, config=config), device)
     expected = expected_tensors(stream, target, change)

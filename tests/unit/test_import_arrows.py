@@ -16,9 +16,11 @@ PACKAGE = Path(moe_compress.__file__).parent
 ROWS = (
     ("__main__",),
     ("cli", "api"),
-    ("console",),
+    ("console", "cli_base"),
+    ("auditing",),
     ("pipeline", "reference", "publish"),
     ("preview",),
+    ("health", "estimate"),
     ("measure",),
     ("steps",),
     ("compress", "eval", "report", "verification", "manifest", "workspace"),

@@ -114,7 +114,6 @@ def write_cache(
                 stream.model, stream.layers, [part.to(device) for part in rows.split(config.micro_batch_size)]
             )
             stream.release_embeddings()
-            tops: list[TopLogits] = []
             try:
                 for index in range(len(stream.layers)):
                     stream.load(index)
@@ -122,8 +121,10 @@ def write_cache(
                     stream.release(index)
                     stage.advance()
                 stream.load_head()
-                for logits_BSV in run.finish_each():
-                    tops.append(TopLogits.of(logits_BSV.flatten(0, 1), config.top_logits, config.temperature))
+                tops = [
+                    TopLogits.of(logits_BSV.flatten(0, 1), config.top_logits, config.temperature)
+                    for logits_BSV in run.finish_each()
+                ]
             finally:
                 run.close()
             _save(_part(folder, number), tops, rows.shape)

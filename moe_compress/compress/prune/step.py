@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-from moe_compress.calibrate.scores import Scores
+from moe_compress.calibrate.ablation import with_importance
+from moe_compress.calibrate.config import CalibrationConfig
+from moe_compress.calibrate.scores import ABLATION, Scores
 from moe_compress.checkpoint.index import DTYPE_BITS
 from moe_compress.checkpoint.record import Record, Target
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, rewrite
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
+from moe_compress.compress import scoring
+from moe_compress.compress.demand import Demand, ablation_demand
 from moe_compress.compress.operation import Outlook, Step
 from moe_compress.compress.prune.apply import PruneChange, bank_of
 from moe_compress.compress.prune.config import PruneConfig
@@ -69,6 +74,28 @@ class PruneStep(Step[PruneConfig]):
         stored = round(before.stored_bytes * (1 - share * (1 - plan.num_kept / plan.num_experts)))
         entry |= {"summary": found["summary"], "layers": found["layers"]}
         return entry, after.of_size(stored_bytes=stored)
+
+    def demands(self, before: Outlook, after: Outlook, calibration: CalibrationConfig) -> list[Demand]:
+        scored, *rest = super().demands(before, after, calibration)
+        if self.config.criterion != ABLATION:
+            return [scored, *rest]
+        ablated = ablation_demand(before.size, calibration, self.config.ablation_samples)
+        return [scored, ablated, *rest]
+
+    def score(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Scores:
+        scores = super().score(source, folder, around, title)
+        if self.config.criterion != ABLATION or all(ABLATION in layer.statistics for layer in scores.layers):
+            return scores
+        tokens = scoring.calibration_data(source, around).tokens[: self.config.ablation_samples]
+        everything = {layer.layer: range(layer.num_experts) for layer in scores.layers}
+        losses = scoring.ablations(source, tokens, everything, folder / ABLATION, around, title)
+        scores = with_importance(scores, losses)
+        scores.save(folder)
+        shutil.rmtree(folder / ABLATION)
+        return scores
+
+    def score_settings(self) -> dict[str, Any]:
+        return {"ablation_samples": self.config.ablation_samples} if self.config.criterion == ABLATION else {}
 
     def run(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Record:
         scores = self.score(source, folder / "scores", around, title)
