@@ -27,7 +27,8 @@ LIBRARIES = ("llmcompressor", "compressed-tensors", "transformers", "torch")
 
 def peak_rss_bytes() -> int:
     """The most memory that this process has had resident."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in status if line.startswith("VmHWM"))
     return int(line.split()[1]) << 10
 
 
