@@ -141,7 +141,7 @@ def saved_per_token(config: Any, index: TensorIndex) -> int:
     tensors = [tensor for layer in layers for tensor in layer.expert_tensors().values()]
     experts = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     saved_experts = experts - stored
-    share = min(1.0, sum(layer.top_k for layer in layers) / sum(layer.num_experts for layer in layers))
+    share = min(1.0, sum(layer.experts_per_token for layer in layers) / sum(layer.num_experts for layer in layers))
     return round(dense - index.nbytes - saved_experts - _saved_lookups(skeleton, index) + share * saved_experts)
 
 

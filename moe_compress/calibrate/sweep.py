@@ -24,8 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_compress.calibrate.locality import Locality
 from moe_compress.calibrate.logits import RouterGram
-from moe_compress.calibrate.scores import LayerScores, Scores
+from moe_compress.calibrate.scores import RATIO_BINS, LayerScores, Scores
 from moe_compress.checkpoint.durable import replace_durably
 from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, save_hidden
 from moe_compress.checkpoint.stream import LayerStream
@@ -34,6 +35,8 @@ from moe_compress.errors import ResumeError
 from moe_compress.models.layers import MoELayer
 from moe_compress.models.lockstep import Lockstep
 from moe_compress.progress import Stage
+
+TABLE = "table."  # before the name of a table, in the file of a layer
 
 
 class Measurement(Protocol):
@@ -60,16 +63,19 @@ class LayerStatistics:
         self.sums = {name: zeros(experts) for name in names}
         self.sums |= {name: zeros(experts, moe.width) for name in ("output_sum", "output_sq_sum", "gated_output_sum")}
         self.sums["coselection"] = zeros(experts, experts)
+        self.locality = Locality(experts, moe.top_k)
         self._router = RouterGram(moe)
+        self.gate_ratios = zeros(2, RATIO_BINS)
         self.num_tokens = 0
         self.cosine_sum, self.stream_energy = zeros(1), zeros(1)
         self._entering_TH: Tensor | None = None
+        self._index_TK: Tensor | None = None
         self._input_TH: Tensor | None = None
         self._routed_TH: Tensor | None = None
         self._block_TH: Tensor | None = None
         self._saliency: list[tuple[int, Tensor, Tensor]] = []
         moe.experts.observer = self  # type: ignore[assignment]
-        self._hooks = [moe.experts.register_forward_pre_hook(self._experts_input)]
+        self._hooks = [moe.experts.register_forward_pre_hook(self._experts_input, with_kwargs=True)]
         if moe.block_path:  # else the block is the decoder layer, which ends after `layer` is called
             self._hooks.append(moe.block.register_forward_hook(self._block_output))
         self._hooks.append(moe.block.register_forward_pre_hook(self._block_input, with_kwargs=True))
@@ -100,10 +106,13 @@ class LayerStatistics:
         chosen_TE = chosen_TE[:, :-1]
         self.sums["coselection"] += chosen_TE.T @ chosen_TE
         self.num_tokens += len(index_TK)
-        self._routed_TH = routed_output_TH
+        self._routed_TH, self._index_TK = routed_output_TH, index_TK
 
     def layer(self, input_BSH: Tensor, output_BSH: Tensor) -> None:
-        assert self._routed_TH is not None
+        assert self._routed_TH is not None and self._index_TK is not None
+        batch, length = input_BSH.shape[:2]
+        if len(self._index_TK) == batch * length:
+            self.locality.add(self._index_TK.view(batch, length, -1).cpu().numpy())
         entering, leaving = (hidden.reshape(len(self._routed_TH), -1) for hidden in (input_BSH, output_BSH))
         self.cosine_sum += F.cosine_similarity(entering, leaving, dim=-1).sum(dtype=torch.float64)
         self.stream_energy += leaving.square().sum(dtype=torch.float64)
@@ -130,18 +139,27 @@ class LayerStatistics:
         self.sums["router_gram"] = self._router.close()
         statistics = {name: values.cpu().numpy() for name, values in self.sums.items()}
         statistics["tokens"] = np.diagonal(statistics["coselection"]).copy()
+        statistics |= self.locality.statistics()
         cosine = float(self.cosine_sum) / max(1, self.num_tokens)
         if self.measurement is not None:
             statistics |= self.measurement.measure()
         energy = float(self.stream_energy)
-        return LayerScores(layer, self.moe.num_experts, self.moe.top_k, self.num_tokens, cosine, statistics, energy)
+        tables = {"gate_ratios": self.gate_ratios.cpu().numpy()}
+        return LayerScores(
+            layer, self.moe.num_experts, self.moe.top_k, self.num_tokens, cosine, statistics, energy, tables
+        )
 
     def _block_input(self, module: Any, inputs: Any, keywords: Any) -> None:
         entering = inputs[0] if inputs else keywords["hidden_states"]
         self._entering_TH = entering.flatten(0, -2)
 
-    def _experts_input(self, module: Any, inputs: Any) -> None:
-        self._input_TH = inputs[0]
+    def _experts_input(self, module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self._input_TH, index_TK, gate_TK = (*inputs, *keywords.values())
+        gate_TK = gate_TK.masked_fill(index_TK >= self.moe.num_experts, 0).float().sort(dim=1, descending=True).values
+        ratio_TK = (gate_TK / gate_TK[:, :1]).nan_to_num(0.0)[:, 1:]
+        bin_TK = (ratio_TK * RATIO_BINS).long().clamp(0, RATIO_BINS - 1)
+        for counts, bins in zip(self.gate_ratios, (bin_TK, bin_TK[:, :1]), strict=True):
+            counts += torch.bincount(bins.flatten(), minlength=RATIO_BINS)
 
     def _block_output(self, module: Any, inputs: Any, output: Any) -> None:
         tensor = output if isinstance(output, Tensor) else output[0]
@@ -217,11 +235,15 @@ def _save_layer(folder: Path, scores: LayerScores) -> None:
     meta = {"num_experts": scores.num_experts, "top_k": scores.top_k, "num_tokens": scores.num_tokens}
     described = json.dumps(meta | {"cosine": scores.cosine, "stream_energy": scores.stream_energy})
     temporary = folder / "scores.part"
-    save_file({k: torch.from_numpy(v) for k, v in scores.statistics.items()}, temporary, {"layer": described})
+    arrays = scores.statistics | {f"{TABLE}{name}": values for name, values in scores.tables.items()}
+    save_file({name: torch.from_numpy(values) for name, values in arrays.items()}, temporary, {"layer": described})
     replace_durably(temporary, folder / f"layer-{scores.layer:05d}.safetensors")
 
 
 def _load_layer(folder: Path, layer: int) -> LayerScores:
     with safe_open(folder / f"layer-{layer:05d}.safetensors", "np") as file:
         meta = json.loads(file.metadata()["layer"])
-        return LayerScores(layer=layer, statistics={name: file.get_tensor(name) for name in list(file.keys())}, **meta)
+        arrays = {name: file.get_tensor(name) for name in list(file.keys())}
+    tables = {name.removeprefix(TABLE): values for name, values in arrays.items() if name.startswith(TABLE)}
+    statistics = {name: values for name, values in arrays.items() if not name.startswith(TABLE)}
+    return LayerScores(layer=layer, statistics=statistics, tables=tables, **meta)

@@ -21,7 +21,7 @@ Not covered: caches; hidden states of all batches stay in memory. Gradients reac
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +29,7 @@ from greenlet import greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_compress.errors import ResumeError
+from moe_compress.errors import ResumeError, UnsupportedModelError
 
 
 class Enough(Exception):
@@ -69,7 +69,8 @@ class Lockstep:
         # called before each layer with the batch's number and the layer's arguments
         self.recorder: Callable[[int, tuple[Any, ...], dict[str, Any]], None] | None = None
         self._leaves: list[Tensor] | None = None
-        self._start = start
+        self._tokens = list(batches)
+        self._starts = [start] * len(batches)  # layers before that are skipped
         self._scheduler = greenlet.getcurrent()
         self.batch = 0  # the one that is running
         self._next = 0
@@ -92,6 +93,30 @@ class Lockstep:
                 f"The layers of {type(model).__name__} hand on more than they return, so an interrupted run cannot go "
                 "on in the middle; start over with --force."
             )
+
+    def fork(self, batch: int) -> int:
+        """Another pass of the tokens of `batch`, standing where that stands; returns its number.
+
+        Raises `UnsupportedModelError` where layers hand on more than they return. Input embeddings must be resident.
+        """
+        number = len(self._passes)
+        self._left.append(list(self._left[batch]))
+        self._entering.append(0)
+        self._tokens.append(self._tokens[batch])
+        self._starts.append(self._next)
+        self._passes.append(greenlet(self._forward))
+        self.batch = number
+        with torch.no_grad():
+            self._passes[number].switch(self._tokens[number])
+            for _ in range(self._next):
+                self._passes[number].switch()
+        if self._entering[number] != self._entering[batch]:
+            self.close()
+            raise UnsupportedModelError(
+                f"The layers of {type(self.model).__name__} hand on more than they return, so a pass cannot begin in "
+                "the middle."
+            )
+        return number
 
     @property
     def hidden(self) -> list[Tensor]:
@@ -135,6 +160,15 @@ class Lockstep:
         self.close()
         return self.logits
 
+    def finish_each(self) -> Iterator[Tensor]:
+        """As `finish` for all batches, but only one batch's logits are in memory at a time."""
+        for batch, coroutine in enumerate(self._passes):
+            self.batch = batch
+            with torch.no_grad():
+                coroutine.switch()
+            yield self.logits.pop()
+        self.close()
+
     def last_gradients(self, index: int, loss: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
         """Pass the last layer `index` and what follows it; ends the run.
 
@@ -166,7 +200,8 @@ class Lockstep:
         """Leave all batches but the first `count` where they are, for good."""
         for coroutine in self._passes[count:]:
             coroutine.throw()
-        del self._passes[count:], self._left[count:], self._entering[count:]
+        for entries in (self._passes, self._left, self._entering, self._tokens, self._starts):
+            del entries[count:]
 
     def _advance(self) -> None:
         self._next += 1
@@ -183,7 +218,7 @@ class Lockstep:
             self._enter(args, kwargs)
             rehearsed = self._rehearsals(forward, args, kwargs)
             batch = self.batch
-            if index < self._start:
+            if index < self._starts[batch]:
                 return _output(self._left[batch])
             if self.recorder is not None:
                 self.recorder(batch, args, kwargs)

@@ -131,7 +131,7 @@ def check_coverage(steps: Sequence[Record]) -> Check:
     if dropped:
         return Check(True, f"dropped because too few calibration tokens reached them: {listed(dropped, MAX_LISTED)}.")
     calibrated = any(step.coverage for step in steps)
-    return Check(True, "every expert saw calibration tokens." if calibrated else "no step needed calibration.")
+    return Check(True, "every expert saw calibration tokens." if calibrated else "no step measured single experts.")
 
 
 def require_coverage(step: Record) -> None:
@@ -154,9 +154,10 @@ def check_bytes(folder: Path, ledger: Ledger, steps: Sequence[Record]) -> Check:
         return Check(
             False, f"{ledger.source_bytes:,} bytes less {dropped:,} dropped by the plan are not {index.nbytes:,}."
         )
+    change = f"- {dropped:,} dropped" if dropped >= 0 else f"+ {-dropped:,} added"
     parts = f"{len(ledger.copied)} tensors copied, {len(ledger.transformed)} through the layers, "
     parts += f"{len(ledger.unchanged)} of these unchanged"
-    return Check(True, f"{parts}; {ledger.source_bytes:,} - {dropped:,} dropped = {index.nbytes:,} bytes.")
+    return Check(True, f"{parts}; {ledger.source_bytes:,} {change} = {index.nbytes:,} bytes.")
 
 
 def check_keys(folder: Path, ledger: Ledger, manifest: dict[str, Any]) -> Check:

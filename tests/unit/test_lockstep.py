@@ -209,3 +209,40 @@ def test_nothing_is_differentiated(model: Any, batches: list[Tensor]) -> None:
     for index in range(LAYERS):
         assert not any(states.requires_grad for states in run.through(index))
     assert not any(logits.requires_grad for logits in run.finish())
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_forked_before_any_layer(layer: int, model: Any, batches: list[Tensor]) -> None:
+    """A fork is the same pass, unless something tells them apart from there on."""
+    expected = [logits for logits, _ in own_forward(model, batches)]
+    run = Lockstep(model, layers_of(model), batches)
+    numbers: list[int] = []
+    for index in range(LAYERS):
+        if index == layer:
+            numbers = [run.fork(batch) for batch in range(len(batches))]
+        run.through(index)
+    found = [logits.clone() for logits in run.finish_each()]
+    assert numbers == [3, 4, 5] and len(found) == 6
+    for batch, own in enumerate(expected):
+        assert torch.equal(found[batch], own) and torch.equal(found[numbers[batch]], own)
+
+
+def test_a_fork_can_be_told_apart(model: Any, batches: list[Tensor]) -> None:
+    """Only the forks run without the last layer's MLP, as the module itself sees by the number of the pass."""
+    run = Lockstep(model, layers_of(model), batches)
+    forks = {run.fork(batch): batch for batch in range(len(batches))}
+    mlp = layers_of(model)[-1].mlp
+    handle = mlp.register_forward_hook(
+        lambda module, inputs, output: torch.zeros_like(output) if run.batch in forks else output
+    )
+    for index in range(LAYERS):
+        run.through(index)
+    found = list(run.finish_each())
+    handle.remove()
+    whole = [logits for logits, _ in own_forward(model, batches)]
+    handle = mlp.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+    without = [logits for logits, _ in own_forward(model, batches)]
+    handle.remove()
+    for number, batch in forks.items():
+        assert torch.equal(found[batch], whole[batch]) and torch.equal(found[number], without[batch])
+        assert not torch.equal(whole[batch], without[batch])

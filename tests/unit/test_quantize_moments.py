@@ -46,6 +46,11 @@ class Model:
         rows = torch.cat(found).double()
         return rows.T @ rows / len(rows)
 
+    def tokens_of_experts(self) -> list[int]:
+        found: list[int] = []
+        self.show(self.moe.experts, lambda hidden, index_TK, gate: found.extend(index_TK.flatten().tolist()))
+        return [found.count(expert) for expert in range(4)]
+
     def means_of_experts(self, name: str) -> list[Tensor]:
         found: list[list[Tensor]] = [[] for _ in range(4)]
         experts: Any = self.moe.experts
@@ -141,7 +146,7 @@ def test_nothing_is_computed_twice_while_there_is_memory(
             moments.linear(group[0])
             continue
         for name in ("gate_up_proj", "down_proj"):
-            moments.experts(name, range(4))
+            moments.experts(name, list(range(4)))
     moments.close()
     run.through(0)
     run.close()
@@ -149,11 +154,39 @@ def test_nothing_is_computed_twice_while_there_is_memory(
     assert sorted(calls) == sorted(list(range(5)) * times)
 
 
-def test_starved_experts_are_named() -> None:
+def test_starved_experts_are_named_and_share_the_layers_pool() -> None:
     one = Model()
     run = Lockstep(one.model, one.layers, [one.probe, one.batches[0][:1]])
     moments = Moments(run, 0, one.layer, one.moe, [])
     assert moments.order() == [None]
-    assert moments.experts("gate_up_proj", [1, 3])[1] == [1, 3]
+    (first,), few = moments.experts("gate_up_proj", [1])
+    assert few == [1]
+    together, few = moments.experts("gate_up_proj", [1, 3])
+    assert few == [1, 3] and torch.equal(together[0], first)
+    moments.close()
+    run.close()
+    one.batches = [one.batches[0][:1]]
+    own = one.means_of_experts("gate_up_proj")
+    sizes = [mean.diagonal().mean() for mean in own]
+    pool = sum(mean / size for mean, size in zip(own, sizes, strict=True)) / 4
+    tokens = one.tokens_of_experts()
+    assert sum(tokens) == 120 and max(tokens) < 128
+    for found, expert in zip(together, (1, 3), strict=True):
+        share = tokens[expert] / 128
+        close(found, share * own[expert] + (1 - share) * sizes[expert] * pool)
+
+
+def test_what_is_used_without_being_called_comes_first_and_without_statistics() -> None:
+    """Passes that wait further on would have used it as it was before."""
+    one = Model()
+    attention = one.layer.self_attn
+    attention.o_proj.forward = lambda inputs: inputs @ attention.other.weight.T
+    attention.other = torch.nn.Linear(32, 32, bias=False)
+    paths = ("q_proj", "o_proj", "other")
+    linears = [LinearLayer(0, f"self_attn.{path}", "attention", (32, 32)) for path in paths]
+    run = Lockstep(one.model, one.layers, [one.probe, *one.batches])
+    moments = Moments(run, 0, one.layer, one.moe, linears)
+    assert moments.order() == [[linears[2]], [linears[0]], [linears[1]], None]
+    assert not moments.linear(linears[2]).any()
     moments.close()
     run.close()

@@ -19,7 +19,7 @@ from pydantic import (
     field_validator,
 )
 
-CriterionName = Literal["random", "frequency", "seer", "ean", "reap", "man", "msan", "easy_ep", "mone"]
+CriterionName = Literal["random", "frequency", "seer", "ean", "reap", "man", "msan", "easy_ep", "mone", "ablation"]
 
 
 # (alpha, beta) whose sum of g^alpha * |f|^beta over routed tokens is accumulated, and the statistic that holds it.
@@ -71,9 +71,9 @@ class PruneConfig(BaseModel):
     """Drop whole routed experts and their router rows, the lowest scores first.
 
     Criteria: the (b, alpha, beta) family with frequency, SEER, EAN, MAN and MSAN (arXiv 2606.15716), REAP
-    (arXiv 2510.13999), EASY-EP (arXiv 2504.06792), the variance score of MoNE (arXiv 2507.00390), and `random`, the
-    baseline. Super experts (arXiv 2507.23279) are kept whatever they score. Dropped experts may leave their mean output
-    behind (`replace: constant`, the novices of MoNE).
+    (arXiv 2510.13999), EASY-EP (arXiv 2504.06792), the variance score of MoNE (arXiv 2507.00390), `ablation`, the
+    measured loss without the expert, and `random`, the baseline. Super experts (arXiv 2507.23279) are kept whatever
+    they score. Dropped experts may leave their mean output behind (`replace: constant`, the novices of MoNE).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -104,6 +104,11 @@ class PruneConfig(BaseModel):
         default=None,
         description="constant: a dropped expert keeps its row of the router and becomes its mean output; needs "
         "`export.tier: plugin`.",
+    )
+    ablation_samples: int = Field(
+        default=32,
+        ge=1,
+        description="criterion ablation: calibration sequences that the loss without each expert is measured on.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of `criterion: random`.")
 
@@ -140,6 +145,8 @@ def needs_tokens(step: Mapping[str, Any]) -> bool:
 def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "seed" in step and step.get("criterion", "random") != "random":
         yield "seed", "only the criterion `random` draws numbers"
+    if "ablation_samples" in step and step.get("criterion", "ablation") != "ablation":
+        yield "ablation_samples", "only the criterion `ablation` takes experts out"
 
 
 def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

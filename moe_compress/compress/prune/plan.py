@@ -2,7 +2,8 @@
 
 Scores follow arXiv 2606.15716 (the family n^(-b) * sum g^alpha |f|^beta), arXiv 2504.06792 (EASY-EP) and
 arXiv 2507.00390 (MoNE); super experts follow arXiv 2507.23279. Sums run over the tokens routed to an expert. An
-expert that was never routed scores 0 under every criterion but `random`, so it is dropped first. Of equal scores the
+expert that was never routed scores 0 under every criterion but `random`, so it is dropped first, unless the loss of
+others is a gain (`ablation`: what taking the expert out adds to the loss, mean over sequences). Of equal scores the
 lower expert index (and, in a global ranking, the lower layer) is kept.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_compress.calibrate.scores import LayerScores, Scores
+from moe_compress.calibrate.scores import ABLATION, LayerScores, Scores
 from moe_compress.compress.prune.config import ACCUMULATED_SUMS, CustomCriterion, PruneConfig
 from moe_compress.errors import DataError, UsageError
 from moe_compress.text import listed
@@ -117,7 +118,9 @@ def criterion_scores(config: PruneConfig, layer: LayerScores) -> Array:
     statistics = layer.statistics
     # Without tokens every sum is 0, and so is the score.
     count = np.maximum(statistics["tokens"], 1.0)
-    if criterion == "easy_ep":
+    if criterion == ABLATION:
+        scores = _measured_importance(layer)
+    elif criterion == "easy_ep":
         scores = statistics["easy_ep"]
     elif criterion == "mone":
         mean_EH = statistics["output_sum"] / count[:, None]
@@ -133,6 +136,18 @@ def criterion_scores(config: PruneConfig, layer: LayerScores) -> Array:
         scores = statistics[ACCUMULATED_SUMS[alpha, beta]] * count ** -float(b)
     _require_finite(scores, layer.layer)
     return scores
+
+
+def _measured_importance(layer: LayerScores) -> Array:
+    """The statistic `ablation`; `UsageError` when it was measured for some experts only, or for none."""
+    found = layer.statistics.get(ABLATION)
+    missing = layer.num_experts if found is None else int(np.isnan(found).sum())
+    if found is None or missing:
+        raise UsageError(
+            f"criterion: ablation: the scores hold no loss without {missing} of the {layer.num_experts} experts of "
+            f"layer {layer.layer}; measure all with `moe-compress score`, or with `moe-compress audit --experts all`."
+        )
+    return found
 
 
 def super_experts(scores: Scores, num_decoder_layers: int) -> set[tuple[int, int]]:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-from moe_compress.calibrate.scores import Scores
+from moe_compress.calibrate.ablation import with_importance
+from moe_compress.calibrate.config import CalibrationConfig
+from moe_compress.calibrate.scores import ABLATION, Scores
 from moe_compress.checkpoint.index import DTYPE_BITS
 from moe_compress.checkpoint.record import Record, Target
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, rewrite
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
+from moe_compress.compress import scoring
+from moe_compress.compress.demand import Demand, ablation_demand
 from moe_compress.compress.operation import Outlook, Step
 from moe_compress.compress.prune.apply import PruneChange, bank_of
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.prune.plan import PrunePlan, keep_count, plan_prune
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.eval.cost import cost
-from moe_compress.models.layers import find_moe_layers, require_no_banks, routing_groups, set_num_experts
+from moe_compress.models.layers import (
+    family_num_experts,
+    find_moe_layers,
+    require_no_banks,
+    routing_groups,
+    with_expert_counts,
+)
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.runtime.banks import Bank
 from moe_compress.runtime.families import banked, causal_model
@@ -64,6 +75,28 @@ class PruneStep(Step[PruneConfig]):
         entry |= {"summary": found["summary"], "layers": found["layers"]}
         return entry, after.of_size(stored_bytes=stored)
 
+    def demands(self, before: Outlook, after: Outlook, calibration: CalibrationConfig) -> list[Demand]:
+        scored, *rest = super().demands(before, after, calibration)
+        if self.config.criterion != ABLATION:
+            return [scored, *rest]
+        ablated = ablation_demand(before.size, calibration, self.config.ablation_samples)
+        return [scored, ablated, *rest]
+
+    def score(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Scores:
+        scores = super().score(source, folder, around, title)
+        if self.config.criterion != ABLATION or all(ABLATION in layer.statistics for layer in scores.layers):
+            return scores
+        tokens = scoring.calibration_data(source, around).tokens[: self.config.ablation_samples]
+        everything = {layer.layer: range(layer.num_experts) for layer in scores.layers}
+        losses = scoring.ablations(source, tokens, everything, folder / ABLATION, around, title)
+        scores = with_importance(scores, losses)
+        scores.save(folder)
+        shutil.rmtree(folder / ABLATION)
+        return scores
+
+    def score_settings(self) -> dict[str, Any]:
+        return {"ablation_samples": self.config.ablation_samples} if self.config.criterion == ABLATION else {}
+
     def run(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Record:
         scores = self.score(source, folder / "scores", around, title)
         plan = self.plan(scores, source.config)
@@ -96,15 +129,13 @@ class PruneStep(Step[PruneConfig]):
 
     def _outlook(self, before: Outlook, num_experts: int, count: int) -> Outlook:
         """What the step leads to when each layer keeps `count` experts."""
+        model = build_skeleton(before.config)
+        layers = [layer.layer for layer in find_moe_layers(model)]
         if self.config.replace is not None:
             slots = tuple(expert if expert < count else None for expert in range(num_experts))
-            layers = find_moe_layers(build_skeleton(before.config))
-            banks = {layer.layer: Bank(count, slots) for layer in layers}
-            return before.resized(banked(before.config, num_experts, banks))
-        smaller = type(before.config).from_dict(before.config.to_dict())
-        if count != num_experts:
-            set_num_experts(smaller, num_experts, count)
-        return before.resized(smaller)
+            return before.resized(banked(before.config, num_experts, dict.fromkeys(layers, Bank(count, slots))))
+        counts = dict.fromkeys(layers, count)
+        return before.resized(with_expert_counts(before.config, family_num_experts(model), count, counts))
 
     def _record(self, plan: PrunePlan, scores: Scores, dropped: int) -> Record:
         largest = max(layer.num_experts for layer in plan.layers)

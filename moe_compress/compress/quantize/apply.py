@@ -7,7 +7,7 @@ take a second moment that is partly pooled over the layer (`Hessians.finish`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.prune.apply import with_counts
 from moe_compress.compress.quantize.config import BITSANDBYTES
 from moe_compress.compress.quantize.gptq import gptq
-from moe_compress.compress.quantize.moments import Moments
+from moe_compress.compress.quantize.moments import Moments, chunks
 from moe_compress.compress.quantize.plan import KEEP, QuantizedLayer, QuantizePlan
 from moe_compress.compress.quantize.rtn import rtn
 from moe_compress.compress.quantize.shapes import LinearLayer
@@ -39,8 +39,6 @@ from moe_compress.models.lockstep import Lockstep
 from moe_compress.runtime import bnb
 from moe_compress.runtime.pack import pack
 from moe_compress.runtime.scheme import Scheme
-
-HESSIAN_BYTES = 4 << 30  # of second moments held at a time
 
 
 class QuantizeChange(Change):
@@ -77,6 +75,9 @@ class QuantizeChange(Change):
     def pooled(self) -> list[tuple[int, int]]:
         """(layer, expert as numbered in the source) of those that few tokens reached."""
         return sorted((int(layer), expert) for layer, experts in self._pooled.items() for expert in experts)
+
+    def prepare(self, stream: LayerStream) -> None:
+        self.storage.prepare(stream)
 
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         counts = {layer: len(found.keep) for layer, found in self.layers.items()}
@@ -193,7 +194,7 @@ class QuantizeChange(Change):
         options = list(zip(*(planned.options[part] for part in parts), strict=True))
         for chosen in dict.fromkeys(options):
             members = [expert for expert, found in enumerate(options) if found == chosen]
-            for chunk in _chunks(members, matrix_EOI.shape[2]) if moments is not None else [members]:
+            for chunk in chunks(members, matrix_EOI.shape[2]) if moments is not None else [members]:
                 weights_EOI = matrix_EOI if len(chunk) == len(options) else matrix_EOI[chunk]
                 hessian = None
                 if moments is not None and set(chosen) != {KEEP}:
@@ -239,10 +240,3 @@ class QuantizeChange(Change):
         _, height, width = weights_EOI.shape
         values = [scheme.dequantize(tensors, height, width, torch.float32) for tensors in stored]
         return stored, torch.stack(values)
-
-
-def _chunks(members: list[int], width: int) -> Iterator[list[int]]:
-    """Experts whose second moments fit into memory together."""
-    count = max(1, HESSIAN_BYTES // (4 * width**2))
-    for start in range(0, len(members), count):
-        yield members[start : start + count]

@@ -8,7 +8,7 @@ HELD_BYTES batches do not wait but start the layer anew for every matrix, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from moe_compress.models.experts import matrix_shape, routed_experts, routed_inn
 from moe_compress.models.layers import MoELayer
 from moe_compress.models.lockstep import Enough, Lockstep
 
+HESSIAN_BYTES = 4 << 30  # of second moments held at a time
 HELD_BYTES = 1 << 30  # of activations in passes that wait inside a layer, by estimate
 
 Inputs = tuple[Any, ...]  # of a module
@@ -42,63 +43,71 @@ class Moments:
         linears: Sequence[LinearLayer],
         shared: Path | None = None,
     ) -> None:
-        self._run, self._index, self._moe, self._shared = run, index, moe, shared
-        self._modules = {linear.path: layer.get_submodule(linear.path) for linear in linears}
-        self._linears = list(linears)
+        self._run, self._index, self._layer, self._moe = run, index, layer, moe
+        self._linears = {layer.get_submodule(linear.path): linear for linear in linears}
+        self._shared = shared
         self._experts: Any = None if moe is None else moe.experts
+        self._places = [*self._linears, *([] if moe is None else [moe.experts])]
         self._place: nn.Module | None = None  # where batches stop
         self._see: Callable[[Inputs], None] = lambda inputs: None
-        self._entered: list[tuple[nn.Module, Tensor]] | None = None
+        self._ordering = False
+        self._entered: dict[nn.Module, Tensor] = {}  # by the probe, in this order
         self._waiting: dict[int, int] = {}  # batch -> estimated bytes that its pass keeps
+        self._counted: tuple[str, list[int], Tensor, list[int]] | None = None  # matrix, experts, moments, pooled ones
         self._inner: dict[int, dict[int, Tensor]] = {}  # batch -> expert -> inputs of its down projection
-        places = [*self._modules.values(), *([] if moe is None else [moe.experts])]
-        self._hooks = [place.register_forward_pre_hook(self._enter) for place in places]
+        self._hooks = [place.register_forward_pre_hook(self._enter) for place in self._places]
 
     def order(self) -> list[list[LinearLayer] | None]:
         """Linear layers that have the same inputs, in the order in which a pass comes to them; None: the experts.
 
-        As the probe's pass finds it. What that does not come to is last, and is rounded.
+        As the probe's pass finds it. What that does not come to, because the layer uses it in another way than calling
+        it, is first, and is rounded.
         """
-        self._entered = []
+        self._ordering = True
         self._run.rehearse(self._index, PROBES)
-        entered, self._entered = self._entered, None
-        groups: list[tuple[Tensor, list[LinearLayer] | None]] = []
-        left = list(self._linears)
-        for module, tensor in entered:
+        self._ordering = False
+        groups: list[tuple[Tensor | None, list[LinearLayer] | None]] = []
+        for module in [*(place for place in self._places if place not in self._entered), *self._entered]:
+            tensor = self._entered.get(module)
+            same = next((group for inputs, group in groups if group and inputs is tensor is not None), None)
             if module is self._experts:
-                if all(group is not None for _, group in groups):
-                    groups.append((tensor, None))
-                continue
-            linear = next((linear for linear in left if self._modules[linear.path] is module), None)
-            if linear is None:
-                continue  # it was here before
-            left.remove(linear)
-            same = next((group for inputs, group in groups if group is not None and inputs is tensor), None)
-            if same is None:
-                groups.append((tensor, [linear]))
+                groups.append((tensor, None))
+            elif same is None:
+                groups.append((tensor, [self._linears[module]]))
             else:
-                same.append(linear)
-        missed: list[list[LinearLayer] | None] = [[linear] for linear in left]
-        if self._experts is not None and all(group is not None for _, group in groups):
-            missed.append(None)
-        self._missed = [linear.path for linear in left]
-        return [*(group for _, group in groups), *missed]
+                same.append(self._linears[module])
+        return [group for _, group in groups]
 
     def linear(self, linear: LinearLayer) -> Tensor:
         """[1, I, I] of a linear layer's inputs."""
-        module: Any = self._modules[linear.path]
+        module: Any = self._layer.get_submodule(linear.path)
         hessians = Hessians(1, linear.shape[1], module.weight.device)
-        if linear.path not in self._missed:
+        if module in self._entered:
             self._collect(module, lambda inputs: hessians.add(0, inputs[0].flatten(0, -2)))
         return hessians.finish(1)[0]
 
-    def experts(self, name: str, members: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """[len(members), I, I] of these experts' inputs of a fused matrix, and those whose moment was pooled."""
+    def experts(self, name: str, members: list[int]) -> tuple[Tensor, list[int]]:
+        """[len(members), I, I] of these experts' inputs of a fused matrix, and those whose moment was pooled.
+
+        All experts of the layer are counted, and pooled, together where there is memory for it.
+        """
+        if self._counted is None or self._counted[0] != name or not set(members) <= set(self._counted[1]):
+            self._counted = None
+            width = matrix_shape(self._experts, getattr(self._experts, name))[1]
+            every = list(range(len(getattr(self._experts, name))))
+            counted = every if 4 * len(every) * width**2 <= HESSIAN_BYTES else members
+            self._counted = name, counted, *self._count(name, counted, width)
+        _, counted, moments, few = self._counted
+        if members != counted:
+            moments = moments[[counted.index(expert) for expert in members]]
+        return moments, [expert for expert in members if expert in few]
+
+    def _count(self, name: str, members: list[int], width: int) -> tuple[Tensor, list[int]]:
         experts, fused = self._experts, getattr(self._experts, name)
         if self._shared is not None:
             moments, few = load_moments(self._shared, self._index, name).finish(POOL_BELOW)
             return moments[list(members)].to(fused.device), [expert for expert in members if expert in few]
-        hessians = Hessians(len(members), matrix_shape(experts, fused)[1], fused.device)
+        hessians = Hessians(len(members), width, fused.device)
         position = {expert: number for number, expert in enumerate(members)}
 
         def see(inputs: Inputs) -> None:
@@ -120,7 +129,8 @@ class Moments:
 
     def close(self) -> None:
         """Let the batches go on; the next time they run they pass the layer."""
-        self._place = None
+        self._place = self._counted = None
+        self._entered.clear()
         for hook in self._hooks:
             hook.remove()
 
@@ -130,8 +140,8 @@ class Moments:
         self._run.rehearse(self._index)
 
     def _enter(self, module: nn.Module, inputs: Inputs) -> None:
-        if self._entered is not None:
-            self._entered.append((module, inputs[0]))
+        if self._ordering:
+            self._entered.setdefault(module, inputs[0])
         while module is self._place:
             if self._run.batch >= PROBES:
                 self._see(inputs)
@@ -145,7 +155,7 @@ class Moments:
         """Whether there is memory for the activations of one more pass, all linear layers' inputs and outputs."""
         batch = self._run.batch
         if batch not in self._waiting:
-            width = 2 * tensor.shape[-1] + sum(sum(linear.shape) for linear in self._linears)
+            width = 2 * tensor.shape[-1] + sum(sum(linear.shape) for linear in self._linears.values())
             if self._moe is not None:
                 width += self._moe.top_k * matrix_shape(self._experts, self._experts.down_proj)[1]
             held = 4 * width * (tensor.numel() // tensor.shape[-1])
@@ -153,3 +163,10 @@ class Moments:
                 return False
             self._waiting[batch] = held
         return True
+
+
+def chunks(members: list[int], width: int) -> Iterator[list[int]]:
+    """Experts whose second moments [width, width] fit into memory together."""
+    count = max(1, HESSIAN_BYTES // (4 * width**2))
+    for start in range(0, len(members), count):
+        yield members[start : start + count]

@@ -81,6 +81,18 @@ class Sizes:
         noted = SHAPE_BYTES * len(linears) if tier == "stock" else 0
         return linear_savings(config, linears, self.scale_dtype) - noted + self._saved_tables(config, self.tables)
 
+    def saved_by_part(self, config: QuantizeConfig, tier: str) -> dict[str, int]:
+        """The same by part of the model."""
+        noted = SHAPE_BYTES if tier == "stock" else 0
+        saved = {
+            part: linear_savings(config, linears, self.scale_dtype) - noted * len(linears)
+            for part in config.parts
+            if (linears := [linear for linear in self.linears if linear.part == part])
+        }
+        embedding, head = self.tables[0], self.tables[1:]
+        saved |= {"embeddings": self._saved_tables(config, [embedding])}
+        return saved | ({"head": self._saved_tables(config, head)} if head else {})
+
     def saved_unread(self, config: QuantizeConfig) -> int:
         """Of these bytes, those that no token reads: of embeddings that are only looked up."""
         return self._saved_tables(config, [table for table in self.tables if not table.is_head])

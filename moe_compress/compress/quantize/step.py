@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.gradients import channel_gradients
 from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.record import Record, Target
@@ -16,9 +17,11 @@ from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
+from moe_compress.compress.demand import Demand
 from moe_compress.compress.operation import Outlook, Step
 from moe_compress.compress.quantize.apply import QuantizeChange
 from moe_compress.compress.quantize.config import BITSANDBYTES, BUDGETS, QuantizeConfig
+from moe_compress.compress.quantize.demand import quantize_demands
 from moe_compress.compress.quantize.plan import (
     QuantizePlan,
     check_shapes,
@@ -26,6 +29,7 @@ from moe_compress.compress.quantize.plan import (
     plan_quantize,
     with_group_size,
 )
+from moe_compress.compress.quantize.reach import reach
 from moe_compress.compress.quantize.sensitivity import ReducedRouters, Sensitivity
 from moe_compress.compress.quantize.shared import collect_moments, has_moments, joined
 from moe_compress.compress.quantize.sizes import Sizes
@@ -60,14 +64,29 @@ class QuantizeStep(Step[QuantizeConfig]):
         for shape in sizes.shapes:
             check_shapes(config, shape)
         if config.has_budget and before.scores is None:
-            return entry | {"summary": ["The bits of every expert are chosen when its costs are measured."]}, before
+            expected = reach(config, sizes.shapes, sizes.fixed_bytes(config, tier), tier)
+            chosen = "the bits of every expert are chosen when its costs are measured"
+            entry |= {"reachable": expected.ranges, "summary": [f"{expected.sentence(config)}; {chosen}."]}
+            stored = sizes.fixed_bytes(config, tier) + expected.expert_bytes
+            return entry, self._smaller(before, sizes, tier, stored, expected.expert_bytes)
         plan = self.plan(before.scores, sizes, before.config, tier)
-        outside = sizes.saved_outside(config, tier) - sizes.saved_unread(config)  # which every token reads
-        active = before.active_bytes - outside - sizes.active_share() * (sizes.expert_bytes - plan.expert_bytes)
-        after = before.of_size(stored_bytes=sizes.bytes_after(plan, tier), active_bytes=round(active))
+        after = self._smaller(before, sizes, tier, sizes.bytes_after(plan, tier), plan.expert_bytes)
         found = plan.to_json()
         shown = {key: found[key] for key in ("summary", "layers", "allocation")}
         return entry | shown | {"average_bits_chosen": plan.average_bits}, after
+
+    def _smaller(self, before: Outlook, sizes: Sizes, tier: str, stored_bytes: int, expert_bytes: int) -> Outlook:
+        """The checkpoint in `stored_bytes`, of which the routed experts take `expert_bytes`."""
+        config = with_group_size(self.config, sizes.shapes)
+        outside = sizes.saved_outside(config, tier) - sizes.saved_unread(config)  # which every token reads
+        active = before.active_bytes - outside - sizes.active_share() * (sizes.expert_bytes - expert_bytes)
+        saved = sizes.saved_by_part(config, tier)
+        return before.of_size(stored_bytes=stored_bytes, active_bytes=round(active), saved=saved)
+
+    def demands(self, before: Outlook, after: Outlook, calibration: CalibrationConfig) -> list[Demand]:
+        sizes = Sizes.of_config(before.config, before.stored_bytes)
+        config = with_group_size(self.config, sizes.shapes)
+        return quantize_demands(config, sizes, before.size, after.stored_bytes, calibration)
 
     def sweep(self, before: Outlook, tier: str, setting: str, values: Sequence[float]) -> list[dict[str, Any]]:
         """The best allocation for each value of the budget `setting`; `UsageError` when one cannot be met."""
