@@ -34,7 +34,7 @@ DIFFERENCES = {
     "keep_differences": {"expert_bytes": 0.6},
 }  # fmt: skip
 CONSTANTS = {"op": "prune", "criterion": "mone", "keep": 3, "replace": "constant", "protect_super_experts": False}
-TIE = {"op": "tie", "group_size": 2, "prelude": 1, "coda": 0, "fit_steps": 20, "residual_rank": 3}
+TIE = {"op": "tie", "group_size": 2, "prelude": 1, "coda": 0, "fit": "gradient", "fit_steps": 20, "residual_rank": 3}
 WHOLE = {"op": "tie", "group_size": 4, "prelude": 0, "coda": 0, "fit": "closed_form", "match": "weights"}
 CHOSEN = {
     "op": "tie", "prelude": 0, "coda": 0, "fit": "closed_form", "choose": "auto", "stored_bytes": "150kB",

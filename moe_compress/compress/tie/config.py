@@ -32,7 +32,7 @@ class TieConfig(BaseModel):
         default="weights", description="How the neurons of matched experts are matched; false takes them as they come."
     )
     fit: Literal["average", "closed_form", "gradient"] = Field(
-        default="gradient",
+        default="closed_form",
         description="average: by frequency. closed_form: its down projections then fitted to the outputs of all "
         "layers' experts by least squares. gradient: then all projections, by gradient descent on the same error.",
     )
@@ -70,7 +70,7 @@ def needs_tokens(step: Mapping[str, Any]) -> bool:
 
 
 def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if "fit_steps" in step and step.get("fit", "gradient") != "gradient":
+    if "fit_steps" in step and step.get("fit") != "gradient":
         yield "fit_steps", "only `fit: gradient` takes steps"
     if step.get("choose") == "auto":
         if "residual_rank" in step:
