@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from moe_compress.report.audit import criterion_rows
 from moe_compress.report.tables import format_bytes, format_percent
 
 ROOT = Path(__file__).parents[1]
@@ -335,12 +336,42 @@ def gptq_speed() -> str:
     return table(["", "moe-compress", "llm-compressor", "theirs / ours"], rows)
 
 
+PREDICTED = {"stored_bytes": "stored", "peak_process_bytes": "memory", "peak_host_bytes": "memory, all processes"}
+
+
+def plan_accuracy() -> str:
+    """What a plan predicts beside what the run took."""
+    rows = []
+    for model, recipes in load("plan_accuracy")["results"].items():
+        for recipe, found in recipes.items():
+            row = [model, recipe]
+            for name in PREDICTED:
+                pair = found[name]
+                row += [format_bytes(pair["predicted"]), format_bytes(pair["measured"]), f"{pair['ratio']:.3f}"]
+            rows.append(row)
+    header = [
+        "model",
+        "recipe",
+        *(text for name in PREDICTED.values() for text in (f"{name}: predicted", "taken", "ratio")),
+    ]
+    return table(header, rows)
+
+
+def audit_reference() -> str:
+    """How every criterion ranks the built-in model's experts by what taking them out costs."""
+    return table(*_head_and_rows(criterion_rows(load("audit_reference"))))
+
+
+def _head_and_rows(rows: Sequence[Sequence[str]]) -> tuple[Sequence[str], Rows]:
+    return rows[0], rows[1:]
+
+
 TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
         prune_reference, prune_criteria, prune_readme, merge_reference, skip_reference, skip_speed, distill_reference,
         quantize_allocations, quantize_sizes, quantize_readme, quantize_frontier, streaming, kill_resume, allocation,
-        lm_eval_reference, gptq_speed,
+        lm_eval_reference, gptq_speed, plan_accuracy, audit_reference,
     )
 }  # fmt: skip
 

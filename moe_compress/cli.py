@@ -70,9 +70,7 @@ def root(
 def inspect(
     model: Model,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
-    scores: Annotated[
-        Path | None, typer.Option(help="Folder that `score` wrote for this model: shows its routing health too.")
-    ] = None,
+    scores: Annotated[Path | None, typer.Option(help="Folder that `score` wrote: shows routing health too.")] = None,
     json: AsJson = False,
     debug: Debug = False,
 ) -> None:

@@ -101,7 +101,7 @@ def print_routing(health: Mapping[str, Any]) -> None:
 
 def print_audit(found: Mapping[str, Any]) -> None:
     """The criteria of an audit, best first, and what follows."""
-    from moe_compress.auditing.tables import criterion_rows, verdicts
+    from moe_compress.report.audit import criterion_rows, verdicts
 
     count = sum(len(layer["experts"]) for layer in found["layers"])
     print_table(criterion_rows(found), title=f"{count} experts of {len(found['layers'])} layers taken out one by one")

@@ -39,6 +39,7 @@ from moe_compress.preview import (
 )
 from moe_compress.progress import Progress, SilentProgress
 from moe_compress.recipe import Recipe, check_tier, dump_recipe
+from moe_compress.report.audit import AUDIT_FILE, audit_section, load_audit
 from moe_compress.report.build import build_report
 from moe_compress.report.card import inherited_fields, model_card
 from moe_compress.report.experts import EXPERTS_FILE, expert_statistics
@@ -154,6 +155,9 @@ def run(
     with locked(work):
         open_workspace(work, identity, resume=resume, force=force)
         if given is not None and not (work / FIRST_SCORES / "scores.json").exists():
+            if scores is not None and (audit := load_audit(scores)):
+                (work / FIRST_SCORES).mkdir(parents=True, exist_ok=True)
+                write_json(work / FIRST_SCORES / AUDIT_FILE, audit)
             given.save(work / FIRST_SCORES)
         report = _run(recipe, source, out, work, around, keep_steps)
     _tidy(out, None if keep_steps else work)
@@ -174,6 +178,9 @@ def _run(
         write_json(finished.folder / "plan.json", {"steps": plans})
         scores = [work / f"step-{number}" / "scores" for number in range(len(records))]
         write_json(finished.folder / EXPERTS_FILE, expert_statistics(scores))
+        audit = load_audit(work / FIRST_SCORES)
+        if audit:
+            write_json(finished.folder / AUDIT_FILE, without_local_paths(audit))
         manifest = _manifest(recipe, source, records, around) | {"identity": identity_digest(_identity(recipe, source))}
         manifest = without_local_paths(manifest) | {"files": file_hashes(finished.folder)}
         write_json(finished.folder / verification.MANIFEST_FILE, manifest)
@@ -188,7 +195,7 @@ def _run(
         report: dict[str, Any] = without_local_paths(
             _report(recipe, source, finished, records, measured, randoms, checks, manifest)
         )
-        _write_report(finished.folder, report, recipe, plans, source)
+        _write_report(finished.folder, report, recipe, plans, source, audit)
         manifest |= {"files": file_hashes(finished.folder)}
         write_json(finished.folder / verification.MANIFEST_FILE, manifest)
         write_page([finished.folder])
@@ -419,11 +426,17 @@ def _report(
 
 
 def _write_report(
-    folder: Path, report: dict[str, Any], recipe: Recipe, plans: list[dict[str, Any]], source: Checkpoint
+    folder: Path,
+    report: dict[str, Any],
+    recipe: Recipe,
+    plans: list[dict[str, Any]],
+    source: Checkpoint,
+    audit: dict[str, Any],
 ) -> None:
     write_json(folder / "report.json", report)
     text = _published_recipe(recipe)
-    (folder / "report.md").write_text(report_markdown(report, text, plans), encoding="utf-8")
+    markdown = report_markdown(report, text, plans) + (audit_section(audit) if audit else "")
+    (folder / "report.md").write_text(markdown, encoding="utf-8")
     card = model_card(
         report,
         text,

@@ -22,7 +22,6 @@ from typing import Any, get_args
 import numpy as np
 
 from moe_compress.auditing.agreement import AuditedLayer, agreement
-from moe_compress.auditing.tables import audit_markdown
 from moe_compress.calibrate.ablation import Losses, with_importance
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import Calibration
@@ -39,10 +38,11 @@ from moe_compress.pipeline import look, made_by, require_same_calibration, surro
 from moe_compress.preview import require_same_model
 from moe_compress.progress import Progress
 from moe_compress.recipe import Recipe
+from moe_compress.report.audit import AUDIT_FILE, audit_markdown
 from moe_compress.workspace import discarded_if_empty, explained_disk_errors, locked, open_workspace
 
 FORMAT = 1
-AUDIT_FILE, AUDIT_PAGE = "audit.json", "audit.md"
+AUDIT_PAGE = "audit.md"
 # Beside the named criteria: the mean gate value of an expert when it is chosen.
 MEAN_GATE = CustomCriterion(b=1, alpha=1, beta=0)
 

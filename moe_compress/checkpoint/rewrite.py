@@ -349,7 +349,7 @@ def copy_companions(source: Path, folder: Path) -> None:
 
     What their `auto_map` names and is not there, because code is not downloaded, is left out of it.
     """
-    own = {"config.json", "README.md", "recipe.yaml", "plan.json", "experts.json", "manifest.json"}
+    own = {"config.json", "README.md", "recipe.yaml", "plan.json", "experts.json", "audit.json", "manifest.json"}
     own |= {"report.json", "report.md", "report.html", LEDGER_FILE, PROBE_FILE}
     for file in source.iterdir():
         weight = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")

@@ -8,9 +8,9 @@ of memory are the largest of these moments, with P the parameter that is largest
   what its experts compute;
 * changing: the layer as it was and as it becomes.
 
-Beside them lie the hidden states of all tokens (what left the last layer, and the embeddings that every forward pass
-holds on to) and the statistics of the layers so far, once more while they are saved. On an accelerator statistics of
-finished layers stay in the host's memory, and all else on the device.
+Beside them lie the hidden states of all tokens (what left the last layer, the embeddings that every forward pass holds
+on to, and the bytes that are written to disk after each layer) and the statistics of the layers so far, once more while
+they are saved. On an accelerator statistics of finished layers stay in the host's memory, and all else on the device.
 
 These are estimates: `benchmarks/plan_accuracy` sets them against runs. Not covered: what single transformations need
 beyond this, unless they say so (`Step.demands`), and models whose layers hand on more than hidden states.
@@ -33,6 +33,7 @@ from moe_compress.models.skeleton import build_skeleton
 FLOAT = 4  # bytes of float32, which everything is computed in
 DOUBLE = 8  # bytes of float64, which sums are kept in
 ACTIVATIONS = 16  # float32 values of a token at the widest moment of a layer, in multiples of the hidden size
+HIDDEN_COPIES = 3  # of the hidden states of all tokens
 PROBE_TOKENS = 32  # that pass the layers while they are written
 CHANNEL_SUMS, PAIR_SUMS = 3, 2  # statistics [E, H] and [E, E] that a sweep keeps of a layer
 
@@ -167,7 +168,7 @@ def apply_demand(
     )
     passing = _sweep(after, tokens + PROBE_TOKENS, max(batch if tokens else 0, PROBE_TOKENS))
     loading = max(before.loading(layer) for layer in before.layers) + before.kept_tables()
-    hidden = hidden_bytes(after, tokens) * 2
+    hidden = HIDDEN_COPIES * hidden_bytes(after, tokens)
     return Demand(
         "apply",
         host=0,
@@ -218,4 +219,4 @@ def _sweep(size: ModelSize, tokens: int, batch: int) -> int:
     layers = max(
         max(size.loading(layer), size.resident(layer) + size.activations(layer, batch)) for layer in size.layers
     )
-    return layers + 2 * hidden_bytes(size, tokens) + size.kept_tables()
+    return layers + HIDDEN_COPIES * hidden_bytes(size, tokens) + size.kept_tables()

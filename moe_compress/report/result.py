@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_compress.errors import CheckpointError, UsageError
+from moe_compress.report.audit import AUDIT_FILE
 from moe_compress.report.build import FORMAT
 from moe_compress.report.experts import EXPERTS_FILE
 from moe_compress.report.paths import without_local_paths
@@ -30,6 +31,7 @@ class Result:
     experts: list[Any] = field(default_factory=list)  # what `experts.json` holds of each step
     manifest: dict[str, Any] = field(default_factory=dict)
     recipe: str = ""
+    audit: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> str:
@@ -59,6 +61,7 @@ def load_result(folder: Path) -> Result:
         _steps(folder / EXPERTS_FILE),
         without_local_paths(_object(folder / "manifest.json")),
         recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
+        without_local_paths(_object(folder / AUDIT_FILE)),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moe_compress.report.audit import AUDIT_FILE, criterion_rows, verdicts
 from moe_compress.report.experts import EXPERTS_FILE, expert_maps, survivors
 from moe_compress.report.frontier import mean_recovery, points, shared_tasks
 from moe_compress.report.heatmap import heat_maps
@@ -47,6 +48,7 @@ def single(result: Result) -> dict[str, Any]:
         "flops": parts(report, "flops_by_part", format_flops),
         "params": parts(report, "params_by_part", format_count),
         "calibration": calibration(result),
+        "audit": audited(result),
         "checks": check_rows(report),
         "recipe": result.recipe.rstrip(),
         "provenance": provenance(result),
@@ -75,6 +77,7 @@ def records(result: Result) -> list[str]:
         "report.json": True,
         "plan.json": result.plans,
         EXPERTS_FILE: result.experts,
+        AUDIT_FILE: result.audit,
         "manifest.json": result.manifest,
         "recipe.yaml": result.recipe,
     }
@@ -218,6 +221,21 @@ def calibration(result: Result) -> dict[str, Any] | None:
         "histogram": histogram(tokens, minimum),
         "minimum": minimum,
         "rest": found,
+    }
+
+
+def audited(result: Result) -> dict[str, Any] | None:
+    """What the audit of the scores said about the criteria; None where they were not audited."""
+    if not result.audit:
+        return None
+    rows = criterion_rows(result.audit)
+    return {
+        "experts": sum(len(layer["experts"]) for layer in result.audit["layers"]),
+        "layers": len(result.audit["layers"]),
+        "sequences": result.audit["settings"]["sequences"],
+        "sentences": verdicts(result.audit),
+        "header": rows[0],
+        "rows": rows[1:],
     }
 
 

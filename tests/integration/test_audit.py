@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 import moe_compress
 from moe_compress.auditing.audit import AuditSettings, audited_criteria, sample
-from moe_compress.auditing.tables import NO_BETTER, audit_markdown, verdicts
 from moe_compress.calibrate.scores import Scores
 from moe_compress.cli import app
 from moe_compress.compress.prune.plan import criterion_scores
 from moe_compress.errors import ResumeError, UsageError
+from moe_compress.report.audit import NO_BETTER, audit_markdown, verdicts
 from tests.integration.test_run import interrupted_at
 from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
 
@@ -80,6 +80,14 @@ def test_more_experts_later_and_pruning_by_them(recipe: dict[str, Any], audited:
     moe_compress.run(by_importance, out, scores=audited)
     kept = [layer["keep"] for layer in json.loads((out / "plan.json").read_text())["steps"][0]["layers"]]
     assert kept == [layer["keep"] for layer in planned]
+    # The result says what the audit found, without naming places on this machine.
+    carried = json.loads((out / "audit.json").read_text())
+    assert carried["criteria"] == found["criteria"] and str(audited.parent) not in json.dumps(carried)
+    assert "audit.json" in json.loads((out / "manifest.json").read_text())["files"]
+    said = verdicts(found)[0]
+    assert said in (out / "report.md").read_text()
+    assert "Does the criterion mean anything?" in (page := (out / "report.html").read_text())
+    assert said.split(" (")[0].replace("`", "").replace("'", "&#39;") in page
 
 
 @pytest.mark.parametrize("units", [1, LAYERS + 1, 2 * LAYERS + 1])

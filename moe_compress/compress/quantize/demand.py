@@ -14,6 +14,7 @@ from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.compress.demand import (
     FLOAT,
     Demand,
+    LayerSize,
     ModelSize,
     apply_demand,
     batch_tokens,
@@ -51,6 +52,11 @@ class Matrices:
         """Bytes of their inputs' second moments."""
         return FLOAT * self.count * self.columns**2
 
+    @property
+    def worked_on(self) -> int:
+        """Bytes that GPTQ works on at a time."""
+        return min(GPTQ_BYTES, 10 * self.count * self.columns * (self.columns + self.rows))
+
     def flops(self, gptq: bool) -> float:
         """Arithmetic to quantize them once."""
         products = self.tokens + self.columns + self.rows if gptq else 0.0
@@ -67,7 +73,8 @@ def quantize_demands(
     for index in range(len(size.layers)):
         linears = [linear for linear in sizes.linears if linear.layer == index]
         matrices.append(list(_matrices(config, shapes.get(index), linears, num_tokens(calibration))))
-        extras.append(_apply_extra(config, matrices[-1]) + _waiting_bytes(size, tokens, linears))
+        waiting = _waiting_bytes(size, size.layers[index], tokens, linears)
+        extras.append(_apply_extra(config, matrices[-1]) + waiting)
     stages = []
     if config.has_budget:
         stages += [_gradient_demand(config, size, calibration)] if config.cost == "fisher" else []
@@ -103,13 +110,19 @@ def _apply_extra(config: QuantizeConfig, matrices: Sequence[Matrices]) -> int:
     values = 2 * FLOAT * largest.weights + 2 * largest.weights
     if config.method != "gptq":
         return values
-    return values + min(largest.moments, HESSIAN_BYTES) + GPTQ_BYTES
+    return values + min(largest.moments, HESSIAN_BYTES) + largest.worked_on
 
 
-def _waiting_bytes(size: ModelSize, tokens: int, linears: Sequence[LinearLayer]) -> int:
-    """Bytes of activations in passes that wait inside a layer for GPTQ."""
-    width = 2 * size.hidden_size + sum(sum(linear.shape) for linear in linears)
-    return min(HELD_BYTES, FLOAT * tokens * width)
+def _waiting_bytes(size: ModelSize, layer: LayerSize, tokens: int, linears: Sequence[LinearLayer]) -> int:
+    """Bytes of activations in passes that wait inside a layer for GPTQ.
+
+    At most as many wait as `moments` allows, which counts all inputs and outputs of linear layers; a pass that has come
+    to the experts keeps the residual stream, its norm, the experts' inputs and those of their down projections.
+    """
+    own = layer.top_k * layer.inner
+    counted = FLOAT * tokens * (2 * size.hidden_size + sum(sum(linear.shape) for linear in linears) + own)
+    waiting = min(1.0, HELD_BYTES / max(1, counted))
+    return round(waiting * FLOAT * tokens * (3 * size.hidden_size + own))
 
 
 def _score_extra(config: QuantizeConfig, shape: ExpertShapes, tokens: int) -> int:
@@ -119,7 +132,8 @@ def _score_extra(config: QuantizeConfig, shape: ExpertShapes, tokens: int) -> in
     kept = FLOAT * each * shape.num_experts * width * (2 if config.allow_drop else 1)
     matrices = FLOAT * sum(3 * rows * columns + columns**2 for rows, columns in shape.projections.values())
     chunk = min(shape.num_experts, max(1, CHUNK_BYTES // matrices)) * matrices
-    return round(kept + chunk + GPTQ_BYTES)
+    worked_on = max(Matrices(shape.num_experts, *sizes, 0.0).worked_on for sizes in shape.projections.values())
+    return round(kept + chunk + worked_on)
 
 
 def _score_flops(config: QuantizeConfig, matrices: Sequence[Matrices]) -> float:

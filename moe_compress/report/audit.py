@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+AUDIT_FILE = "audit.json"  # in the folder of an audit, and in a result that was made with its scores
 
 Found = Mapping[str, Any]
 
@@ -11,6 +15,13 @@ HEADER = (
     "criterion", "rho in layers", "95 % interval", "p, corrected", "tau in layers", "rho over all", "lowest less random"
 )  # fmt: skip
 BETTER, NO_BETTER = "better than random", "no better than random"
+
+
+def load_audit(folder: Path) -> dict[str, Any]:
+    """What an audit wrote into the folder of its scores; empty where none did."""
+    file = folder / AUDIT_FILE
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
 
 
 def verdicts(found: Found) -> list[str]:
@@ -93,6 +104,12 @@ def audit_markdown(found: Found) -> str:
             f"In layers {', '.join(silenced)} nothing took the expert's place: their routers cannot lose a single one.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def audit_section(found: Found) -> str:
+    """What `report.md` says of the audit of the scores that a result was made with."""
+    sentences = "\n".join(f"* {sentence}" for sentence in verdicts(found))
+    return "\n".join(["", "## Audit of the criteria", "", sentences, "", *_table(criterion_rows(found)), ""])
 
 
 def layer_rows(found: Found) -> list[list[str]]:
