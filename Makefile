@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS_STAMP := .venv/.docs-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint test clean
+.PHONY: help setup demo lint test docs wheel-test clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## build .venv, once for each change of the dependencies
 
@@ -26,6 +27,16 @@ lint: $(STAMP)  ## formatting, style and types
 
 test: lint  ## lint, then the whole suite
 	$(BIN)/python -m pytest -n 2
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: $(DOCS_STAMP)  ## build the documentation into build/docs; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+wheel-test:  ## build the wheel, install it into an empty environment, use it there
+	$(PYTHON) tests/check_wheel.py
 
 clean:  ## remove the demo's result, caches and builds; .venv stays
 	rm -rf demo-out demo-out.work build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

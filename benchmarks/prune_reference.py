@@ -43,7 +43,7 @@ from moe_compress.progress import SilentProgress
 
 RESULTS = Path(__file__).parent / "results" / "prune_reference.json"
 KEEP = 0.75
-CRITERIA = [name for name in get_args(CriterionName) if name != "random"]
+CRITERIA = [name for name in get_args(CriterionName) if name not in ("random", "ablation")]
 SEEDS = range(5)
 CALIBRATION = {"num_samples": 64, "sequence_length": 512}
 BATCH_SIZE = 8
@@ -131,7 +131,7 @@ def pruned(criterion: str, seed: int, scores: Scores, source: Checkpoint, folder
     if tasks is None:
         around = Surroundings(CalibrationConfig(dataset="reference"), 4 * 10**9, "cpu", SilentProgress())
         shutil.rmtree(folder, ignore_errors=True)
-        step.apply(plan, source, folder, around, criterion)
+        step.apply(plan, source, folder, around, criterion, scores)
         tasks = figures(open_rewritten(folder, source).folder)
     return {"kept_sha256": kept, "tasks": tasks}
 

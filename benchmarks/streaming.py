@@ -35,14 +35,18 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def watch(process: psutil.Process, peaks: dict[str, int], stop: threading.Event) -> None:
-    """Keep the largest resident set of the process itself and of any of its children."""
-    while not stop.wait(0.05):
+    """Keep the largest resident set of the process itself, of any of its children, and of all of them together."""
+    while not stop.wait(0.02):
+        together = 0
         for who, members in (("main", lambda: [process]), ("children", lambda: process.children(recursive=True))):
             try:
                 for member in members():
-                    peaks[who] = max(peaks[who], member.memory_info().rss)
+                    resident = member.memory_info().rss
+                    together += resident
+                    peaks[who] = max(peaks[who], resident)
             except psutil.NoSuchProcess:
                 pass
+        peaks["together"] = max(peaks["together"], together)
 
 
 def measure(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
@@ -51,7 +55,7 @@ def measure(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     before = psutil.disk_io_counters()
     started = time.monotonic()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    peaks = {"main": 0, "children": 0}
+    peaks = {"main": 0, "children": 0, "together": 0}
     stop = threading.Event()
     watcher = threading.Thread(target=watch, args=(psutil.Process(process.pid), peaks, stop))
     watcher.start()
@@ -67,6 +71,7 @@ def measure(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "peak_rss_bytes": peaks["main"],
         "peak_rss_bytes_children": peaks["children"],
+        "peak_rss_bytes_together": peaks["together"],
     }
     if stages:
         result["stages"] = stages

@@ -1,8 +1,8 @@
 """Compress Mixture-of-Experts checkpoints: the command line's verbs as functions.
 
-`from moe_compress import inspect, validate, score, plan, run, evaluate, verify, write_page, push`. Nothing heavy is
-imported before a verb is used. Importing the package also lets transformers' auto classes open checkpoints of the tier
-`plugin`.
+`from moe_compress import inspect, validate, score, plan, run, evaluate, verify, audit, write_page, push`. Nothing heavy
+is imported before a verb is used. Importing the package also lets transformers' auto classes open checkpoints of the
+tier `plugin`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,22 @@ from typing import TYPE_CHECKING, Any
 from moe_compress.runtime.registration import register
 
 if TYPE_CHECKING:
-    from moe_compress.api import evaluate, inspect, plan, push, run, score, validate, verify, write_page
+    from moe_compress.api import audit, evaluate, inspect, plan, push, run, score, validate, verify, write_page
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "inspect", "plan", "push", "run", "score", "validate", "verify", "write_page"]
+__all__ = [
+    "__version__",
+    "audit",
+    "evaluate",
+    "inspect",
+    "plan",
+    "push",
+    "run",
+    "score",
+    "validate",
+    "verify",
+    "write_page",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
 
 
-def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
-    """A checkpoint's architecture, experts, parameters, bytes and FLOPs per token; reads no weights."""
+def inspect(model: str | Path, *, revision: str | None = None, scores: str | Path | None = None) -> dict[str, Any]:
+    """A checkpoint's architecture, experts, parameters, bytes and FLOPs per token; reads no weights.
+
+    With `scores` of this model its routing health too.
+    """
     from moe_compress import pipeline
 
-    return pipeline.inspect(str(model), revision=revision)
+    return pipeline.inspect(str(model), revision=revision, scores=None if scores is None else Path(scores))
 
 
 def validate(recipe: RecipeSource, overrides: Sequence[str] = (), **settings: Any) -> Recipe:
@@ -55,13 +58,23 @@ def score(
 
 
 def plan(
-    recipe: RecipeSource, *, scores: str | Path | None = None, overrides: Sequence[str] = (), **settings: Any
+    recipe: RecipeSource,
+    *,
+    scores: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    hours: bool = False,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """What would happen to every expert, and the predicted sizes; without `scores` the sizes alone."""
+    """What would happen to every expert, the predicted sizes, and the memory a run takes; without `scores` no names.
+
+    With `hours` the machine is looked at for two seconds, and `time` says how long the run takes.
+    """
     from moe_compress import pipeline
 
     loaded = load_recipe(recipe, overrides, settings)
-    return pipeline.plan(loaded, scores=None if scores is None else Path(scores))
+    folder, place = None if scores is None else Path(scores), Path.cwd() if hours else None
+    return pipeline.plan(loaded, scores=folder, device=device, clocked_at=place)
 
 
 def run(
@@ -118,6 +131,41 @@ def evaluate(
         baseline=None if baseline is None else str(baseline),
         config=load_eval_config(given | settings),
         output=None if output is None else Path(output),
+        device=device,
+        progress=progress,
+    )
+
+
+def audit(
+    recipe: RecipeSource,
+    work: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    experts: int | None = 8,
+    layers: int | None = None,
+    sequences: int = 32,
+    held_out: str | None = None,
+    seed: int = 0,
+    scores: str | Path | None = None,
+    force: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Take `experts` of each layer out one by one (all if None), and say how well every criterion ranks them by it.
+
+    Returns what is written to `work/audit.json`; the folder `work` also serves as `scores` of a run. An interrupted
+    audit goes on when the same call is made again.
+    """
+    from moe_compress.auditing import audit as auditing
+
+    chosen = auditing.AuditSettings(experts, layers, sequences, held_out, seed)
+    return auditing.audit(
+        load_recipe(recipe, overrides, settings),
+        Path(work),
+        chosen,
+        scores=None if scores is None else Path(scores),
+        force=force,
         device=device,
         progress=progress,
     )

@@ -6,21 +6,34 @@ the exit code is that of their class: 0 done, 1 failed, 2 wrong arguments or rec
 
 from __future__ import annotations
 
-import functools
 import shlex
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any
 
 import typer
 
-from moe_compress import __version__
-from moe_compress.errors import MoECompressError, RecipeError, UsageError, VerificationError
-
-Verb = TypeVar("Verb", bound=Callable[..., None])
-
-LOOK, COMPRESS, MEASURE, PUBLISH = "Look", "Compress", "Measure", "Publish"  # help panels
+from moe_compress.cli_base import (
+    COMPRESS,
+    LOOK,
+    MEASURE,
+    PUBLISH,
+    AsJson,
+    Debug,
+    Device,
+    Force,
+    Hours,
+    Model,
+    Overrides,
+    RecipeArgument,
+    Resume,
+    ScoresOption,
+    Work,
+    complain,
+    examples,
+    guarded,
+    print_version,
+)
+from moe_compress.errors import UsageError, VerificationError
 
 app = typer.Typer(
     name="moe-compress",
@@ -33,75 +46,6 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List, read and copy the packaged recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes", rich_help_panel=LOOK)
-
-
-def examples(*lines: str) -> str:
-    """An epilog with one example per line; `[` is escaped, since help is rich markup."""
-    return "[bold]Examples[/bold]\n" + "\n".join(f"  {line}" for line in lines).replace("[", r"\[")
-
-
-def guarded(verb: Verb) -> Verb:
-    """Turn what a verb raises into a sentence on stderr and an exit code; `--debug` adds the traceback."""
-
-    @functools.wraps(verb)
-    def call(*args: Any, **options: Any) -> None:
-        try:
-            verb(*args, **options)
-        except (typer.Exit, typer.Abort, BrokenPipeError):
-            raise
-        except KeyboardInterrupt:
-            complain("interrupted.")
-            raise typer.Exit(130) from None
-        except Exception as error:
-            if options.get("debug"):
-                traceback.print_exc()
-            if isinstance(error, RecipeError):
-                complain(list_mistakes(error, str(options.get("recipe", "the settings"))))
-            elif isinstance(error, MoECompressError):
-                complain(str(error))
-            else:
-                advice = " (run again with --debug for the traceback)" if "debug" in options else ""
-                complain(f"unexpected error: {str(error).strip() or type(error).__name__}{advice}")
-            raise typer.Exit(getattr(error, "exit_code", 1)) from None
-
-    return call  # type: ignore[return-value]
-
-
-def list_mistakes(error: RecipeError, source: str) -> str:
-    """All mistakes of `source`, one on a line."""
-    if len(error.problems) == 1:
-        return f"{source}: {error}"
-    return "".join([f"{len(error.problems)} mistakes in {source}:", *(f"\n  {problem}" for problem in error.problems)])
-
-
-def complain(message: str) -> None:
-    """One message on stderr."""
-    typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
-    typer.echo(message, err=True)
-
-
-def print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"moe-compress {__version__}")
-        raise typer.Exit
-
-
-Model = Annotated[str, typer.Argument(help="Hub id, folder, or `reference`.", metavar="MODEL")]
-RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged recipe.", metavar="RECIPE")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Settings that win over the recipe's, such as `steps.0.keep=0.5`.", metavar="KEY=VALUE"),
-]
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where tensors are computed.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue where an interrupted run stopped.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace OUT; the old one stays until the new one is complete.")]
-ScoresOption = Annotated[
-    Path | None,
-    typer.Option(help="Folder that `score` wrote for this model and calibration; nothing is measured anew."),
-]
-Work = Annotated[Path | None, typer.Option(help="Folder for intermediate results.", show_default="OUT.work")]
 
 
 @app.callback()
@@ -119,19 +63,23 @@ def root(
         "moe-compress inspect reference",
         "moe-compress inspect allenai/OLMoE-1B-7B-0924 --revision main",
         "moe-compress inspect ./checkpoint --json",
+        "moe-compress inspect ./checkpoint --scores scores",
     ),
 )
 @guarded
 def inspect(
     model: Model,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Folder that `score` wrote for this model: shows its routing health too.")
+    ] = None,
     json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Show a checkpoint's architecture, experts, parameters, bytes and FLOPs per token."""
     from moe_compress import console, pipeline
 
-    facts = pipeline.inspect(model, revision=revision)
+    facts = pipeline.inspect(model, revision=revision, scores=scores)
     console.print_json(facts) if json else console.print_inspection(facts)
 
 
@@ -242,6 +190,7 @@ def score(
         "moe-compress plan prune-reap-25",
         "moe-compress plan prune-reap-25 --scores scores steps.0.keep=0.5",
         "moe-compress plan mine.yaml --scores scores steps.0.scope=global --json",
+        "moe-compress plan mine.yaml model=./only-a-config-json --hours",
     ),
 )
 @guarded
@@ -260,6 +209,8 @@ def plan(
     output: Annotated[
         Path | None, typer.Option(help="File for what --sweep finds (default: frontier.json beside the scores).")
     ] = None,
+    hours: Hours = False,
+    device: Device = "auto",
     json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -279,7 +230,7 @@ def plan(
         return
     if output is not None:
         raise UsageError("--output has no effect without --sweep.")
-    planned = pipeline.plan(loaded, scores=scores)
+    planned = pipeline.plan(loaded, scores=scores, device=device, clocked_at=Path.cwd() if hours else None)
     console.print_json(planned) if json else console.print_plan(planned)
 
 
@@ -299,6 +250,7 @@ def run(
     out: Annotated[Path, typer.Argument(help="Folder for the new checkpoint and its report.", metavar="OUT")],
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan, write nothing.")] = False,
+    hours: Hours = False,
     resume: Resume = False,
     force: Force = False,
     work: Work = None,
@@ -317,9 +269,11 @@ def run(
     if dry_run:
         from moe_compress import console, pipeline
 
-        console.print_plan(pipeline.dry_run(loaded, out, work=work, **options))
+        console.print_plan(pipeline.dry_run(loaded, out, work=work, **options, device=device, hours=hours))
         typer.echo(f"a dry run: nothing was written to {out}.")
         return
+    if hours:
+        raise UsageError("--hours has no effect without --dry-run.")
     again = ["moe-compress", "run", recipe, str(out), *(overrides or ()), "--resume", *["--force"] * force]
     again += ["--work", str(work)] * (work is not None) + ["--keep-steps"] * keep_steps
     again += ["--scores", str(scores)] * (scores is not None) + ["--device", device] * (device != "auto")
@@ -422,6 +376,58 @@ def verify(
         console.print_checks(error.checks)
         raise
     console.print_checks(checks)
+
+
+@app.command(
+    rich_help_panel=MEASURE,
+    epilog=examples(
+        "moe-compress audit prune-reap-25 audit",
+        "moe-compress audit mine.yaml audit --layers 6 --experts 12 --scores scores",
+        "moe-compress audit mine.yaml audit --experts all",
+        "moe-compress run mine.yaml out --scores audit steps.0.criterion=ablation",
+    ),
+)
+@guarded
+def audit(
+    recipe: RecipeArgument,
+    work: Annotated[Path, typer.Argument(help="Folder for the scores and what is found.", metavar="WORK")],
+    overrides: Overrides = None,
+    experts: Annotated[str, typer.Option(help="Experts to take out in each layer, or `all`.", metavar="N")] = "8",
+    layers: Annotated[int | None, typer.Option(help="Layers to look at, spread evenly (default: all).")] = None,
+    sequences: Annotated[int, typer.Option(help="Held-out sequences that the loss is measured on.")] = 32,
+    held_out: Annotated[
+        str | None,
+        typer.Option(help="Other data for the loss (default: documents that calibration leaves).", metavar="DATASET"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sample of experts.")] = 0,
+    scores: ScoresOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Start over, whatever is in WORK.")] = False,
+    device: Device = "auto",
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Take experts out for real, and see whether any criterion knew which ones matter."""
+    from moe_compress import console
+    from moe_compress.auditing import audit as auditing
+    from moe_compress.progress import progress_for_terminal
+    from moe_compress.recipe import load_recipe
+
+    if experts != "all" and not experts.isdecimal():
+        raise UsageError(f"--experts {experts}: should be a number, or `all`.")
+    settings = auditing.AuditSettings(None if experts == "all" else int(experts), layers, sequences, held_out, seed)
+    loaded = load_recipe(recipe, overrides or ())
+    options: dict[str, Any] = {"scores": scores, "force": force, "device": device}
+    try:
+        found = auditing.audit(loaded, work, settings, **options, progress=progress_for_terminal())
+    except KeyboardInterrupt:
+        kept = f"what is done is kept in {work}; run the same command again to go on."
+        complain(f"interrupted; {kept if work.exists() else 'nothing was written yet.'}")
+        raise typer.Exit(130) from None
+    if json:
+        console.print_json(found)
+        return
+    console.print_audit(found)
+    typer.echo(f"audit: {work / 'audit.md'}; the scores there hold the measured importances too")
 
 
 @app.command(

@@ -19,6 +19,10 @@ from moe_compress.text import listed
 
 # The settings of a quantize step that a plan shows.
 
+TIERS = {
+    "stock": "plain transformers loads the result",
+    "plugin": "the result needs this package to load",
+}
 PIPE_WIDTH = 200  # columns where no terminal says its own
 FIGURE_WIDTH = 24  # characters; a longer cell is no figure
 MAX_LISTED = 8  # starved experts named one by one
@@ -67,6 +71,42 @@ def print_inspection(facts: Mapping[str, Any]) -> None:
         print(f"of the derived costs: {note}")
     for sentence in facts["tiers"]:
         print(sentence)
+    if "routing" in facts:
+        print_routing(facts["routing"])
+
+
+def print_routing(health: Mapping[str, Any]) -> None:
+    """Routing health, layer by layer, and what it means."""
+    from moe_compress.report.tables import format_percent
+
+    header = ["layer", "least used", "most used", "used evenly", "dead", "super experts"]
+    header += ["SRP, 16 tokens", "by chance", "hits at top-k", "at 2 x", "at 3 x"]
+    rows = [header]
+    for layer in [*health["layers"], {"layer": "all", **health}]:
+        loads = [f"{layer[name]:.2f}" if name in layer else "" for name in ("smallest_load", "largest_load")]
+        even = format_percent(layer["used_evenly"]) if "used_evenly" in layer else ""
+        supers = [str(len(layer["super"]))] if layer["layer"] == "all" else [" ".join(map(str, layer["super"]))]
+        routing = layer.get("srp", {}).get("16", {})
+        consistency = [f"{routing[name]:.3f}" if routing else "-" for name in ("value", "by_chance")]
+        rates = layer.get("hit_rates", {})
+        hits = [format_percent(rates[ratio]) if ratio in rates else "-" for ratio in ("1", "2", "3")]
+        rows.append([str(layer["layer"]), *loads, even, str(len(layer["dead"])), *supers, *consistency, *hits])
+    print_table(rows, title=f"routing of {health['tokens']:,} calibration tokens; loads in multiples of the mean")
+    dead = [f"{layer}/{expert}" for layer, expert in health["dead"]]
+    if dead:
+        print(f"never used (layer/expert): {listed(dead, MAX_LISTED)}")
+    for sentence in health["offloading"]:
+        print(f"offloading: {sentence}")
+
+
+def print_audit(found: Mapping[str, Any]) -> None:
+    """The criteria of an audit, best first, and what follows."""
+    from moe_compress.auditing.tables import criterion_rows, verdicts
+
+    count = sum(len(layer["experts"]) for layer in found["layers"])
+    print_table(criterion_rows(found), title=f"{count} experts of {len(found['layers'])} layers taken out one by one")
+    for sentence in verdicts(found):
+        print(f"audit: {sentence}")
 
 
 def print_score_summary(summary: Mapping[str, Any]) -> None:
@@ -96,11 +136,62 @@ def print_plan(planned: Mapping[str, Any]) -> None:
             label = figure_label(path, label, planned["predicted"])
             rows.append([label, show(before), show(after), format_percent(after / before)])
     print_table(rows)
+    _print_parts(planned["baseline"], planned["predicted"])
     for note in planned["baseline"].get("notes", ()):
         print(f"of the derived costs: {note}")
+    print(f"tier: {planned['tier']}, {TIERS[planned['tier']]}")
     print(f"disk needed while it runs: {format_bytes(planned['disk_needed'])}")
+    _print_memory(planned["memory"])
+    if "time" in planned:
+        _print_time(planned["time"])
     for warning in planned["warnings"]:
         print(f"warning: {warning}")
+
+
+def _print_parts(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Parameters and bytes by part of the model, before and after."""
+    from moe_compress.report.tables import format_bytes, format_count
+
+    rows = [["part", "parameters", "after", "stored", "after"]]
+    parts = dict.fromkeys([*before["params_by_part"], *before["bytes_by_part"]])
+    for part in parts:
+        row = [part.replace("_", " ")]
+        for name, show in (("params_by_part", format_count), ("bytes_by_part", format_bytes)):
+            row += [show(side[name][part]) if part in side[name] else "-" for side in (before, after)]
+        rows.append(row)
+    print_table(rows)
+
+
+def _print_memory(memory: Mapping[str, Any]) -> None:
+    """The largest memory, and when it is reached."""
+    from moe_compress.report.tables import format_bytes
+
+    print(
+        f"memory: about {format_bytes(memory['process'])} at most ({memory['process_stage']}); with the processes it "
+        f"starts {format_bytes(memory['host'])} ({memory['host_stage']})"
+    )
+    if memory["evaluation"] > memory["host"]:
+        print(f"whole models are evaluated where there are {format_bytes(memory['evaluation'])}, else that is left out")
+    if memory["device"]:
+        print(f"memory of the device: about {format_bytes(memory['device'])} (derived, not checked against runs)")
+
+
+def _print_time(time: Mapping[str, Any]) -> None:
+    """How long a run takes, and what that rests on."""
+    from moe_compress.report.tables import format_bytes, format_flops
+
+    each = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in time["stages"].items())
+    print(
+        f"time: about {_duration(time['seconds'])} without evaluation ({each}), as this machine copies "
+        f"{format_bytes(time['copy_bytes_per_s'])}/s and multiplies {format_flops(time['flops_per_s'])}/s now"
+    )
+
+
+def _duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def print_report(report: Mapping[str, Any]) -> None:

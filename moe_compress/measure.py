@@ -141,7 +141,7 @@ def saved_per_token(config: Any, index: TensorIndex) -> int:
     tensors = [tensor for layer in layers for tensor in layer.expert_tensors().values()]
     experts = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     saved_experts = experts - stored
-    share = sum(layer.experts_per_token for layer in layers) / sum(layer.num_experts for layer in layers)
+    share = min(1.0, sum(layer.experts_per_token for layer in layers) / sum(layer.num_experts for layer in layers))
     return round(dense - index.nbytes - saved_experts - _saved_lookups(skeleton, index) + share * saved_experts)
 
 
@@ -182,9 +182,9 @@ def random_baselines(recipe: Recipe, source: Checkpoint, work: Path, around: Sur
                 drawn = PruneStep(step.model_copy(update={"criterion": "random", "seed": seed}))
                 plan = drawn.plan(scores, current.config)
                 kept = [found.select(layer.keep) for found, layer in zip(scores.layers, plan.layers, strict=True)]
-                scores = replace(scores, layers=kept)
                 folder = work / f"random-{seed}-{number}"
-                drawn.apply(plan, current, folder, around, title)
+                drawn.apply(plan, current, folder, around, title, scores)
+                scores = replace(scores, layers=kept)
                 current = open_rewritten(folder, current)
             settings = recipe.eval.model_copy(update={"speed": False})
             found = evaluate(current, settings, around, f"random seed {seed}")

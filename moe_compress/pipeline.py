@@ -16,13 +16,14 @@ from transformers import PretrainedConfig
 
 from moe_compress import __version__, preview
 from moe_compress.calibrate.scores import Scores
+from moe_compress.checkpoint.memory import give_back
 from moe_compress.checkpoint.record import Record
 from moe_compress.checkpoint.rewrite import PROBE_FILE
 from moe_compress.checkpoint.source import REFERENCE, Checkpoint, open_checkpoint, open_config, small_files
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.scoring import read_calibration
 from moe_compress.compress.scoring import score as measure_all
-from moe_compress.compress.surroundings import Surroundings
+from moe_compress.compress.surroundings import Surroundings, resolved
 from moe_compress.errors import CheckpointError, MeasurementError, UsageError, VerificationError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.manifest import FORMAT, describe_source, file_hashes, hardware, identity_digest, library_versions
@@ -76,11 +77,11 @@ def score(
     An interrupted measurement is continued, unless `force` starts it over.
     """
     around = surroundings(recipe, device, progress)
-    config, folder = _look(recipe, {"WORK": work})
+    config, folder = look(recipe, {"WORK": work})
     if force or not (work / "scores.json").exists():
         around = replace(around, data=read_calibration(folder, config, recipe.calibration))
     source = open_checkpoint(recipe.model, recipe.revision)
-    identity = _made_by(around) | {
+    identity = made_by(around) | {
         "source": describe_source(source),
         "calibration": recipe.calibration.model_dump(mode="json"),
     }
@@ -118,7 +119,7 @@ def run(
         refuse_existing(out, force)
     around = surroundings(recipe, device, progress)
     folders = {"OUT": out, "the work folder": work} | ({"--scores": scores} if scores else {})
-    config, folder = _look(recipe, folders)
+    config, folder = look(recipe, folders)
     if resume and out.exists():
         report = _finished(recipe, out)
         if report is not None:
@@ -132,6 +133,8 @@ def run(
         from moe_compress.eval.harness import check_tasks
 
         check_tasks(folder, recipe.eval)
+    for step in recipe.steps:
+        make_step(step).check_inputs(folder, config)
     if given is not None or (
         any(make_step(step).is_calibrated for step in recipe.steps)
         and not (work / FIRST_SCORES / "scores.json").exists()
@@ -141,13 +144,13 @@ def run(
     identity = _identity(recipe, source)
     if given is not None and scores is not None:
         require_same_model(given, identity["source"]["revision"], identity["source"]["fingerprint"], scores)
-        _require_same_calibration(given, around, scores)
+        require_same_calibration(given, around, scores)
     if not work.exists():
         require_space(work, disk_needed(recipe, source.config, source.index.nbytes, keep_steps=keep_steps))
         if not same_disk(work, out):
             require_space(out, source.index.nbytes)
     # What is evaluated changes no bit of the checkpoint, so another evaluation goes on from the same state.
-    identity |= {"recipe": recipe.model_dump(mode="json", exclude={"eval"})} | _made_by(around)
+    identity |= {"recipe": recipe.model_dump(mode="json", exclude={"eval"})} | made_by(around)
     with locked(work):
         open_workspace(work, identity, resume=resume, force=force)
         if given is not None and not (work / FIRST_SCORES / "scores.json").exists():
@@ -174,6 +177,7 @@ def _run(
         manifest = _manifest(recipe, source, records, around) | {"identity": identity_digest(_identity(recipe, source))}
         manifest = without_local_paths(manifest) | {"files": file_hashes(finished.folder)}
         write_json(finished.folder / verification.MANIFEST_FILE, manifest)
+        give_back()  # a process beside this one loads the result
         checks = verification.verify(finished.folder, around.progress)
         measured: list[dict[str, Any]] = [{}, {}]
         randoms: list[dict[str, Any]] = []
@@ -205,15 +209,20 @@ def dry_run(
     work: Path | None = None,
     keep_steps: bool = False,
     scores: Path | None = None,
+    device: str = "auto",
+    hours: bool = False,
 ) -> dict[str, Any]:
-    """The plan of a run, after everything that would keep the run from beginning; writes nothing."""
+    """The plan of a run, after everything that would keep it from beginning; writes nothing.
+
+    With `hours` the machine is looked at for two seconds, and `time` says how long the run takes.
+    """
     check_tier(recipe)
     out, work = _places(out, work)
     if not resume:
         refuse_existing(out, force)
-    _look(recipe, {"OUT": out, "the work folder": work} | ({"--scores": scores} if scores else {}))
+    look(recipe, {"OUT": out, "the work folder": work} | ({"--scores": scores} if scores else {}))
     _given_scores(recipe, scores)
-    planned = plan(recipe, scores=scores, keep_steps=keep_steps)
+    planned = plan(recipe, scores=scores, keep_steps=keep_steps, device=device, clocked_at=work if hours else None)
     if not work.exists():
         require_space(work, planned["disk_needed"])
     return planned
@@ -275,7 +284,7 @@ def _places(out: Path, work: Path | None) -> tuple[Path, Path]:
     return out, (work or out.with_name(f"{out.name}.work")).absolute()
 
 
-def _look(recipe: Recipe, folders: dict[str, Path]) -> tuple[PretrainedConfig, Path]:
+def look(recipe: Recipe, folders: dict[str, Path]) -> tuple[PretrainedConfig, Path]:
     """The model's configuration and the folder of its tokenizer, and all refusals that need no weights."""
     refuse_overlap(folders | _folder_of("the model", recipe.model))
     config, _ = open_config(recipe.model, recipe.revision)
@@ -300,7 +309,7 @@ def _given_scores(recipe: Recipe, folder: Path | None) -> Scores | None:
     return replace(Scores.load(folder), min_tokens_per_expert=recipe.calibration.min_tokens_per_expert)
 
 
-def _require_same_calibration(scores: Scores, around: Surroundings, folder: Path) -> None:
+def require_same_calibration(scores: Scores, around: Surroundings, folder: Path) -> None:
     """Raise `UsageError` when the scores were measured on other tokens than this run would calibrate with."""
     assert around.data is not None
     if scores.fingerprint.get("tokens") != around.data.fingerprint:
@@ -312,7 +321,7 @@ def _require_same_calibration(scores: Scores, around: Surroundings, folder: Path
         )
 
 
-def _made_by(around: Surroundings) -> dict[str, Any]:
+def made_by(around: Surroundings) -> dict[str, Any]:
     """What else decides the bits of a result: it is not continued on another device or with other libraries."""
     versions = library_versions()
     return {"device": around.device, "versions": {name: versions[name] for name in ("torch", "transformers")}}
@@ -371,6 +380,7 @@ def _run_steps(
     if not recipe.steps:
         return run_identity(source, work / "identity", around), []
     current, records = source, list[Record]()
+    around = replace(around, original=source)
     for number, step in enumerate(recipe.steps):
         folder = work / f"step-{number}"
         later = work / f"step-{number + 1}" / "step.json"
@@ -445,14 +455,13 @@ def _manifest(recipe: Recipe, source: Checkpoint, records: list[Record], around:
 
 
 def surroundings(recipe: Recipe, device: str, progress: Progress | None) -> Surroundings:
-    import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours is the one that shows
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("there is no CUDA device here; use --device cpu.")
     return Surroundings(
-        recipe.calibration, recipe.export.max_shard_size, device, progress or SilentProgress(), recipe.export.tier
+        recipe.calibration,
+        recipe.export.max_shard_size,
+        resolved(device),
+        progress or SilentProgress(),
+        recipe.export.tier,
     )

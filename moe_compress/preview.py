@@ -9,24 +9,31 @@ from typing import Any
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import share
 from moe_compress.calibrate.scores import Scores
+from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.rewrite import dense_config
 from moe_compress.checkpoint.source import Checkpoint, open_config, small_files
 from moe_compress.compress.operation import Outlook
 from moe_compress.compress.quantize.step import QuantizeStep
-from moe_compress.errors import UsageError
+from moe_compress.compress.surroundings import resolved
+from moe_compress.errors import RecipeError, UsageError
+from moe_compress.estimate import look_at_machine, peaks, seconds, stages
 from moe_compress.eval.cost import cost, stored_by_part
+from moe_compress.health import NEEDED, routing_health
 from moe_compress.manifest import describe_source
 from moe_compress.measure import cost_figures
 from moe_compress.models.layers import find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
-from moe_compress.recipe import Recipe
+from moe_compress.recipe import Recipe, check_tier
 from moe_compress.steps import make_step
 
 SPARE_DISK = 1.05  # of the weights, for what lies beside them
 
 
-def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
-    """A checkpoint's architecture, experts, parameters, bytes and FLOPs per token, from its configuration alone."""
+def inspect(model: str, *, revision: str | None = None, scores: Path | None = None) -> dict[str, Any]:
+    """A checkpoint's architecture, experts, parameters, bytes and FLOPs per token, from its configuration alone.
+
+    With the scores of this model, `routing` says how healthy its routing is (see `health`).
+    """
     if revision is not None and (model == "reference" or Path(model).expanduser().is_dir()):
         raise UsageError(f"`--revision` has no effect: {model} is no Hub id; leave it out.")
     config, index = open_config(model, revision, quantized=True)
@@ -36,6 +43,13 @@ def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
     text: Any = config.get_text_config()
     bytes_per_param = figures.stored_bytes / max(1, figures.total_params)
     estimated = {part: round(count * bytes_per_param) for part, count in figures.params.items()}
+    stored = stored_by_part(config, index) if index is not None else estimated
+    routing = {}
+    if scores is not None:
+        measured = Scores.load(scores, only=lambda name: name in NEEDED)
+        require_same_model(measured, *_revision_of(model, revision, config, index), scores)
+        each = stored.get("routed_experts", 0) / sum(layer.num_experts for layer in layers)
+        routing = {"routing": routing_health(measured, text.num_hidden_layers, each)}
     return {
         "model": model,
         "architecture": (config.architectures or [type(config).__name__])[0],
@@ -50,7 +64,7 @@ def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
         "params": figures.params,
         "total_params": figures.total_params,
         "active_params": figures.active_params,
-        "bytes": stored_by_part(config, index) if index is not None else estimated,
+        "bytes": stored,
         "bytes_are": "measured" if index is not None else "estimated",
         "stored_bytes": figures.stored_bytes,
         "flops_per_token": figures.prefill_flops,
@@ -60,56 +74,76 @@ def inspect(model: str, *, revision: str | None = None) -> dict[str, Any]:
         "tiers": [
             "stock: plain transformers loads it; pruning to one expert count for all layers keeps it so.",
         ],
-    }
+    } | routing
 
 
-def plan(recipe: Recipe, *, scores: Path | None = None, keep_steps: bool = False) -> dict[str, Any]:
-    """What each step would do, and the sizes it leads to.
+def plan(
+    recipe: Recipe,
+    *,
+    scores: Path | None = None,
+    keep_steps: bool = False,
+    device: str = "auto",
+    clocked_at: Path | None = None,
+) -> dict[str, Any]:
+    """What each step would do, the sizes it leads to, and what the run would take.
 
     With scores, the first step's experts are named; without, only counts are known. Reads no weights. `warnings` are
-    sentences about what may not be as it seems.
+    sentences about what may not be as it seems. With `clocked_at`, a place on the disk that the run would use, the
+    machine is looked at for two seconds and `time` says how long the run would last.
     """
     config, index = open_config(recipe.model, recipe.revision)
     before = cost(config, stored_bytes=index.nbytes if index is not None else None)
     warnings, measured = task_warnings(recipe), None
     if scores is not None:
         measured = Scores.load(scores)
-        folder, commit = small_files(recipe.model, recipe.revision)
-        source = None
-        if index is not None:
-            source = describe_source(Checkpoint(folder, config, recipe.model, commit, index))["fingerprint"]
-        require_same_model(measured, commit, source, scores)
+        require_same_model(measured, *_revision_of(recipe.model, recipe.revision, config, index), scores)
         warnings += [
             f"the scores in {scores} were measured with other calibration settings: {difference}."
             for difference in calibration_differences(measured, recipe.calibration)
         ]
-    planned, after = look_ahead(recipe, config, stored_bytes=before.stored_bytes, scores=measured)
+    warnings += tier_warnings(recipe)
+    planned, outlooks = look_ahead(recipe, config, index, scores=measured)
+    after = outlooks[-1]
     predicted = cost(after.config).to_dict()
     predicted |= {"stored_bytes": after.stored_bytes, "active_bytes_per_token": after.active_bytes}
+    figures = [cost_figures(costs) for costs in (before.to_dict(), predicted)]
+    device = resolved(device)
+    found = stages(recipe, outlooks, device)
+    taken = {"memory": peaks(found)}
+    if clocked_at is not None:
+        batch = recipe.calibration.batch_size * recipe.calibration.sequence_length
+        taken["time"] = seconds(found, look_at_machine(clocked_at, outlooks[0].size, batch, device))
     return {
         "model": recipe.model,
+        "tier": recipe.export.tier,
         "steps": planned,
-        "baseline": cost_figures(before.to_dict()),
-        "predicted": cost_figures(predicted),
+        "baseline": figures[0] | {"bytes_by_part": dict(outlooks[0].parts)},
+        "predicted": figures[1] | {"bytes_by_part": dict(after.parts)},
         "disk_needed": disk_needed(recipe, config, before.stored_bytes, keep_steps=keep_steps),
         "warnings": warnings,
-    }
+    } | taken
 
 
 def look_ahead(
-    recipe: Recipe, config: Any, *, stored_bytes: int | None = None, scores: Scores | None = None
-) -> tuple[list[dict[str, Any]], Outlook]:
-    """What every step would do, and the outlook at the end; `scores` are the first step's.
+    recipe: Recipe, config: Any, index: TensorIndex | None = None, *, scores: Scores | None = None
+) -> tuple[list[dict[str, Any]], list[Outlook]]:
+    """What every step would do, and the outlook before the first and after each; `scores` are the first step's.
 
     Raises `UsageError` when a step cannot be, `UnsupportedModelError` when the tier does not hold this family.
     """
-    figures = cost(config, stored_bytes=stored_bytes)
-    around = Outlook(config, figures.stored_bytes, figures.active_bytes_per_token, scores)
+    figures = cost(config, stored_bytes=index.nbytes if index is not None else None)
+    if index is not None:
+        parts = stored_by_part(config, index)
+    else:
+        scale = figures.stored_bytes / figures.total_params
+        parts = {part: round(count * scale) for part, count in figures.params.items() if count}
+    outlooks = [Outlook(config, figures.stored_bytes, figures.active_bytes_per_token, scores, parts)]
     planned = []
     for step in recipe.steps:
-        entry, around = make_step(step).preview(around, recipe.export.tier)
+        entry, after = make_step(step).preview(outlooks[-1], recipe.export.tier)
         planned.append(entry)
-    return planned, around
+        outlooks.append(after)
+    return planned, outlooks
 
 
 def sweep(recipe: Recipe, scores: Path, setting: str, values: Sequence[float]) -> list[dict[str, Any]]:
@@ -145,6 +179,17 @@ def disk_needed(recipe: Recipe, config: Any, source_bytes: int, *, keep_steps: b
     return round(source_bytes * copies * SPARE_DISK) + 2 * 4 * tokens * hidden_size
 
 
+def _revision_of(
+    model: str, revision: str | None, config: Any, index: TensorIndex | None
+) -> tuple[str | None, str | None]:
+    """What `require_same_model` compares: the commit of a Hub id, and the fingerprint of weights that are there."""
+    folder, commit = small_files(model, revision)
+    if index is None:
+        return commit, None
+    fingerprint: str = describe_source(Checkpoint(folder, config, model, commit, index))["fingerprint"]
+    return commit, fingerprint
+
+
 def require_same_model(scores: Scores, commit: str | None, fingerprint: str | None, folder: Path) -> None:
     """Raise `UsageError` when the scores in `folder` are of another checkpoint than this.
 
@@ -178,6 +223,15 @@ def calibration_differences(scores: Scores, calibration: CalibrationConfig) -> l
         for key in two
         if one.get(key) != two[key]
     ]
+
+
+def tier_warnings(recipe: Recipe) -> list[str]:
+    """Why the result could not be written in the recipe's tier, a sentence for each reason."""
+    try:
+        check_tier(recipe)
+    except RecipeError as error:
+        return [f"{problem.path}: {problem.message}." for problem in error.problems]
+    return []
 
 
 def task_warnings(recipe: Recipe) -> list[str]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +36,15 @@ class Calibration:
 
 
 def load_calibration(
-    config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
+    config: CalibrationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    after: Sequence[int] | None = None,
 ) -> Calibration:
     """Exactly `num_samples` sequences of `sequence_length` tokens.
+
+    The documents that hold the first `after` sequences of each part, if given, are left out.
 
     `max_length` is the longest sequence the model takes. Raises `DataError` when a sequence would be longer, when a
     dataset, split or column does not exist, or when there is too little text. `fingerprint` is the sha256 of the
@@ -54,12 +60,25 @@ def load_calibration(
     sources = []
     for position, (part, count) in enumerate(zip(parts, share(parts, config.num_samples), strict=True)):
         with quiet_readers():
-            tokens, num_documents = _pack(part, tokenizer, count, config, config.seed + position)
+            skipped = after[position] if after is not None else 0
+            tokens, num_documents = _pack(part, tokenizer, count, config, config.seed + position, skipped)
         sequences += [tokens[i : i + config.sequence_length] for i in range(0, len(tokens), config.sequence_length)]
         sources.append(part.model_dump() | {"sequences": count, "documents": num_documents, "tokens": len(tokens)})
     random.Random(config.seed).shuffle(sequences)
     tensor = torch.LongTensor(sequences)
     return Calibration(tensor, fingerprint(tensor, config), sources)
+
+
+def load_held_out(
+    config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, num_sequences: int, *, max_length: int | None
+) -> Calibration:
+    """`num_sequences` more sequences of the same data: of the documents that come after those for calibration.
+
+    No document is in both. Raises `DataError` as `load_calibration` does.
+    """
+    further = config.model_copy(update={"num_samples": num_sequences})
+    used = share(config.parts, config.num_samples)
+    return load_calibration(further, tokenizer, max_length=max_length, after=used)
 
 
 @contextmanager
@@ -91,10 +110,19 @@ def share(parts: list[DatasetPart], num_samples: int) -> list[int]:
 
 
 def _pack(
-    part: DatasetPart, tokenizer: PreTrainedTokenizerBase, num_sequences: int, config: CalibrationConfig, seed: int
+    part: DatasetPart,
+    tokenizer: PreTrainedTokenizerBase,
+    num_sequences: int,
+    config: CalibrationConfig,
+    seed: int,
+    after: int,
 ) -> tuple[list[int], int]:
-    """`num_sequences * sequence_length` tokens, and the number of documents they came from."""
-    needed = num_sequences * config.sequence_length
+    """`num_sequences * sequence_length` tokens, and the number of documents they came from.
+
+    The documents of the first `after` sequences are left out.
+    """
+    to_skip = after * config.sequence_length
+    needed = to_skip or num_sequences * config.sequence_length
     tokens: list[int] = []
     num_documents = 0
     for text, is_chat in documents(part, tokenizer, seed):
@@ -104,13 +132,17 @@ def _pack(
         # a chat template writes its own special tokens
         tokens += tokenizer(text, add_special_tokens=not is_chat, verbose=False)["input_ids"]
         num_documents += 1
-        if len(tokens) >= needed:
+        if len(tokens) >= needed and not to_skip:
             return tokens[:needed], num_documents
+        if len(tokens) >= needed:
+            tokens, num_documents, to_skip = [], 0, 0
+            needed = num_sequences * config.sequence_length
     enough = len(tokens) // config.sequence_length
     advice = f"lower `calibration.num_samples` (there is enough for {enough}) or" if enough else "lower"
+    found = f"{len(tokens):,} tokens in {num_documents:,} documents" + " beyond those for calibration" * bool(after)
     raise DataError(
-        f"Dataset {part.dataset} has only {len(tokens):,} tokens in {num_documents:,} documents, but {needed:,} are "
-        f"needed ({num_sequences} x {config.sequence_length}); {advice} `calibration.sequence_length`, or add data."
+        f"Dataset {part.dataset} has only {found}, but {needed:,} are needed ({num_sequences} x "
+        f"{config.sequence_length}); {advice} `calibration.sequence_length`, or add data."
     )
 
 

@@ -10,9 +10,15 @@ the tokens routed to an expert; g is the value that truly multiplies the expert'
 | `norm_sum`, `norm_sq_sum` | [E] | sum of the L2 norm of f, and of its square |
 | `gate_norm_sum`, `gate_sq_norm_sq_sum` | [E] | sum of g times the norm, and of its square |
 | `output_sum`, `output_sq_sum` | [E, H] | sum of f and of f squared, per channel (mean and variance) |
+| `gated_output_sum` | [E, H] | sum of g f, per channel |
 | `max_abs` | [E] | largest absolute entry of f |
 | `easy_ep` | [E] | sum of g times the norm times max(0, 1 - cos(h, h + routed output)) |
 | `coselection` | [E, E] | tokens routed to both experts (the diagonal is `tokens`) |
+| `windows_16`, `windows_64` | [E, 17], [E, 65] | windows of 16 (64) tokens in a row in which 0, 1, ... of them use it |
+| `ablation` | [E] | what taking the expert out adds to the loss, nats per token; NaN where that was not measured |
+| `cache_lookups`, `cache_hits` | [E], [E, 3] | how often caches of 1, 2, 3 times top-k looked for it, and had it |
+| `router_gram` | [E, E] | sum over all tokens of products of router logits |
+| `mean_output` | [E, H] | mean of f over a sample of all tokens, wherever they were routed; measured on demand |
 
 Tables (`table.<index>.<name>`) are of a whole layer:
 
@@ -40,6 +46,8 @@ from moe_compress.checkpoint.durable import replace_durably
 from moe_compress.errors import UsageError
 
 FORMAT = 1
+ABLATION = "ablation"  # the statistic that `calibrate.ablation` measures, on demand
+PAIRWISE = ("coselection", "router_gram")  # statistics of pairs of experts
 RATIO_BINS = 4096
 Array = NDArray[np.float64]
 
@@ -61,8 +69,7 @@ class LayerScores:
         """Of these experts only, in this order; tables are of all experts and left out."""
         kept = np.asarray(experts, dtype=np.intp)
         statistics = {name: values[kept] for name, values in self.statistics.items()}
-        if "coselection" in statistics:
-            statistics["coselection"] = statistics["coselection"][:, kept]
+        statistics |= {name: statistics[name][:, kept] for name in PAIRWISE if name in statistics}
         return replace(self, num_experts=len(kept), statistics=statistics, tables={})
 
 

@@ -24,6 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_compress.calibrate.locality import Locality
+from moe_compress.calibrate.logits import RouterGram
 from moe_compress.calibrate.scores import RATIO_BINS, LayerScores, Scores
 from moe_compress.checkpoint.durable import replace_durably
 from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, save_hidden
@@ -59,12 +61,15 @@ class LayerStatistics:
 
         names = ("gate_sum", "norm_sum", "norm_sq_sum", "gate_norm_sum", "gate_sq_norm_sq_sum", "max_abs", "easy_ep")
         self.sums = {name: zeros(experts) for name in names}
-        self.sums |= {name: zeros(experts, moe.width) for name in ("output_sum", "output_sq_sum")}
+        self.sums |= {name: zeros(experts, moe.width) for name in ("output_sum", "output_sq_sum", "gated_output_sum")}
         self.sums["coselection"] = zeros(experts, experts)
+        self.locality = Locality(experts, moe.top_k)
+        self._router = RouterGram(moe)
         self.gate_ratios = zeros(2, RATIO_BINS)
         self.num_tokens = 0
         self.cosine_sum, self.stream_energy = zeros(1), zeros(1)
         self._entering_TH: Tensor | None = None
+        self._index_TK: Tensor | None = None
         self._input_TH: Tensor | None = None
         self._routed_TH: Tensor | None = None
         self._block_TH: Tensor | None = None
@@ -88,6 +93,7 @@ class LayerStatistics:
             self.sums[name][expert] += values.sum()
         self.sums["output_sum"][expert] += output_NH.sum(0, dtype=torch.float64)
         self.sums["output_sq_sum"][expert] += output_NH.square().sum(0, dtype=torch.float64)
+        self.sums["gated_output_sum"][expert] += gate @ output_NH.double()
         self.sums["max_abs"][expert] = torch.maximum(self.sums["max_abs"][expert], output_NH.abs().max().double())
         self._saliency.append((expert, token_N, product))
         if self.measurement is not None:
@@ -100,10 +106,13 @@ class LayerStatistics:
         chosen_TE = chosen_TE[:, :-1]
         self.sums["coselection"] += chosen_TE.T @ chosen_TE
         self.num_tokens += len(index_TK)
-        self._routed_TH = routed_output_TH
+        self._routed_TH, self._index_TK = routed_output_TH, index_TK
 
     def layer(self, input_BSH: Tensor, output_BSH: Tensor) -> None:
-        assert self._routed_TH is not None
+        assert self._routed_TH is not None and self._index_TK is not None
+        batch, length = input_BSH.shape[:2]
+        if len(self._index_TK) == batch * length:
+            self.locality.add(self._index_TK.view(batch, length, -1).cpu().numpy())
         entering, leaving = (hidden.reshape(len(self._routed_TH), -1) for hidden in (input_BSH, output_BSH))
         self.cosine_sum += F.cosine_similarity(entering, leaving, dim=-1).sum(dtype=torch.float64)
         self.stream_energy += leaving.square().sum(dtype=torch.float64)
@@ -127,8 +136,10 @@ class LayerStatistics:
         for hook in self._hooks:
             hook.remove()
         del self.moe.experts.observer  # before measuring, which runs experts too
+        self.sums["router_gram"] = self._router.close()
         statistics = {name: values.cpu().numpy() for name, values in self.sums.items()}
         statistics["tokens"] = np.diagonal(statistics["coselection"]).copy()
+        statistics |= self.locality.statistics()
         cosine = float(self.cosine_sum) / max(1, self.num_tokens)
         if self.measurement is not None:
             statistics |= self.measurement.measure()

@@ -23,8 +23,9 @@ from transformers import AutoConfig, PretrainedConfig
 from moe_compress.checkpoint.durable import sha256_of, sync
 from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, write_hidden
 from moe_compress.checkpoint.index import TensorIndex, TensorInfo, read_header
+from moe_compress.checkpoint.memory import give_back
 from moe_compress.checkpoint.source import WEIGHT_SUFFIXES, Checkpoint
-from moe_compress.checkpoint.stream import LayerStream, read_tensor
+from moe_compress.checkpoint.stream import TORCH_DTYPES, LayerStream, read_tensor
 from moe_compress.checkpoint.writer import (
     SAFETENSORS_DTYPES,
     Shard,
@@ -40,6 +41,7 @@ from moe_compress.runtime.remote_code import write_remote_code
 from moe_compress.runtime.scheme import Scheme, Shapes
 
 PROBE_TOKENS = 32
+PROBES = 1  # batches of a run that are the probe's; calibration tokens follow
 PROBE_POSITIONS = 8  # logits are kept for this many of them
 PROBE_FILE = "probe.npz"
 LEDGER_FILE = "ledger.json"
@@ -75,6 +77,9 @@ class Change:
     tokens: Tensor | None = None
     batch_size = 1
 
+    def prepare(self, stream: LayerStream) -> None:
+        """See the empty model of the source, before anything else is asked for."""
+
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The new content of `config.json`."""
         return config
@@ -83,13 +88,22 @@ class Change:
         """The new tensors of an MoE layer, both sides by name inside the decoder layer, in the model's layout."""
         return state
 
-    def store(self, target: LayerStream, index: int, rehearse: Callable[[], None]) -> dict[str, Tensor]:
+    def plain_layer(self, index: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same of a layer without experts."""
+        return state
+
+    def store(self, target: LayerStream, index: int, run: Lockstep) -> dict[str, Tensor]:
         """What is written for a layer, by name in the checkpoint.
 
-        The layer is resident in `target` with the tensors that `layer` gave; `rehearse` runs it on all sequences. Where
-        something else is stored than these tensors, they are replaced by what the stored ones stand for.
+        The layer is resident in `target` with the tensors that `layer` gave, and the batches of `run`, the probe's
+        first, stand before it. Where something else is stored than these tensors, they are replaced by what the stored
+        ones stand for.
         """
         return target.stored_layer(index)
+
+    def outside(self) -> Mapping[str, Tensor]:
+        """New values of the model's tensors outside the layers, by name in the model; all others there are copied."""
+        return {}
 
     def tables(self, stream: LayerStream) -> dict[str, TableFormat]:
         """The stored embeddings and heads that are packed, and how; all else outside the layers is copied."""
@@ -144,27 +158,31 @@ def rewrite(
     writer.drop_damaged()
     copy_companions(source.folder, folder)
     old_config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    stream = LayerStream(source, device)
+    change.prepare(stream)
     write_config(source.folder, folder, change.config(json.loads(json.dumps(old_config))), old_config)
 
-    stream = LayerStream(source, device)
     config = dense_config(read_config(source, folder))
     target = LayerStream(replace(source, config=config), device)
     expected = expected_tensors(stream, target, change)
-    tables = change.tables(stream)
+    tables, new = change.tables(stream), _replaced(stream, change)
 
     if not writer.has("rest"):
-        writer.write("rest", _rest(stream, change, tables))
+        writer.write("rest", _rest(stream, change, tables, new))
     done, hidden = load_hidden(folder)
     if not all(writer.has(_part(index)) for index in range(done)):
         done, hidden = 0, []
     target.load_trunk()
     _use_stored(target, tables, folder)
+    _use_replaced(target, new)
     probe = probe_tokens(config)
-    batches = [probe, *(() if change.tokens is None else change.tokens.split(change.batch_size))]
+    last = len(target.layers) - 1
+    # Nothing looks at what the calibration tokens leave the last layer with.
+    calibration = () if change.tokens is None or done > last else change.tokens.split(change.batch_size)
     run = Lockstep(
         target.model,
         target.layers,
-        [tokens.to(device) for tokens in batches],
+        [tokens.to(device) for tokens in (probe, *calibration)],
         start=done,
         hidden=[h.to(device) for h in hidden],
     )
@@ -173,12 +191,13 @@ def rewrite(
         unchanged = _write_layers(stream, target, change, run, writer, stage, done)
         target.load_head()
         _use_stored(target, tables, folder)
-        logits = run.finish(1)[0]
+        _use_replaced(target, new)
+        logits = run.finish()[0]
     finally:
         run.close()
     positions = np.linspace(0, probe.shape[1] - 1, PROBE_POSITIONS).round().astype(int)
     np.savez(folder / PROBE_FILE, tokens=probe.numpy(), positions=positions, logits=logits[0, positions].cpu().numpy())
-    copied = {name: tensor_sha256(source.index[name]) for name in stream.untouched if name not in tables}
+    copied = {name: tensor_sha256(source.index[name]) for name in stream.untouched if name not in {*tables, *new}}
     transformed = sorted(set(source.index) - set(copied))
     shards = writer.finish(["rest", *(_part(index) for index in range(len(stream.layers)))])
     forget_hidden(folder)
@@ -203,6 +222,7 @@ def _write_layers(
     While one layer is worked on, the one before it waits for the disk.
     """
     unchanged: dict[str, str] = {}
+    last = len(stream.layers) - 1
 
     def finish(index: int, *commits: Callable[[], None]) -> None:
         names = stream.passing(index, change.packs(index))
@@ -217,18 +237,19 @@ def _write_layers(
             stage.advance("done before")
         for index in range(done, len(stream.layers)):
             state = take_layer(stream, index)
-            if index in stream.moe_layers:
-                state = change.layer(stream.moe_layers[index], state)
+            moe = stream.moe_layers.get(index)
+            state = change.plain_layer(index, state) if moe is None else change.layer(moe, state)
             target.layers[index].load_state_dict(state, assign=True)
             del state
-            stored = change.store(target, index, lambda index=index: run.rehearse(index))  # type: ignore[misc]
-            run.through(index)
+            stored = change.store(target, index, run)
+            run.through(index, PROBES if index == last else None)
             if before is not None:
                 before.result()
             part = writer.begin(_part(index), stored)
             del stored
             target.release(index)
             before = background.submit(finish, index, part, write_hidden(writer.folder, index + 1, run.hidden))
+            give_back()
             stage.advance()
         if before is not None:
             before.result()
@@ -260,14 +281,36 @@ def expected_tensors(stream: LayerStream, target: LayerStream, change: Change) -
     return expected
 
 
-def _rest(stream: LayerStream, change: Change, tables: Mapping[str, TableFormat]) -> dict[str, Tensor | TensorInfo]:
-    """What is written besides the layers: copies, and packed tables."""
+def _rest(
+    stream: LayerStream, change: Change, tables: Mapping[str, TableFormat], new: Mapping[str, Tensor]
+) -> dict[str, Tensor | TensorInfo]:
+    """What is written besides the layers: copies, packed tables, and new values."""
     index = stream.checkpoint.index
     rest: dict[str, Tensor | TensorInfo] = {name: index[name] for name in stream.untouched if name not in tables}
+    rest |= new
     for name, stored in tables.items():
         packed = change.pack_table(name, read_tensor(index[name]), stored)
         rest |= {stored.name(key): tensor for key, tensor in packed.items()}
     return rest
+
+
+def _replaced(stream: LayerStream, change: Change) -> dict[str, Tensor]:
+    """The stored tensors outside the layers that get new values, by their names and in their types on disk."""
+    values, index = change.outside(), stream.checkpoint.index
+    found = {}
+    for name, target in stream.outside_targets.items():
+        if target in values:
+            assert index[name].shape == tuple(values[target].shape), name
+            found[name] = values[target].detach().to("cpu", TORCH_DTYPES[index[name].dtype])
+    return found
+
+
+def _use_replaced(target: LayerStream, new: Mapping[str, Tensor]) -> None:
+    """Give resident tensors outside the layers the new values that are stored."""
+    for name, value in new.items():
+        tensor = target.model.get_parameter(target.outside_targets[name])
+        if not tensor.is_meta:
+            tensor.data.copy_(value)
 
 
 def _use_stored(target: LayerStream, tables: Mapping[str, TableFormat], folder: Path) -> None:

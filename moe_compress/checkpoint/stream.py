@@ -28,8 +28,10 @@ from moe_compress.checkpoint.index import TensorInfo
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.errors import CheckpointError
 from moe_compress.models.experts import IMPLEMENTATION
-from moe_compress.models.layers import MoELayer, decoder_layers, find_moe_layers
+from moe_compress.models.layers import MoELayer, decoder_layers, find_moe_layers, owners
+from moe_compress.models.linear import speed_up
 from moe_compress.models.skeleton import build_skeleton, release
+from moe_compress.runtime.banks import share
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -84,8 +86,10 @@ class LayerStream:
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.model: Any = build_skeleton(checkpoint.config, device=device, experts_implementation=IMPLEMENTATION)
+        speed_up(self.model)
         self.layers_name, self.layers = decoder_layers(self.model)
         self.moe_layers: dict[int, MoELayer] = {found.layer: found for found in find_moe_layers(self.model)}
+        self.owners = owners(self.model.config)
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         self._sort_names()
 
@@ -98,6 +102,7 @@ class LayerStream:
         self.trunk_names: list[str] = []
         self.end_names: dict[nn.Module, list[str]] = {module: [] for module in ends.values()}
         self.untouched: list[str] = []
+        self.outside_targets: dict[str, str] = {}  # of these, the ones the model knows, with their name in it
         sources: dict[str, set[str]] = defaultdict(set)
         for name, target in stored_targets(self.model, self._mapping, self.checkpoint.index):
             if target.startswith(prefix):
@@ -105,6 +110,8 @@ class LayerStream:
                 sources[target].add(self.checkpoint.index[name].dtype)
                 continue
             self.untouched.append(name)
+            if target:
+                self.outside_targets[name] = target
             end = next((module for path, module in ends.items() if target.startswith(f"{path}.")), None)
             if end is not None:
                 self.end_names[end].append(name)
@@ -113,14 +120,30 @@ class LayerStream:
         self.stored_dtypes = {target: min(dtypes) for target, dtypes in sources.items()}
         self.layer_names = [layer_names[index] for index in range(len(self.layers))]
         self.model._weight_conversions = [entry for entry in self._mapping if entry.was_used()]
-        for found in self.moe_layers.values():
-            for name in found.expert_tensors():
-                dtypes = sources[f"{found.block_name}.{name}"]
-                dtype = TORCH_DTYPES.get(min(dtypes), torch.float32) if len(dtypes) == 1 else torch.float32
-                _retype(found.block, name, dtype)
-                if dtype == torch.float64:
-                    del sources[f"{found.block_name}.{name}"]
-        self._refuse_rounding(sources)
+        exact = {target for found in self.moe_layers.values() for target in self._retype_experts(found, sources)}
+        self._refuse_rounding({target: dtypes for target, dtypes in sources.items() if target not in exact})
+
+    def _retype_experts(self, moe: MoELayer, sources: Mapping[str, set[str]]) -> set[str]:
+        """Give the empty experts of a layer the types they are stored in; returns those that need not be rounded.
+
+        `sources` has the stored types by target. What is new to a layer takes the type of its down projections.
+        """
+        owner = self.moe_layers[self.owners.get(moe.layer, moe.layer)]
+        own = list(moe.expert_tensors())
+        down = next(name for name in own if name.endswith("down_proj"))
+        exact = set()
+        for name in [*own, *moe.bank_tensors()]:
+            like = (
+                f"{moe.block_name}.{name}",
+                *(f"{owner.block_name}.{n}" for n in (name, name.replace("differences.", ""), down)),
+            )
+            target = next(target for target in like if target in sources)
+            dtypes = sources[target]
+            dtype = TORCH_DTYPES.get(min(dtypes), torch.float32) if len(dtypes) == 1 else torch.float32
+            _retype(moe.block, name, dtype)
+            if dtype == torch.float64:
+                exact.add(target)
+        return exact
 
     def _refuse_rounding(self, sources: Mapping[str, set[str]]) -> None:
         """Refuse what float32, the type of all but the experts, does not hold exactly."""
@@ -160,6 +183,8 @@ class LayerStream:
         """Make layer `index` resident; raises `CheckpointError` when the checkpoint lacks one of its tensors."""
         for names in self._bundles(self.layer_names[index]):
             self._load(names)
+        if index in self.owners:
+            self._borrow(index)
         layer = self.layers[index]
         missing = [name for name, tensor in layer.state_dict().items() if tensor.is_meta]
         if missing:
@@ -202,10 +227,18 @@ class LayerStream:
     def stored_layer(self, index: int, without: Collection[str] = ()) -> dict[str, Tensor]:
         """The layer's tensors under the Hub's names, in the source's types; on the meta device if not resident.
 
-        `without` names tensors inside the layer that are left out.
+        `without` names tensors inside the layer that are left out, as are those that another layer stores.
         """
+        without = {*without, *self.borrowed(index)}
         state = {name: tensor for name, tensor in self.layers[index].state_dict().items() if name not in without}
         return {name: self._as_stored(name, tensor) for name, tensor in self.hub_names(index, state).items()}
+
+    def borrowed(self, index: int) -> list[str]:
+        """The tensors of a layer that another layer stores, by name inside it."""
+        if index not in self.owners:
+            return []
+        moe = self.moe_layers[index]
+        return [f"{moe.block_path}.{name}".lstrip(".") for name in moe.expert_tensors()]
 
     def hub_names(self, index: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by name inside the layer, in the model's layout, as the Hub names and divides them."""
@@ -214,6 +247,16 @@ class LayerStream:
             self.model, {prefix + name: tensor for name, tensor in state.items()}
         )
         return found
+
+    def _borrow(self, index: int) -> None:
+        """Load the experts that another layer stores, which is not resident, into layer `index`."""
+        owner, moe = self.moe_layers[self.owners[index]], self.moe_layers[index]
+        wanted = {f"{owner.block_name}.{name}" for name in owner.expert_tensors()}
+        stored = self.layer_names[owner.layer]
+        for names in self._bundles({target: stored[target] for target in stored if target in wanted}):
+            self._load(names)
+        share(moe.experts, owner.experts)
+        release(owner.experts)
 
     def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
         info = self.checkpoint.index.get(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.models.layers import SECTION
+from moe_compress.models.lockstep import Lockstep
 from moe_compress.models.routing import EXPERTS_PER_TOKEN
 
 
@@ -27,12 +27,14 @@ class MeteredChange(Change):
         """Count on these tokens [N, S]."""
         self.tokens, self.batch_size, self.notes = tokens, batch_size, notes
 
-    def store(self, target: LayerStream, index: int, rehearse: Callable[[], None]) -> dict[str, Tensor]:
+    def store(self, target: LayerStream, index: int, run: Lockstep) -> dict[str, Tensor]:
         if self.tokens is not None and index in target.moe_layers:
             moe = target.moe_layers[index]
             meter = _Meter(self.notes, index, moe.num_experts, len(self.tokens.split(self.batch_size)))
             moe.experts.register_forward_pre_hook(meter, with_kwargs=True)
-        return super().store(target, index, rehearse)
+            if index == len(target.layers) - 1:  # which only the probe passes
+                run.rehearse(index)
+        return super().store(target, index, run)
 
 
 class _Meter:
@@ -43,6 +45,8 @@ class _Meter:
         self.calls = self.tokens = self.slots = 0
 
     def __call__(self, module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if self.calls > self.batches:
+            return
         _, index_TK, gate_TK = (*inputs, *keywords.values())
         if self.calls:
             self.tokens += len(index_TK)

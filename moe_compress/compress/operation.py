@@ -8,14 +8,18 @@ numbers out), `apply.py` (what becomes of the tensors) and `step.py` (the class 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.record import Record
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.compress import scoring
+from moe_compress.compress.demand import Demand, ModelSize, apply_demand, score_demand
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.eval.cost import cost
 
@@ -27,24 +31,42 @@ class Outlook:
     """A checkpoint as far as it is known before its weights are read.
 
     `config` is that of a dense model; `stored_bytes` are of the weights, `active_bytes` those read per token; `scores`
-    were measured on this very checkpoint.
+    were measured on this very checkpoint. `parts` are the stored bytes by part of the model, empty where unknown.
     """
 
     config: Any
     stored_bytes: int
     active_bytes: int
     scores: Scores | None = None
+    parts: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def size(self) -> ModelSize:
+        """What of the model takes memory."""
+        return ModelSize.of(self.config, self.stored_bytes)
 
     def resized(self, config: Any) -> Outlook:
         """The same with other numbers of experts, nothing measured yet."""
         before, after = cost(self.config), cost(config)
         scale = self.stored_bytes / max(1, before.stored_bytes)
-        return Outlook(config, round(after.stored_bytes * scale), after.active_bytes_per_token)
+        parts = {
+            part: round(stored * after.params[part] / before.params[part]) if before.params.get(part) else stored
+            for part, stored in self.parts.items()
+        }
+        return Outlook(config, round(after.stored_bytes * scale), after.active_bytes_per_token, None, parts)
 
-    def of_size(self, *, stored_bytes: int, active_bytes: int | None = None) -> Outlook:
-        """The same experts in other bytes, nothing measured yet."""
+    def of_size(
+        self, *, stored_bytes: int, active_bytes: int | None = None, saved: Mapping[str, int] | None = None
+    ) -> Outlook:
+        """The same experts in other bytes, nothing measured yet.
+
+        `saved` says in which parts the bytes were saved; the rest of them is the routed experts'.
+        """
         active = self.active_bytes if active_bytes is None else active_bytes
-        return replace(self, stored_bytes=stored_bytes, active_bytes=active, scores=None)
+        parts = {part: stored - (saved or {}).get(part, 0) for part, stored in self.parts.items()}
+        if parts:
+            parts["routed_experts"] += stored_bytes - sum(parts.values())
+        return replace(self, stored_bytes=stored_bytes, active_bytes=active, scores=None, parts=parts)
 
 
 class Step(ABC, Generic[Settings]):
@@ -70,6 +92,21 @@ class Step(ABC, Generic[Settings]):
         The first has at least `op` and `summary`, sentences for the reader; `layers` where it is known what happens to
         each expert. Raises `UsageError` or `UnsupportedModelError` when the step cannot be.
         """
+
+    def check_inputs(self, folder: Path, config: Any) -> None:
+        """Raise what can be known to be wrong with what the step reads, before any step has begun.
+
+        `folder` holds the original's tokenizer, `config` is its configuration.
+        """
+
+    def demands(self, before: Outlook, after: Outlook, calibration: CalibrationConfig) -> list[Demand]:
+        """What the stages of the step take, estimated from the configurations alone.
+
+        This is a sweep to score where the step is calibrated, and one to write; what a transformation does beyond that
+        it has to add.
+        """
+        scored = [score_demand(before.size, calibration)] if self.is_calibrated else []
+        return [*scored, apply_demand(before.size, after.size, 0, 0)]
 
     def score(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Scores:
         """Measure what the step decides by, or read what was measured before in `folder`."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoTokenizer
 
+from moe_compress.calibrate.ablation import Ablation, Losses
 from moe_compress.calibrate.config import CalibrationConfig
-from moe_compress.calibrate.data import Calibration, load_calibration
+from moe_compress.calibrate.data import Calibration, load_calibration, load_held_out
 from moe_compress.calibrate.scores import Scores
 from moe_compress.calibrate.sweep import Measurement, collect
 from moe_compress.checkpoint.source import Checkpoint
@@ -24,6 +27,13 @@ def read_calibration(folder: Path, config: Any, calibration: CalibrationConfig) 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return load_calibration(calibration, tokenizer, max_length=longest)
+
+
+def read_held_out(folder: Path, config: Any, calibration: CalibrationConfig, num_sequences: int) -> Calibration:
+    """Sequences of documents that the calibration tokens are not of."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return load_held_out(calibration, tokenizer, num_sequences, max_length=longest)
 
 
 def calibration_data(source: Checkpoint, around: Surroundings) -> Calibration:
@@ -65,3 +75,26 @@ def score(
             stage=stage,
             measurement=measurement,
         )
+
+
+def ablations(
+    source: Checkpoint,
+    tokens: Tensor,
+    experts: Mapping[int, Sequence[int]],
+    folder: Path,
+    around: Surroundings,
+    title: str,
+) -> Losses:
+    """The loss on `tokens` [N, S] without each of these experts (by layer), going on with what `folder` holds."""
+    stream = LayerStream(source, around.device)
+    digest = hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
+    ablation = Ablation(
+        stream,
+        tokens,
+        experts,
+        batch_size=around.calibration.batch_size,
+        folder=folder,
+        fingerprint={"source": describe_source(source), "tokens": digest},
+    )
+    with around.progress.stage(f"{title}: ablate", ablation.num_layer_passes) as stage:
+        return ablation.run(stage)

@@ -169,6 +169,8 @@ def model_cost(
     notes = {mixer.note for mixer in mixers if mixer.note}
     if towers:
         notes.add("vision or audio towers are stored, but no work is counted for them")
+    if any(getattr(layer.experts, "constants", None) is not None for layer in layers):
+        notes.add("every routed expert is counted as if it ran, those that are constants too")
     if any(layer.routing.is_uncertain for layer in layers) and experts_per_token is None:
         notes.add("how many experts a token skips was not measured; all rows of a router are taken to be chosen alike")
     if any(layer.routing.experts_per_token is not None for layer in layers) and experts_per_token is None:
@@ -218,14 +220,24 @@ def _count(model: PreTrainedModel, structure: _Structure) -> tuple[Counter[str],
 
 
 def _routed(layers: list[MoELayer], top_k: list[float]) -> tuple[float, float, float]:
-    """Of the routed experts: matrix elements that multiply a token, idle parameters, idle bytes."""
+    """Of the routed experts: matrix elements that multiply a token, idle parameters, idle bytes.
+
+    Layers that share their stored experts use them one after the other; at most all of them are used.
+    """
     used = idle = idle_bytes = 0.0
+    shares: dict[int, tuple[Tensor, float]] = {}
     for layer, k in zip(layers, top_k, strict=True):
-        share = k / layer.num_experts
-        for tensor in layer.experts.parameters():
-            used += share * tensor.numel() if tensor.ndim == 3 else 0  # biases do not multiply
-            idle += (1 - share) * tensor.numel()
-            idle_bytes += (1 - share) * tensor.numel() * tensor.element_size()
+        experts: Any = layer.experts
+        stored = {id(tensor) for tensor in layer.expert_tensors().values()}
+        routed = len(experts.bank.slots) if hasattr(experts, "bank") else layer.num_experts
+        for name, tensor in experts.named_parameters():
+            share = k / (layer.num_experts if id(tensor) in stored else routed)
+            multiplies = tensor.ndim == 3 or name.endswith(("_left", "_right"))  # biases and constants do not
+            used += share * tensor.numel() if multiplies else 0
+            shares[id(tensor)] = tensor, min(1.0, share + shares.get(id(tensor), (tensor, 0.0))[1])
+    for tensor, share in shares.values():
+        idle += (1 - share) * tensor.numel()
+        idle_bytes += (1 - share) * tensor.numel() * tensor.element_size()
     return used, idle, idle_bytes
 
 

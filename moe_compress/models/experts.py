@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moe_compress.models.linear import linear
 
 IMPLEMENTATION = "moe_compress"
 
@@ -39,6 +40,15 @@ def projections(experts: Any) -> dict[str, tuple[str, ...]]:
     return {"gate_up_proj": ("gate_proj", "up_proj") if apart else ("gate_up_proj",), "down_proj": ("down_proj",)}
 
 
+def part_rows(experts: Any, name: str, rows: int) -> dict[str, slice]:
+    """The projections in a fused matrix of `rows` rows, and the rows of each, alternating ones told apart too."""
+    if not experts.has_gate or name == "down_proj":
+        return {name: slice(None)}
+    if experts.is_concatenated:
+        return {"gate_proj": slice(rows // 2), "up_proj": slice(rows // 2, None)}
+    return {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+
+
 def matrix_shape(experts: Any, fused: Tensor) -> tuple[int, int]:
     """Rows and columns [out, in] of one expert's matrix in a fused parameter [E, ...]."""
     _, first, second = fused.shape
@@ -54,32 +64,37 @@ def expert_weight(experts: Any, name: str, expert: int, dtype: torch.dtype) -> T
     return weight.T if experts.is_transposed else weight
 
 
-def expert_output(experts: Any, expert: int, hidden_NH: Tensor) -> Tensor:
-    """Raw output [N, H] of one expert of a fused experts module, before its gate value, in the inputs' dtype.
+def _linear(experts: Any, expert: int, inputs: Tensor, name: str) -> Tensor:
+    """Inputs [N, in] times one expert's matrix."""
+    bias = getattr(experts, f"{name}_bias")[expert].to(inputs.dtype) if experts.has_bias else None
+    return linear(inputs, expert_weight(experts, name, expert, inputs.dtype), bias)
 
-    A `recorder` on the module is called with the expert, its inputs, and the inputs [N, F] of its down projection; if
-    it has seen enough then (returns True), the output is 0.
-    """
 
-    def linear(inputs: Tensor, name: str) -> Tensor:
-        bias = getattr(experts, f"{name}_bias")[expert].to(inputs.dtype) if experts.has_bias else None
-        return F.linear(inputs, expert_weight(experts, name, expert, inputs.dtype), bias)
-
+def expert_inner(experts: Any, expert: int, hidden_NH: Tensor) -> Tensor:
+    """Inputs [N, F] of one expert's down projection."""
     if experts.has_gate:
-        inner = experts._apply_gate(linear(hidden_NH, "gate_up_proj"))
-    else:
-        inner = experts.act_fn(linear(hidden_NH, "up_proj"))
-    if hasattr(experts, "recorder") and experts.recorder(expert, hidden_NH, inner):
-        return torch.zeros_like(hidden_NH)
-    output = linear(inner, "down_proj")
-    return experts.post_expert_norm(output) if experts.has_post_expert_norm else output
+        return experts._apply_gate(_linear(experts, expert, hidden_NH, "gate_up_proj"))  # type: ignore[no-any-return]
+    return experts.act_fn(_linear(experts, expert, hidden_NH, "up_proj"))  # type: ignore[no-any-return]
 
 
-def routed_tokens(index_TK: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor]]:
+def expert_output(experts: Any, expert: int, inner_NF: Tensor) -> Tensor:
+    """Raw output [N, H] of one expert for what `expert_inner` gave, before its gate value."""
+    output_NH = _linear(experts, expert, inner_NF, "down_proj")
+    return experts.post_expert_norm(output_NH) if experts.has_post_expert_norm else output_NH
+
+
+def whole_expert(experts: Any, expert: int, hidden_NH: Tensor) -> Tensor:
+    """Raw output [N, H] of one expert for its inputs."""
+    return expert_output(experts, expert, expert_inner(experts, expert, hidden_NH))
+
+
+def routed_tokens(index_TK: Tensor, gate_TK: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor]]:
     """For every expert with tokens: its index and its positions in the flattened routing table, ascending.
 
-    An index of `num_experts` or more is no expert and is left out.
+    An index of `num_experts` or more is no expert and is left out. A gate value of exactly zero says that the token
+    skips the expert, whatever its index says (so in ZAYA).
     """
+    index_TK = index_TK.masked_fill(gate_TK == 0, num_experts)
     order = index_TK.flatten().argsort(stable=True)
     counts = torch.bincount(index_TK.flatten(), minlength=num_experts)[:num_experts].tolist()
     start = 0
@@ -89,26 +104,44 @@ def routed_tokens(index_TK: Tensor, num_experts: int) -> Iterator[tuple[int, Ten
         start += count
 
 
+def routed_experts(experts: Any, index_TK: Tensor, gate_TK: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """`routed_tokens` for the stored experts of a module, whatever its router calls them."""
+    if hasattr(experts, "routed_slots"):
+        yield from experts.routed_slots(index_TK, gate_TK)
+    else:
+        yield from routed_tokens(index_TK, gate_TK, len(experts.down_proj))
+
+
+def routed_inner(experts: Any, expert: int, hidden_TH: Tensor, index_TK: Tensor, slot_N: Tensor) -> Tensor:
+    """Inputs [N, F] of a stored expert's down projection, for positions that `routed_experts` gave with it."""
+    if hasattr(experts, "slot_inner"):
+        inner_NF: Tensor = experts.slot_inner(expert, hidden_TH, index_TK, slot_N)
+        return inner_NF
+    return expert_inner(experts, expert, hidden_TH.index_select(0, slot_N // index_TK.shape[1]))
+
+
 def experts_forward(experts: Any, hidden_TH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
     """Gated sum [T, H] of the routed experts' outputs; bit-identical from run to run.
 
-    A gate value of exactly zero says that the token skips the expert, whatever its index says (so in ZAYA).
+    `known_inner` on the module, by expert, is what `expert_inner` gave for these very tokens; it is used up.
     """
     observer: Observer | None = getattr(experts, "observer", None)
+    known: dict[int, Tensor] = experts.__dict__.pop("known_inner", {})
     top_k = index_TK.shape[1]
-    slots = hidden_TH.new_zeros(index_TK.numel(), hidden_TH.shape[1])
+    routed_TH = torch.zeros_like(hidden_TH)
     num_experts = experts.num_experts if hasattr(experts, "expert_weight") else len(experts.down_proj)
-    index_TK = index_TK.masked_fill(gate_TK == 0, num_experts)
-    for expert, slot_N in routed_tokens(index_TK, num_experts):
+    for expert, slot_N in routed_tokens(index_TK, gate_TK, num_experts):
         token_N = slot_N // top_k
-        output_NH = expert_output(experts, expert, hidden_TH[token_N])
+        inner_NF = known.pop(expert, None)
+        if inner_NF is None:
+            inner_NF = expert_inner(experts, expert, hidden_TH.index_select(0, token_N))
+        output_NH = expert_output(experts, expert, inner_NF)
         gate_N = gate_TK.flatten()[slot_N]
         if observer is not None:
             observer.expert(expert, token_N, gate_N, output_NH)
-        slots[slot_N] = output_NH * gate_N[:, None].to(output_NH.dtype)
-    routed_TH = slots.view(*index_TK.shape, -1).sum(dim=1)
+        routed_TH.index_add_(0, token_N, output_NH * gate_N[:, None].to(output_NH.dtype))
     if observer is not None:
-        observer.block(index_TK, routed_TH)
+        observer.block(index_TK.masked_fill(gate_TK == 0, num_experts), routed_TH)
     return routed_TH
 
 

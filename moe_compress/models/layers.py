@@ -26,6 +26,7 @@ from moe_compress.models.routing import SECTION as SECTION
 from moe_compress.models.skeleton import SUPPORTED, build_skeleton
 
 PACKED = "packed"  # in the section: which weights are packed, and how
+BANK = "bank"  # in that section, of a layer: how its router's experts are stored when they are not one each
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class MoELayer:
         return float(getattr(self.block, "routed_scaling_factor", 1.0))
 
     @property
+    def experts_path(self) -> str:
+        """The experts module inside its decoder layer."""
+        return f"{self.block_path}.{self.experts_name.removeprefix(self.block_name).lstrip('.')}".lstrip(".")
+
+    @property
     def experts_per_token(self) -> float:
         """Routed experts that a token uses on average: measured where the configuration has it, else derived."""
         return self.routing.expected(self.num_experts, self.top_k)
@@ -68,17 +74,33 @@ class MoELayer:
         """The experts' tensors by name relative to the block, each [E, ...]."""
         return {name: tensor for name, (tensor, _) in self._tensors().items() if self._of_experts(name)}
 
+    def bank_tensors(self) -> dict[str, Tensor]:
+        """What a bank adds to the experts' own tensors (differences, constants), by name relative to the block."""
+        own, prefix = self.expert_tensors(), self.experts_name.removeprefix(self.block_name).lstrip(".")
+        named = ((f"{prefix}.{name}".lstrip("."), tensor) for name, tensor in self.experts.named_parameters())
+        return {name: tensor for name, tensor in named if name not in own and hasattr(self.experts, "bank")}
+
     def router_tensors(self) -> dict[str, tuple[Tensor, int]]:
         """The router's tensors by name relative to the block, each with the dimension that counts the experts."""
         return {name: found for name, found in self._tensors().items() if not self._of_experts(name)}
 
     def select(self, state: Mapping[str, Tensor], experts: Tensor) -> dict[str, Tensor]:
         """The decoder layer's tensors with only these experts (int64 [n], in their new order), as a new dictionary."""
-        inside = self.experts_name.removeprefix(self.block_name).lstrip(".")
-        of_experts = f"{self.block_path}.{inside}.".lstrip(".")
-        selected = {}
-        for name, dimension in self.counted.items():
-            entries = experts if name.startswith(of_experts) else self.rows(experts, state[name].shape[dimension])
+        return self._selected(state, experts, self.counted)
+
+    def select_stored(self, state: Mapping[str, Tensor], experts: Tensor) -> dict[str, Tensor]:
+        """The decoder layer's tensors with only these experts, but all that the router has."""
+        return self._selected(state, experts, {name: self.counted[name] for name in self._own_names()})
+
+    def _own_names(self) -> list[str]:
+        """The counted tensors that belong to the experts, by name inside the decoder layer."""
+        own = {f"{self.block_path}.{name}".lstrip(".") for name in self.expert_tensors()}
+        return [name for name in self.counted if name in own]
+
+    def _selected(self, state: Mapping[str, Tensor], experts: Tensor, counted: Mapping[str, int]) -> dict[str, Tensor]:
+        own, selected = self._own_names(), {}
+        for name, dimension in counted.items():
+            entries = experts if name in own else self.rows(experts, state[name].shape[dimension])
             selected[name] = state[name].index_select(dimension, entries.to(state[name].device))
         return {**state, **selected}
 
@@ -181,6 +203,8 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
 def counted_tensors(model: PreTrainedModel) -> dict[str, int]:
     """The tensors with an entry per expert, and in which dimension: what grows when there are twice the experts."""
     num_experts = family_num_experts(model)
+    if banks(model.config):  # where routers choose among more than is stored, the family's own form tells
+        model = build_skeleton(without_banks(model.config))
     counts = expert_counts(model.config)
     possible = {num_experts, *counts.values()}
     doubled = with_expert_counts(
@@ -207,6 +231,35 @@ def expert_counts(config: Any) -> dict[int, int]:
     return {int(layer): found["num_experts"] for layer, found in layers.items() if "num_experts" in found}
 
 
+def banks(config: Any) -> dict[int, dict[str, Any]]:
+    """The decoder layers whose experts are kept in a bank, with what the configuration says of it."""
+    layers = (getattr(config, SECTION, None) or {}).get("layers", {})
+    return {int(layer): found[BANK] for layer, found in layers.items() if BANK in found}
+
+
+def owners(config: Any) -> dict[int, int]:
+    """The decoder layers whose experts another layer stores, with that layer."""
+    return {layer: bank["layer"] for layer, bank in banks(config).items() if "layer" in bank}
+
+
+def require_no_banks(config: Any, op: str) -> None:
+    """Raise `UnsupportedModelError` when the routers of a checkpoint choose among more experts than are stored."""
+    if banks(config):
+        raise UnsupportedModelError(
+            f"`{op}` needs an expert for every row of the router, and this checkpoint was merged or tied with its "
+            "routers kept; start from the original."
+        )
+
+
+def without_banks(config: Any) -> Any:
+    """A copy of the configuration in which every layer keeps an expert for every row of its router."""
+    changed = type(config).from_dict(config.to_dict())
+    section = getattr(changed, SECTION)
+    layers = {layer: {k: v for k, v in found.items() if k != BANK} for layer, found in section["layers"].items()}
+    setattr(changed, SECTION, section | {"layers": layers})
+    return changed
+
+
 def with_expert_counts(config: Any, before: int, num_experts: int, counts: Mapping[int, int]) -> Any:
     """A copy of the configuration with `num_experts` instead of `before` experts per layer.
 
@@ -215,10 +268,14 @@ def with_expert_counts(config: Any, before: int, num_experts: int, counts: Mappi
     changed = type(config).from_dict(config.to_dict())
     section = getattr(changed, SECTION, None)
     set_num_experts(changed, before, num_experts)
+
+    def own_count(layer: int, entry: Mapping[str, Any]) -> bool:
+        return layer in counts and ("num_experts" in entry or (BANK not in entry and counts[layer] != num_experts))
+
     if section:
         layers = {
-            layer: entry | ({"num_experts": counts[int(layer)]} if int(layer) in counts else {})
-            for layer, entry in section["layers"].items()
+            layer: found | ({"num_experts": counts[int(layer)]} if own_count(int(layer), found) else {})
+            for layer, found in section["layers"].items()
         }
         setattr(changed, SECTION, section | {"num_experts": num_experts, "layers": layers})
     return changed

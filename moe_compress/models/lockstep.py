@@ -10,6 +10,10 @@ stops before each decoder layer and goes on when told to.
         run.through(index)        # every batch passes the layer
     logits = run.finish()
 
+Before it is passed, a layer may be rehearsed: run up to some place inside it, where a hook looks at the tensors and
+then ends the batch's turn (`Enough`; the batch starts the layer anew when it is next run) or lets it wait right there
+(`hold`), so that the layer can be changed in the middle of its forward pass and nothing is computed twice.
+
 Not covered: caches; hidden states of all batches stay in memory. Gradients reach back to the last layer's output alone
 (`finish`); what calls `recorder` sees is enough to run the layers again, last to first.
 """
@@ -25,7 +29,7 @@ from greenlet import greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_compress.errors import ResumeError
+from moe_compress.errors import ResumeError, UnsupportedModelError
 
 
 class Enough(Exception):
@@ -65,9 +69,12 @@ class Lockstep:
         # called before each layer with the batch's number and the layer's arguments
         self.recorder: Callable[[int, tuple[Any, ...], dict[str, Any]], None] | None = None
         self._leaves: list[Tensor] | None = None
-        self._start = start
+        self._tokens = list(batches)
+        self._starts = [start] * len(batches)  # layers before that are skipped
         self._scheduler = greenlet.getcurrent()
-        self._batch = self._next = 0
+        self.batch = 0  # the one that is running
+        self._next = 0
+        self._rehearsing = False
         head = model.get_output_embeddings()
         self._original = [(module, module.forward) for module in (*layers, head)]
         for index, layer in enumerate(layers):
@@ -76,7 +83,7 @@ class Lockstep:
         self._passes = [greenlet(self._forward) for _ in batches]
         with torch.no_grad():
             for batch, (coroutine, tokens) in enumerate(zip(self._passes, batches, strict=True)):
-                self._batch = batch
+                self.batch = batch
                 coroutine.switch(tokens)
         for _ in range(start):
             self._advance()
@@ -87,6 +94,30 @@ class Lockstep:
                 "on in the middle; start over with --force."
             )
 
+    def fork(self, batch: int) -> int:
+        """Another pass of the tokens of `batch`, standing where that stands; returns its number.
+
+        Raises `UnsupportedModelError` where layers hand on more than they return. Input embeddings must be resident.
+        """
+        number = len(self._passes)
+        self._left.append(list(self._left[batch]))
+        self._entering.append(0)
+        self._tokens.append(self._tokens[batch])
+        self._starts.append(self._next)
+        self._passes.append(greenlet(self._forward))
+        self.batch = number
+        with torch.no_grad():
+            self._passes[number].switch(self._tokens[number])
+            for _ in range(self._next):
+                self._passes[number].switch()
+        if self._entering[number] != self._entering[batch]:
+            self.close()
+            raise UnsupportedModelError(
+                f"The layers of {type(self.model).__name__} hand on more than they return, so a pass cannot begin in "
+                "the middle."
+            )
+        return number
+
     @property
     def hidden(self) -> list[Tensor]:
         """What a later run needs to go on from here: all that left the last layer, batch by batch, and checksums [N].
@@ -95,41 +126,44 @@ class Lockstep:
         """
         return [*(tensor for left in self._left for tensor in left), torch.tensor(self._entering)]
 
-    @property
-    def batch(self) -> int:
-        """The number of the batch that is being passed on."""
-        return self._batch
+    def rehearse(self, index: int, count: int | None = None) -> None:
+        """Run layer `index` on the first `count` batches (all if None); no batch passes it, outputs are forgotten.
 
-    def rehearse(self, index: int) -> None:
-        """Run layer `index` on every batch and forget the outputs; all batches stay before it.
-
-        A hook may end a batch's turn with `Enough`.
+        A hook may end a batch's turn with `Enough`, or with `hold`, in which case it goes on from there when it is next
+        run.
         """
         assert index == self._next, "layers are passed in order"
+        self._rehearsing = True
         with torch.no_grad():
-            for batch, coroutine in enumerate(self._passes):
-                self._batch = batch
+            for batch, coroutine in enumerate(self._passes[:count]):
+                self.batch = batch
                 coroutine.switch(True)
+        self._rehearsing = False
 
-    def through(self, index: int) -> list[Tensor]:
-        """Pass every batch through layer `index`; returns the hidden states [B, S, H] that came out."""
+    def hold(self) -> None:
+        """Called by a hook inside the layer: let the batch wait here until it is run again."""
+        self._scheduler.switch()
+
+    def through(self, index: int, count: int | None = None) -> list[Tensor]:
+        """Pass every batch through layer `index`; returns the hidden states [B, S, H] that came out.
+
+        With `count` only the first so many; the others end here.
+        """
         assert index == self._next, "layers are passed in order"
+        self._end(len(self._passes) if count is None else count)
         self._advance()
         return [left[0] for left in self._left]
 
-    def finish(self, count: int | None = None) -> list[Tensor]:
-        """Pass the first `count` batches (all if None) through what follows the layers, and end the run.
-
-        Returns their logits [B, S, V].
-        """
-        self._advance(count)
+    def finish(self) -> list[Tensor]:
+        """Pass all batches through what follows the layers, and end the run; returns their logits [B, S, V]."""
+        self._advance()
         self.close()
         return self.logits
 
     def finish_each(self) -> Iterator[Tensor]:
         """As `finish` for all batches, but only one batch's logits are in memory at a time."""
         for batch, coroutine in enumerate(self._passes):
-            self._batch = batch
+            self.batch = batch
             with torch.no_grad():
                 coroutine.switch()
             yield self.logits.pop()
@@ -145,7 +179,7 @@ class Lockstep:
         self._leaves = []
         gradients = []
         for batch, coroutine in enumerate(self._passes):
-            self._batch = batch
+            self.batch = batch
             with torch.enable_grad():
                 coroutine.switch()
                 coroutine.switch()
@@ -160,15 +194,20 @@ class Lockstep:
         """End the run and give the modules their own `forward` back."""
         for module, forward in self._original:
             module.forward = forward
-        for coroutine in self._passes:
-            coroutine.throw()
-        self._passes = []
+        self._end(0)
 
-    def _advance(self, count: int | None = None) -> None:
+    def _end(self, count: int) -> None:
+        """Leave all batches but the first `count` where they are, for good."""
+        for coroutine in self._passes[count:]:
+            coroutine.throw()
+        for entries in (self._passes, self._left, self._entering, self._tokens, self._starts):
+            del entries[count:]
+
+    def _advance(self) -> None:
         self._next += 1
         with torch.no_grad():
-            for batch, coroutine in enumerate(self._passes[:count]):
-                self._batch = batch
+            for batch, coroutine in enumerate(self._passes):
+                self.batch = batch
                 coroutine.switch()
 
     def _forward(self, tokens: Tensor) -> None:
@@ -176,11 +215,10 @@ class Lockstep:
 
     def _gated(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def gated(*args: Any, **kwargs: Any) -> Any:
-            while self._wait(args, kwargs):
-                with contextlib.suppress(Enough):
-                    forward(*args, **kwargs)
-            batch = self._batch
-            if index < self._start:
+            self._enter(args, kwargs)
+            rehearsed = self._rehearsals(forward, args, kwargs)
+            batch = self.batch
+            if index < self._starts[batch]:
                 return _output(self._left[batch])
             if self.recorder is not None:
                 self.recorder(batch, args, kwargs)
@@ -189,7 +227,7 @@ class Lockstep:
                     output = _detached(forward(*args, **kwargs))
                 self._leaves.append(_tensors(output)[0])
                 return output
-            output = forward(*args, **kwargs)
+            output = forward(*args, **kwargs) if rehearsed is None else rehearsed
             self._left[batch] = _tensors(output)
             if self.observer is not None:
                 self.observer.layer(args[0] if args else kwargs["hidden_states"], self._left[batch][0])
@@ -199,15 +237,26 @@ class Lockstep:
 
     def _held(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def held(*args: Any, **kwargs: Any) -> Any:
-            self._wait(args, kwargs)
+            self._enter(args, kwargs)
+            self._scheduler.switch()
             return forward(*args, **kwargs)
 
         return held
 
-    def _wait(self, *arguments: Any) -> bool:
-        """Let the others go on; whether the layer is to be rehearsed."""
-        self._entering[self._batch] = _checksum(arguments)
-        return bool(self._scheduler.switch())
+    def _enter(self, *arguments: Any) -> None:
+        self._entering[self.batch] = _checksum(arguments)
+
+    def _rehearsals(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let the others go on, and rehearse as often as is asked for.
+
+        Returns the layer's output when the batch had waited inside the last rehearsal until it was to pass, else None.
+        """
+        while self._scheduler.switch():
+            with contextlib.suppress(Enough):
+                output = forward(*args, **kwargs)
+                if not self._rehearsing:
+                    return output
+        return None
 
 
 def _per_batch(tensors: Sequence[Tensor], num_batches: int) -> list[list[Tensor]]:

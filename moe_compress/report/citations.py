@@ -31,6 +31,7 @@ class Paper:
 BIBLIOGRAPHY = {
     paper.arxiv: paper
     for paper in (
+        Paper("hinton2015distilling", "Hinton, Geoffrey", "Distilling the Knowledge in a Neural Network", "1503.02531"),
         Paper(
             "liu2026score",
             "Liu, Zongfang",
@@ -54,6 +55,36 @@ BIBLIOGRAPHY = {
             "Zhang, Geng",
             "MoNE: Replacing Redundant Experts with Lightweight Novices for Structured Pruning of MoE",
             "2507.00390",
+        ),
+        Paper(
+            "chen2024hcsmoe",
+            "Chen, I-Chun",
+            "Retraining-Free Merging of Sparse MoE via Hierarchical Clustering",
+            "2410.08589",
+        ),
+        Paper(
+            "li2023mcsmoe",
+            "Li, Pingzhi",
+            "Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy",
+            "2310.01334",
+        ),
+        Paper(
+            "jha2026ream",
+            "Jha, Saurav",
+            "REAM: Merging Improves Pruning of Experts in LLMs",
+            "2604.04356",
+        ),
+        Paper(
+            "chakrabarti2026lorexperts",
+            "Chakrabarti, Inesh",
+            "Shape Mutating Expert Compression: LorExperts and BTExperts",
+            "2608.07814",
+        ),
+        Paper(
+            "jaggi2026tying",
+            "Jaggi, Martin",
+            "Tying the Loop -- Tied Expert Layers in Mixture-of-Experts Language Models",
+            "2606.16825",
         ),
         Paper(
             "su2025super",

@@ -17,8 +17,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.errors import UnsupportedModelError
-from moe_compress.models.layers import SECTION
+from moe_compress.models.layers import BANK, SECTION
 from moe_compress.models.routing import EXPERTS_PER_TOKEN
+from moe_compress.runtime.banks import Bank
 from moe_compress.runtime.model import CompressedModel
 from moe_compress.runtime.packed import packed_conversions
 from moe_compress.runtime.registration import COMPRESSED
@@ -57,6 +58,22 @@ def plugin_config(config: Mapping[str, Any], section: Mapping[str, Any]) -> dict
         "auto_map": AUTO_MAP,
         SECTION: dict(section),
     }
+
+
+def with_banks(config: Mapping[str, Any], num_experts: int, banks: Mapping[int, Bank]) -> dict[str, Any]:
+    """The content of `config.json` for layers that, by index, run from these banks; others have `num_experts`."""
+    section = config.get(SECTION) or plugin_section(num_experts)
+    layers = {**section["layers"]}
+    for layer, bank in banks.items():
+        layers[str(layer)] = {**layers.get(str(layer), {}), BANK: bank.to_json()}
+    return plugin_config(config, section | {"layers": layers})
+
+
+def banked(config: PretrainedConfig, num_experts: int, banks: Mapping[int, Bank]) -> PretrainedConfig:
+    """`with_banks` of a configuration in memory."""
+    content = with_banks(config.to_dict(), num_experts, banks)
+    made: PretrainedConfig = CONFIG_MAPPING[content["model_type"]].from_dict(content)
+    return made
 
 
 def parsed_config(content: Mapping[str, Any]) -> PretrainedConfig:

@@ -11,7 +11,7 @@ Tensor names: O output channels, I input channels, G groups of a row. Packing is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,8 @@ from moe_compress.errors import CheckpointError, UsageError
 
 # The narrowest range the search tries, as a share of the full one.
 NARROWEST_RANGE = 0.3
+# Ranges looked at first, at least, before those between the best of them and its neighbours.
+COARSE_STEPS = 5
 # Weights worked on at a time: on a CPU what stays near its caches (and is not fresh memory at every use, which costs
 # more than the work), elsewhere what bounds the extra memory.
 CPU_CHUNK = 1 << 18
@@ -78,6 +80,12 @@ class Quantized:
         groups *= self.scale.unsqueeze(-1)
         return groups.flatten(-2).to(dtype)
 
+    def split(self, heights: Sequence[int]) -> list[Quantized]:
+        """The matrices of so many rows that lie one below the other in this one."""
+        zeros = [None] * len(heights) if self.zero_point is None else self.zero_point.split(heights, dim=-2)
+        parts = zip(self.codes.split(heights, dim=-2), self.scale.split(heights, dim=-2), zeros, strict=True)
+        return [Quantized(self.grid, *part) for part in parts]
+
 
 def check_group_size(grid: Grid, width: int, what: str) -> None:
     """Raises `UsageError` when the groups do not fill rows of `width` input channels; `what` names the tensor."""
@@ -112,23 +120,26 @@ def fit(
     """Scale [..., O, G] in `scale_dtype` and zero point (int8, None if symmetric) of weight float [..., O, I].
 
     `search_steps` = 0 takes each group's full range; n > 0 also tries n ranges shrunk evenly down to 0.3 of it and
-    keeps the one of least squared error. `importance` [..., I] weighs the input channels in that error (and in the
-    mean of 1 bit, which has no range to search). Needs little memory beyond its result.
+    keeps the one of least squared error. From n = 10 on the search goes from coarse to fine, and so finer than n ranges
+    without trying all: summed over groups, its error is that of trying all or less (at 2 bits up to 0.2 % more).
+    `importance` [..., I] weighs the input channels in that error (and in the mean of 1 bit, which has no range to
+    search). Needs little memory beyond its result.
     """
-    width = weight.shape[-1]
+    *_, height, width = weight.shape
     num_groups = grid.num_groups(width)
-    rows = weight.reshape(-1, num_groups, width // num_groups)
-    scale = torch.empty(rows.shape[:2], dtype=scale_dtype, device=weight.device)
-    zero = None if grid.symmetric else torch.empty(rows.shape[:2], dtype=torch.int8, device=weight.device)
-    # Row r of all belongs to matrix r // O, which has its own importance.
-    weights = None if importance is None else importance.reshape(-1, num_groups, width // num_groups)
-    for part in row_chunks(rows):
-        matrix = None if weights is None else torch.arange(part.start, part.stop, device=weight.device)
-        weighting = None if weights is None or matrix is None else weights[matrix // weight.shape[-2]]
-        found = _fit_groups(rows[part].float(), grid, scale_dtype, search_steps, weighting)
-        scale[part] = found[0].squeeze(-1)
-        if zero is not None:
-            zero[part] = found[1].squeeze(-1)
+    groups = weight.reshape(-1, height, num_groups, width // num_groups)
+    scale = torch.empty(groups.shape[:3], dtype=scale_dtype, device=weight.device)
+    zero = None if grid.symmetric else torch.empty(groups.shape[:3], dtype=torch.int8, device=weight.device)
+    shares = None if importance is None else importance.reshape(-1, 1, num_groups, width // num_groups).float()
+    limit = CPU_CHUNK if weight.device.type == "cpu" else DEVICE_CHUNK
+    num_rows = max(1, limit // width)
+    for matrices in _slices(len(groups), max(1, num_rows // height)):
+        for rows in _slices(height, num_rows):
+            part = groups[matrices, rows].float().contiguous()
+            found = _fit_groups(part, grid, scale_dtype, search_steps, None if shares is None else shares[matrices])
+            scale[matrices, rows] = found[0].squeeze(-1)
+            if zero is not None:
+                zero[matrices, rows] = found[1].squeeze(-1)
     shape = (*weight.shape[:-1], num_groups)
     return scale.reshape(shape), None if zero is None else zero.reshape(shape)
 
@@ -167,15 +178,21 @@ def code_values(codes: Tensor, scale: Tensor, zero_point: Tensor | None, grid: G
 
 def row_chunks(rows: Tensor) -> Iterator[slice]:
     """Slices of the first dimension that hold a bounded number of weights."""
-    length, size = rows.shape[0], rows.shape[1:].numel()
-    step = max(1, (CPU_CHUNK if rows.device.type == "cpu" else DEVICE_CHUNK) // size)
+    limit = CPU_CHUNK if rows.device.type == "cpu" else DEVICE_CHUNK
+    return _slices(rows.shape[0], max(1, limit // rows.shape[1:].numel()))
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 def _fit_groups(
     groups: Tensor, grid: Grid, scale_dtype: torch.dtype, search_steps: int, importance: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [N, G, 1] of groups float32 [N, G, g]; float32 holding what the stored dtype can."""
+    """Scale and zero point [E, O, G, 1] of groups float32 [E, O, G, g]; float32 holding what the stored dtype can.
+
+    `importance` is [E, 1, G, g].
+    """
     if grid.bits == 1:
         magnitude = groups.abs()
         if importance is None:
@@ -189,14 +206,28 @@ def _fit_groups(
     best = _scale_of_range(low, high, grid, scale_dtype)
     if search_steps == 0:
         return best
-    best_error = _squared_error(groups, *best, grid, importance)
-    for step in range(1, search_steps + 1):
-        share = 1 - (1 - NARROWEST_RANGE) * step / search_steps
+    buffers = torch.empty_like(groups), torch.empty_like(groups)
+    best_error = _squared_error(groups, *best, grid, importance, buffers)
+    best_step = torch.zeros_like(low)
+
+    def look_at(step: Tensor) -> None:
+        nonlocal best, best_error, best_step
+        share = 1 - (1 - NARROWEST_RANGE) / search_steps * step.clamp(0, search_steps)
         tried = _scale_of_range(low * share, high * share, grid, scale_dtype)
-        error = _squared_error(groups, *tried, grid, importance)
+        error = _squared_error(groups, *tried, grid, importance, buffers)
         better = error < best_error
         best = torch.where(better, tried[0], best[0]), torch.where(better, tried[1], best[1])
-        best_error = torch.where(better, error, best_error)
+        best_error, best_step = torch.where(better, error, best_error), torch.where(better, step, best_step)
+
+    stride: float = 1 << max(0, (search_steps // COARSE_STEPS).bit_length() - 1)
+    finest = 1 if stride == 1 else 0.5
+    for step in range(int(stride), search_steps + 1, int(stride)):
+        look_at(torch.full_like(low, step))
+    while stride > finest:
+        stride /= 2
+        middle = best_step
+        look_at(middle - stride)
+        look_at(middle + stride)
     return best
 
 
@@ -212,14 +243,24 @@ def _scale_of_range(low: Tensor, high: Tensor, grid: Grid, scale_dtype: torch.dt
     return scale, (grid.lowest - low / scale).clamp_(grid.lowest, grid.highest).round_()
 
 
-def _squared_error(groups: Tensor, scale: Tensor, zero: Tensor, grid: Grid, importance: Tensor | None) -> Tensor:
-    """Error [N, G, 1] of rounding groups [N, G, g] to a grid of 2 bits or more."""
-    error = groups / scale
-    if grid.symmetric:
-        error.round_().clamp_(grid.lowest, grid.highest)
+def _squared_error(
+    groups: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    grid: Grid,
+    importance: Tensor | None,
+    buffers: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Error [E, O, G, 1] of rounding groups [E, O, G, g] to a grid of 2 bits or more; overwrites the buffers."""
+    scaled = torch.div(groups, scale, out=buffers[0])
+    if not grid.symmetric:
+        scaled.add_(zero)
+    error = torch.round(scaled, out=buffers[1]).clamp_(grid.lowest, grid.highest).sub_(scaled)
+    error.mul_(error)  # in steps of the scale
+    if importance is None:
+        total = error.sum(-1, keepdim=True)
+    elif groups.shape[2] == 1:  # one group of every row, for all rows of a matrix the same importance
+        total = (error.squeeze(2) @ importance[:, 0].transpose(1, 2)).unsqueeze(2)
     else:
-        error.add_(zero).round_().clamp_(grid.lowest, grid.highest).sub_(zero)
-    error.mul_(scale).sub_(groups).square_()
-    if importance is not None:
-        error.mul_(importance)
-    return error.sum(-1, keepdim=True)
+        total = error.mul_(importance).sum(-1, keepdim=True)
+    return total.mul_(scale).mul_(scale)

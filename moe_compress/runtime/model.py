@@ -18,13 +18,16 @@ from moe_compress.models.experts import expert_weight, projections
 from moe_compress.models.layers import (
     PACKED,
     SECTION,
+    banks,
     decoder_layers,
     expert_counts,
     is_experts_module,
+    owners,
     routing_groups,
     set_num_experts,
 )
 from moe_compress.models.routing import layer_routings
+from moe_compress.runtime.banks import Bank, BankedExperts, furnish, run_banked, share, shared_tensors
 from moe_compress.runtime.packed import (
     ExpertCache,
     PackedEmbedding,
@@ -63,7 +66,14 @@ class CompressedModel(PreTrainedModel):
         set_routing(self, use_zero_experts)
         runtime = getattr(config, SECTION).get("runtime", {})
         limit = runtime.get("expert_cache_bytes", 0) if expert_cache_bytes is None else expert_cache_bytes
+        found = _banked_experts(self)
+        for experts, bank, _ in found:
+            furnish(experts, bank)
         _pack(self, ExpertCache(limit) if limit else None)
+        for experts, _, owner in found:
+            run_banked(experts)
+            if owner is not None:
+                share(experts, owner)
         self.post_init()
 
     @classmethod
@@ -78,11 +88,18 @@ class CompressedModel(PreTrainedModel):
             model.dequantize()
         return loaded
 
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """As in transformers, and the parameters of experts that several layers use: name -> where it is stored."""
+        tied: dict[str, str] = super().get_expanded_tied_weights_keys(all_submodels)
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        return tied | {name: stored for name, stored in _shared_names(self).items() if name in parameters}
+
     def dequantize(self, dtype: torch.dtype | None = None) -> None:
         """Replace every packed weight by its numbers, in the model's dtype; saving then writes a dense checkpoint."""
         dtype = dtype or self.dtype
+        stored_by = {id(experts): owner for experts, _, owner in _banked_experts(self)}
         for module in [module for module in self.modules() if isinstance(module, PackedExperts)]:
-            _unpack_experts(module, dtype)
+            _unpack_experts(module, dtype, stored_by.get(id(module)))
         for name, module in [*self.named_modules()]:
             if isinstance(module, PackedLinear):
                 self.set_submodule(name, _dense_linear(module, dtype))
@@ -108,7 +125,11 @@ class CompressedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *inputs: Any, **settings: Any) -> None:
         """As in transformers, with what a reader without this package needs to be told."""
-        super().save_pretrained(save_directory, *inputs, **settings)
+        self._tied_weights_keys = (type(self)._tied_weights_keys or {}) | _shared_names(self)  # read by transformers
+        try:
+            super().save_pretrained(save_directory, *inputs, **settings)
+        finally:
+            del self._tied_weights_keys
         file = Path(save_directory) / "config.json"
         content = json.loads(file.read_text(encoding="utf-8"))
         content["architectures"] = [f"{type(self).__name__} ({HINT})"]
@@ -171,6 +192,33 @@ def _donated(model: PreTrainedModel, num_experts: int) -> nn.ModuleList:
     return donated
 
 
+def _banked_experts(model: PreTrainedModel) -> list[tuple[Any, Bank, Any]]:
+    """The experts modules that run from a bank, with it and the module that stores their experts, if another."""
+    found = {layer: Bank.from_json(content) for layer, content in banks(model.config).items()}
+    if not found:
+        return []
+    _, layers = decoder_layers(model)
+    return [
+        (_experts(layers[layer]), bank, None if bank.layer is None else _experts(layers[bank.layer]))
+        for layer, bank in sorted(found.items())
+    ]
+
+
+def _experts(layer: nn.Module) -> Any:
+    return next(module for module in layer.modules() if is_experts_module(module))
+
+
+def _shared_names(model: PreTrainedModel) -> dict[str, str]:
+    """Each tensor of experts stored by another layer, packed or not, and the name that it is stored under."""
+    shared = [(experts, owner) for experts, _, owner in _banked_experts(model) if owner is not None]
+    names = {id(module): name for name, module in model.named_modules()} if shared else {}
+    return {
+        f"{names[id(experts)]}.{tensor}": f"{names[id(owner)]}.{tensor}"
+        for experts, owner in shared
+        for tensor in shared_tensors(owner)
+    }
+
+
 def _pack(model: PreTrainedModel, cache: ExpertCache | None) -> None:
     """Exchange the modules whose weights are stored packed."""
     packed = getattr(model.config, SECTION).get(PACKED)
@@ -179,12 +227,13 @@ def _pack(model: PreTrainedModel, cache: ExpertCache | None) -> None:
     schemes = [Scheme.from_json(content) for content in packed["schemes"]]
     scale_dtype: torch.dtype = getattr(torch, packed["scale_dtype"])
     _, layers = decoder_layers(model)
-    for index, table in packed["experts"].items():
-        experts = next(module for module in layers[int(index)].modules() if is_experts_module(module))
+    tables = {int(index): table for index, table in packed["experts"].items()}
+    tables |= {index: tables[owner] for index, owner in owners(model.config).items()}
+    for index, table in tables.items():
         chosen = {
             part: [None if number is None else schemes[number] for number in numbers] for part, numbers in table.items()
         }
-        pack_experts(experts, chosen, scale_dtype, cache)
+        pack_experts(_experts(layers[index]), chosen, scale_dtype, cache)
     for name, number in packed["linears"].items():
         linear: Any = layers.get_submodule(name)
         layers.set_submodule(name, PackedLinear(schemes[number], linear, scale_dtype))
@@ -204,20 +253,31 @@ def _pack_ends(model: Any, scheme: Scheme, scale_dtype: torch.dtype) -> None:
         model.set_output_embeddings(PackedLinear(scheme, head, scale_dtype))
 
 
-def _unpack_experts(experts: Any, dtype: torch.dtype) -> None:
-    """Give a packed experts module its family's fused parameters and class back."""
-    count = experts.num_experts
-    fused = {}
-    for name in projections(experts):
-        matrices = [expert_weight(experts, name, expert, dtype) for expert in range(count)]
-        stacked = torch.stack([matrix.T if experts.is_transposed else matrix for matrix in matrices])
-        fused[name] = nn.Parameter(stacked.contiguous(), requires_grad=False)
+def _unpack_experts(experts: Any, dtype: torch.dtype, owner: Any) -> None:
+    """Give a packed experts module its family's fused parameters and class back, its bank kept.
+
+    `owner` is the module that stores its experts, unpacked before it, if another does.
+    """
+    banked = isinstance(experts, BankedExperts)
+    packed_class = type(experts).__bases__[1] if banked else type(experts)
+    fused = {} if owner is not None else {name: _dense(experts, name, dtype) for name in projections(experts)}
     for parts in projections(experts).values():
         for part in parts:
             del experts._modules[part]
-    experts.__class__ = type(experts).__bases__[1]
+    experts.__class__ = packed_class.__bases__[1]
     for name, parameter in fused.items():
         experts.register_parameter(name, parameter)
+    if banked:
+        run_banked(experts)
+    if owner is not None:
+        share(experts, owner)
+
+
+def _dense(experts: Any, name: str, dtype: torch.dtype) -> nn.Parameter:
+    """A fused parameter [E, ...] from a packed experts module."""
+    matrices = [expert_weight(experts, name, expert, dtype) for expert in range(experts.num_experts)]
+    stacked = torch.stack([matrix.T if experts.is_transposed else matrix for matrix in matrices])
+    return nn.Parameter(stacked.contiguous(), requires_grad=False)
 
 
 def _dense_linear(packed: PackedLinear, dtype: torch.dtype) -> nn.Linear:

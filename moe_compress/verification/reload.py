@@ -9,6 +9,7 @@ conversion code that `from_pretrained` itself uses.
 
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+
+# Last parts of the names that quantized weights are stored under.
+QUANTIZED = {
+    "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_absmax", "weight_plain",
+}  # fmt: skip
 
 
 class LayerwiseModel:
@@ -99,19 +105,47 @@ class LayerwiseModel:
                 owner._parameters[leaf] = torch.nn.Parameter(owner._parameters[leaf].float(), requires_grad=False)
 
 
+def require_all(missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raise `ValueError` when weights were made up, or quantized ones were left out.
+
+    Other weights may be there that the model does not know: prediction heads, which no family loads.
+    """
+    for name in sorted(missing):
+        raise ValueError(f"the checkpoint holds no weights for {name}")
+    for name in sorted(unexpected):
+        if name.rpartition(".")[2] in QUANTIZED:
+            raise ValueError(f"the quantized tensor {name} belongs to no module")
+
+
 def to_float32(model: Any, tokens: torch.Tensor, stored: torch.dtype) -> None:
     """Compute in float32 with the very values that a quantized checkpoint stands for.
 
     compressed-tensors unpacks linear layers in the first forward pass, here in float32 and so without the rounding to
-    the stored type that experts get on loading.
+    the stored type that experts get on loading. Experts are upcast while they run, one layer at a time.
     """
     model(input_ids=tokens[:, :1], use_cache=False)
     for module in model.modules():
         if hasattr(module, "weight_scale"):
             module.weight.data = module.weight.data.to(stored)
-    for parameter in model.parameters():
+        if any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
+            kept = {parameter: parameter.data for parameter in module.parameters(recurse=False)}
+            module.register_forward_pre_hook(lambda module, inputs: upcast(module))
+            module.register_forward_hook(lambda module, inputs, output, kept=kept: put_back(kept))
+        else:
+            upcast(module)
+
+
+def upcast(module: torch.nn.Module) -> None:
+    """A module's own parameters in float32."""
+    for parameter in module.parameters(recurse=False):
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
+
+
+def put_back(kept: dict[torch.nn.Parameter, torch.Tensor]) -> None:
+    """Parameters as they were."""
+    for parameter, values in kept.items():
+        parameter.data = values
 
 
 def main(folder: Path, output: str, mode: str) -> None:
@@ -122,7 +156,10 @@ def main(folder: Path, output: str, mode: str) -> None:
     named = [getattr(transformers, name, None) for name in config.architectures or ()]
     model_class: Any = next(filter(None, named), None) or transformers.AutoModelForCausalLM
     if mode == "whole":
-        model = model_class.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model, info = model_class.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+        require_all(info["missing_keys"], info["unexpected_keys"])
     else:
         if model_class is transformers.AutoModelForCausalLM:
             model_class = model_class._model_mapping[type(config)]

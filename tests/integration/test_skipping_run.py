@@ -30,7 +30,7 @@ from moe_compress.compress.skip.plan import SkipPlan
 from moe_compress.compress.topk import profile as profiles
 from moe_compress.compress.topk.config import TopkConfig
 from moe_compress.errors import RecipeError, UnsupportedModelError, UsageError, VerificationError
-from moe_compress.models.experts import expert_output
+from moe_compress.models.experts import whole_expert
 from moe_compress.models.layers import is_experts_module
 from moe_compress.progress import SilentProgress
 from moe_compress.recipe import load_recipe
@@ -384,7 +384,7 @@ def test_dropping_experts_of_a_model_with_zero_experts(source: Path, texts: Path
             best = probability.topk(K)
             for share, row in zip((best.values / best.values.sum()).tolist(), best.indices.tolist(), strict=True):
                 if allowed[row] < EXPERTS:
-                    output[token] += share * expert_output(moe.experts, allowed[row], state[None].float())[0].double()
+                    output[token] += share * whole_expert(moe.experts, allowed[row], state[None].float())[0].double()
         return output
 
     everyone = [*range(EXPERTS + EXPERTS // 2)]

@@ -44,8 +44,8 @@ def test_verbs_reach_the_pipeline_with_loaded_recipes(calls: dict[str, Any], tmp
     assert (calls["score"][0][1], calls["score"][1]["force"]) == (Path("work"), True)
     moe_compress.plan("demo", scores="work", overrides=["steps.0.scope=global"])
     assert calls["plan"][1] == {"scores": Path("work")}
-    moe_compress.inspect("reference")
-    assert calls["inspect"] == (("reference",), {"revision": None})
+    moe_compress.inspect("reference", scores="work")
+    assert calls["inspect"] == (("reference",), {"revision": None, "scores": Path("work")})
     moe_compress.verify("out")
     assert calls["verify"][0] == (Path("out"),)
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from moe_compress.calibrate import documents
 from moe_compress.calibrate.config import CalibrationConfig, DatasetPart
-from moe_compress.calibrate.data import Calibration, load_calibration, share
+from moe_compress.calibrate.data import Calibration, load_calibration, load_held_out, share
 from moe_compress.errors import DataError
 from tests.byte_tokenizer import END, byte_tokenizer
 
@@ -173,6 +173,25 @@ def test_too_little_text(tmp_path: Path) -> None:
     )
     message = refusal(source, num_samples=1, sequence_length=41)
     assert "sequence_length" in message and "num_samples" not in message
+
+
+def test_held_out_text_is_of_other_documents(tmp_path: Path) -> None:
+    parts: list[dict[str, Any]] = [
+        {"dataset": texts(tmp_path / "a.jsonl", [f"{chr(0x100 + i)} " * 9 for i in range(30)]), "weight": 3},
+        {"dataset": texts(tmp_path / "b.jsonl", [f"{chr(0x200 + i)} " * 9 for i in range(30)])},
+    ]
+    config = CalibrationConfig.model_validate({"dataset": parts, "num_samples": 8, "sequence_length": 16})
+    known = load_calibration(config, byte_tokenizer(), max_length=None)
+    held_out = load_held_out(config, byte_tokenizer(), 4, max_length=None)
+    assert [source["sequences"] for source in held_out.sources] == [3, 1]
+
+    def letters(calibration: Calibration) -> set[str]:
+        return {letter for text in text_of(calibration) for letter in text if 0x100 <= ord(letter) < 0x300}
+
+    assert letters(known) and letters(held_out) and not letters(known) & letters(held_out)
+    assert load_held_out(config, byte_tokenizer(), 4, max_length=None).fingerprint == held_out.fingerprint
+    with pytest.raises(DataError, match="documents beyond those for calibration, but"):
+        load_held_out(config, byte_tokenizer(), 64, max_length=None)
 
 
 def test_longer_than_the_model(tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ def verbs() -> list[list[str]]:
 
 def test_the_verbs_are_the_promised_ones() -> None:
     assert {words[0] for words in verbs()} == {
-        *("inspect", "validate", "score", "plan", "run", "demo", "eval", "verify", "report", "push", "recipes"),
+        *("inspect", "validate", "score", "plan", "run", "demo", "eval", "verify", "audit", "report"),
+        *("push", "recipes"),
     }
     overview = invoke("--help").stdout
     for topic in ("Look", "Compress", "Measure", "Publish"):
@@ -198,7 +199,7 @@ def test_validate_prints_three_mistakes_and_exits_2(tmp_path: Path) -> None:
         f"error: 3 mistakes in {file}:",
         "  line 1: modle: unknown key; did you mean `model`?",
         "  line 4: steps.0.criterion: unknown value `raep`; did you mean `reap`? (one of: random, frequency, seer, "
-        "ean, reap, man, msan, easy_ep, mone)",
+        "ean, reap, man, msan, easy_ep, mone, ablation)",
         "  line 5: calibration.dataset: should be a text (quote it) or a list, got `1`",
     ]
 
@@ -216,7 +217,7 @@ def test_validate_says_what_is_valid_and_takes_overrides() -> None:
 def test_inspect(pipeline: Fakes) -> None:
     calls = pipeline(inspect=FACTS)
     shown = invoke("inspect", "org/model", "--revision", "main").stdout
-    assert calls["inspect"] == (("org/model",), {"revision": "main"})
+    assert calls["inspect"] == (("org/model",), {"revision": "main", "scores": None})
     for text in (
         "Qwen3MoeForCausalLM",
         "16 experts, 4 per token",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_compress.models.layers import decoder_layers
-from moe_compress.models.lockstep import Lockstep
+from moe_compress.models.lockstep import Enough, Lockstep
 from tests.tiny_checkpoint import VOCABULARY, tiny_model
 
 LAYERS = 3
@@ -113,6 +113,69 @@ def test_layers_are_passed_in_order(model: Any, batches: list[Tensor]) -> None:
     run.close()
 
 
+@pytest.mark.parametrize("waiting", [(), (0, 2), (0, 1, 2)])
+def test_a_layer_is_changed_in_the_middle_of_its_pass(
+    waiting: tuple[int, ...], model: Any, batches: list[Tensor]
+) -> None:
+    """Batches that waited inside it, and others that start anew, leave it as if it had been so from the start."""
+    run = Lockstep(model, layers_of(model), batches)
+    run.through(0)
+    layer: Any = layers_of(model)[1]
+    before, place = layer.self_attn.q_proj, layer.mlp
+    calls: list[int] = []
+    stops: list[int] = []
+    stopping = True
+
+    def stop(module: nn.Module, inputs: Any) -> None:
+        while stopping:
+            stops.append(run.batch)
+            if run.batch not in waiting:
+                raise Enough
+            run.hold()
+
+    hooks = [before.register_forward_hook(lambda *arguments: calls.append(run.batch))]
+    hooks.append(place.register_forward_pre_hook(stop))
+    run.rehearse(1, 1)
+    run.rehearse(1)
+    assert stops == [0, 0, 1, 2], "only the first batch was rehearsed twice"
+    layer.mlp.experts.down_proj.data.mul_(2)
+    stopping = False
+    run.through(1)
+    for hook in hooks:
+        hook.remove()
+    again = [0] if 0 not in waiting else []
+    assert sorted(calls) == sorted([0, 1, 2, *again, *(batch for batch in range(3) if batch not in waiting)])
+    run.through(2)
+    logits = run.finish()
+    expected = [own for own, _ in own_forward(model, batches)]
+    assert all(torch.equal(one, own) for one, own in zip(logits, expected, strict=True))
+
+
+def test_a_rehearsal_to_the_end_is_forgotten(model: Any, batches: list[Tensor]) -> None:
+    expected = [own for own, _ in own_forward(model, batches)]
+    weight = layers_of(model)[0].mlp.experts.down_proj
+    run = Lockstep(model, layers_of(model), batches)
+    weight.data.mul_(2)
+    run.rehearse(0)
+    weight.data.div_(2)
+    for index in range(LAYERS):
+        run.through(index)
+    assert all(torch.equal(one, own) for one, own in zip(run.finish(), expected, strict=True))
+
+
+def test_batches_that_nobody_needs_end_before_the_last_layer(model: Any, batches: list[Tensor]) -> None:
+    expected = [own for own, _ in own_forward(model, batches)]
+    run = Lockstep(model, layers_of(model), batches)
+    run.through(0)
+    run.through(1)
+    assert len(run.through(2, 1)) == 1
+    hidden = [states.clone() for states in run.hidden]
+    (logits,) = run.finish()
+    assert torch.equal(logits, expected[0])
+    (logits,) = Lockstep(model, layers_of(model), batches[:1], start=LAYERS, hidden=hidden).finish()
+    assert torch.equal(logits, expected[0])
+
+
 @pytest.mark.parametrize("passed", [0, 1, LAYERS])
 def test_closing_gives_the_model_back(passed: int, model: Any, batches: list[Tensor]) -> None:
     expected = [logits for logits, _ in own_forward(model, batches)]
@@ -146,3 +209,40 @@ def test_nothing_is_differentiated(model: Any, batches: list[Tensor]) -> None:
     for index in range(LAYERS):
         assert not any(states.requires_grad for states in run.through(index))
     assert not any(logits.requires_grad for logits in run.finish())
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_forked_before_any_layer(layer: int, model: Any, batches: list[Tensor]) -> None:
+    """A fork is the same pass, unless something tells them apart from there on."""
+    expected = [logits for logits, _ in own_forward(model, batches)]
+    run = Lockstep(model, layers_of(model), batches)
+    numbers: list[int] = []
+    for index in range(LAYERS):
+        if index == layer:
+            numbers = [run.fork(batch) for batch in range(len(batches))]
+        run.through(index)
+    found = [logits.clone() for logits in run.finish_each()]
+    assert numbers == [3, 4, 5] and len(found) == 6
+    for batch, own in enumerate(expected):
+        assert torch.equal(found[batch], own) and torch.equal(found[numbers[batch]], own)
+
+
+def test_a_fork_can_be_told_apart(model: Any, batches: list[Tensor]) -> None:
+    """Only the forks run without the last layer's MLP, as the module itself sees by the number of the pass."""
+    run = Lockstep(model, layers_of(model), batches)
+    forks = {run.fork(batch): batch for batch in range(len(batches))}
+    mlp = layers_of(model)[-1].mlp
+    handle = mlp.register_forward_hook(
+        lambda module, inputs, output: torch.zeros_like(output) if run.batch in forks else output
+    )
+    for index in range(LAYERS):
+        run.through(index)
+    found = list(run.finish_each())
+    handle.remove()
+    whole = [logits for logits, _ in own_forward(model, batches)]
+    handle = mlp.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+    without = [logits for logits, _ in own_forward(model, batches)]
+    handle.remove()
+    for number, batch in forks.items():
+        assert torch.equal(found[batch], whole[batch]) and torch.equal(found[number], without[batch])
+        assert not torch.equal(whole[batch], without[batch])

@@ -272,6 +272,16 @@ def test_groups_drop_equally_though_scores_would_not() -> None:
     assert plan.layers[0].keep == (0, 1, 6, 7)
 
 
+def test_with_constants_the_router_asks_for_nothing() -> None:
+    """Neither top-k nor routing groups matter where the router keeps its rows."""
+    scores = from_frequencies([9, 8, 7, 6, 1, 2, 3, 4], top_k=4)
+    kept = prune(keep=3, replace="constant", scope="layer")
+    assert plan_prune(kept, scores, num_decoder_layers=1, num_groups=2).layers[0].keep == (0, 1, 2)
+    assert keep_count(kept, num_experts=8, top_k=4, num_groups=2) == 3
+    with pytest.raises(UsageError, match="smallest possible is keep: 4"):
+        keep_count(prune(keep=3), num_experts=8, top_k=4)
+
+
 def test_global_scope_takes_from_the_weak_layer_down_to_top_k() -> None:
     scores = from_frequencies([9, 8, 7, 6], [1, 2, 3, 4], top_k=1)
     plan = plan_prune(prune(scope="global"), scores, num_decoder_layers=2)

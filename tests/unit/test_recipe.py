@@ -89,7 +89,7 @@ num_samples: 3
         "export.tier": (11, "did you mean `stock`?"),
         "export.max_shard_size": (11, "`4GB`"),
         "eval.limit": (12, "greater than or equal to 1"),
-        "num_samples": (13, "did you mean `calibration.num_samples`?"),
+        "num_samples": (13, "did you mean `calibration.num_samples`"),
     }
     assert set(found) == set(expected)
     for path, (line, hint) in expected.items():
@@ -107,7 +107,7 @@ def test_mistakes_come_in_the_order_of_the_file(tmp_path: Path) -> None:
 
 def test_an_unknown_op_hides_the_settings_of_that_op() -> None:
     found = mistakes(RECIPE | {"steps": [{"op": "prun", "bits": 4}]})
-    known = "prune, quantize, skip, topk, zero_experts"
+    known = "distill, merge, prune, quantize, skip, tie, topk, zero_experts"
     assert found == {"steps.0.op": (None, f"unknown value `prun`; did you mean `prune`? (one of: {known})")}
 
 
@@ -278,7 +278,7 @@ def test_code_that_comes_with_a_checkpoint_cannot_be_trusted() -> None:
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean `prune-reap-25`"):
         load_recipe("prune-reap-52")
-    with pytest.raises(UsageError, match="packaged are budget-joint, demo, mc-2"):
+    with pytest.raises(UsageError, match="packaged are budget-joint, demo, differences-50, mc-2"):
         load_recipe("nowhere/x.yml")
 
 

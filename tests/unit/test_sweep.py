@@ -27,6 +27,7 @@ from moe_compress.checkpoint.source import open_checkpoint
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.errors import ResumeError, UsageError
 from moe_compress.progress import SilentProgress
+from tests import naive_locality
 from tests.tiny_checkpoint import VOCABULARY, tiny_checkpoint
 
 NUM_EXPERTS, TOP_K, HIDDEN = 4, 2, 32
@@ -34,7 +35,7 @@ FINGERPRINT = {"tokens": "abc"}
 PER_EXPERT = (
     "tokens", "gate_sum", "norm_sum", "norm_sq_sum", "gate_norm_sum", "gate_sq_norm_sq_sum", "max_abs", "easy_ep"
 )  # fmt: skip
-COUNTS = {"tokens", "coselection"}
+COUNTS = {"tokens", "coselection", "windows_16", "windows_64", "cache_lookups", "cache_hits"}
 CASES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True, "mlp_only_layers": [1]},  # the second layer is dense
     "olmoe": {"norm_topk_prob": False},
@@ -144,16 +145,18 @@ def naive(folder: Path, tokens: Tensor) -> dict[int, LayerScores]:
         if f"{prefix}gate.weight" not in weights:
             continue
         sums = {name: np.zeros(NUM_EXPERTS) for name in PER_EXPERT}
-        sums |= {name: np.zeros((NUM_EXPERTS, HIDDEN)) for name in ("output_sum", "output_sq_sum")}
-        sums["coselection"] = np.zeros((NUM_EXPERTS, NUM_EXPERTS))
-        ratios, cosines = np.zeros((2, RATIO_BINS)), []
+        sums |= {name: np.zeros((NUM_EXPERTS, HIDDEN)) for name in ("output_sum", "output_sq_sum", "gated_output_sum")}
+        sums |= {name: np.zeros((NUM_EXPERTS, NUM_EXPERTS)) for name in ("coselection", "router_gram")}
+        ratios, cosines, trace = np.zeros((2, RATIO_BINS)), [], list[list[int]]()
         for entering, leaving, residual, x in zip(
             *(caught[name] for name in ("entering", "leaving", "residual", "block")), strict=True
         ):
             cosines.append(cosine(entering, leaving))
             logits = weights[f"{prefix}gate.weight"] @ x
+            sums["router_gram"] += np.outer(logits, logits)
             probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
             chosen = np.argsort(-probabilities)[:TOP_K]
+            trace.append(chosen.tolist())
             gates = probabilities[chosen] / (probabilities[chosen].sum() if renormalise else 1.0)
             for ratio in gates[1:] / gates[0]:
                 ratios[0, int(ratio * RATIO_BINS)] += 1
@@ -176,10 +179,17 @@ def naive(folder: Path, tokens: Tensor) -> dict[int, LayerScores]:
                 sums["gate_sq_norm_sq_sum"][expert] += g**2 * norm**2
                 sums["output_sum"][expert] += f
                 sums["output_sq_sum"][expert] += f**2
+                sums["gated_output_sum"][expert] += g * f
                 sums["max_abs"][expert] = max(sums["max_abs"][expert], np.abs(f).max())
                 sums["easy_ep"][expert] += g * norm * change
                 for other in chosen:
                     sums["coselection"][expert, other] += 1
+        traces = [trace[start : start + tokens.shape[1]] for start in range(0, len(trace), tokens.shape[1])]
+        sums |= {f"windows_{m}": np.array(naive_locality.windows(traces, NUM_EXPERTS, m), float) for m in (16, 64)}
+        caches = [
+            naive_locality.cache_hits(traces, NUM_EXPERTS, size, 16) for size in (TOP_K, NUM_EXPERTS, NUM_EXPERTS)
+        ]
+        sums |= {"cache_lookups": sums["tokens"], "cache_hits": np.array(caches, float).T}
         cosine_mean, tables = float(np.mean(cosines)), {"gate_ratios": ratios}
         found[index] = LayerScores(index, NUM_EXPERTS, TOP_K, len(cosines), cosine_mean, sums, tables=tables)
     return found
@@ -329,7 +339,7 @@ def test_an_expert_without_tokens_is_starved(folder: Path, tmp_path: Path) -> No
         assert sorted(counts) == [0, 0, 1, 1]
         unseen = [expert for expert in range(NUM_EXPERTS) if not counts[expert]]
         assert [expert for index, expert in scores.starved if index == layer.layer] == unseen
-        for values in layer.statistics.values():
-            assert not values[unseen].any()
+        for name, values in layer.statistics.items():
+            assert name == "router_gram" or not values[unseen].any()
     assert json.loads((tmp_path / "scores.json").read_text())["starved"] == [list(pair) for pair in scores.starved]
     assert scores.summary()["fewest_tokens_per_expert"] == 0

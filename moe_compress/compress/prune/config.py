@@ -19,7 +19,7 @@ from pydantic import (
     field_validator,
 )
 
-CriterionName = Literal["random", "frequency", "seer", "ean", "reap", "man", "msan", "easy_ep", "mone"]
+CriterionName = Literal["random", "frequency", "seer", "ean", "reap", "man", "msan", "easy_ep", "mone", "ablation"]
 
 
 # (alpha, beta) whose sum of g^alpha * |f|^beta over routed tokens is accumulated, and the statistic that holds it.
@@ -56,7 +56,7 @@ def _criterion_form(value: Any) -> str:
     return "custom" if isinstance(value, (dict, CustomCriterion)) else "name"
 
 
-def _check_keep(value: Any) -> Any:
+def check_keep(value: Any) -> Any:
     """One sentence for every wrong `keep`, where a plain union would complain once per alternative."""
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     is_fraction = isinstance(value, float) and 0 < value <= 1
@@ -71,8 +71,9 @@ class PruneConfig(BaseModel):
     """Drop whole routed experts and their router rows, the lowest scores first.
 
     Criteria: the (b, alpha, beta) family with frequency, SEER, EAN, MAN and MSAN (arXiv 2606.15716), REAP
-    (arXiv 2510.13999), EASY-EP (arXiv 2504.06792), the variance score of MoNE (arXiv 2507.00390), and `random`, the
-    baseline. Super experts (arXiv 2507.23279) are kept whatever they score.
+    (arXiv 2510.13999), EASY-EP (arXiv 2504.06792), the variance score of MoNE (arXiv 2507.00390), `ablation`, the
+    measured loss without the expert, and `random`, the baseline. Super experts (arXiv 2507.23279) are kept whatever
+    they score. Dropped experts may leave their mean output behind (`replace: constant`, the novices of MoNE).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -82,7 +83,7 @@ class PruneConfig(BaseModel):
         Annotated[CriterionName, Tag("name")] | Annotated[CustomCriterion, Tag("custom")],
         Discriminator(_criterion_form),
     ] = Field(description="How experts are scored: a name, or {b, alpha, beta} of the unified family.")
-    keep: Annotated[int | float, BeforeValidator(_check_keep)] = Field(
+    keep: Annotated[int | float, BeforeValidator(check_keep)] = Field(
         description="Experts to keep: a fraction in (0, 1] of all, or a whole number of experts per layer "
         "(with `scope: global`, per layer on average). 1.0 keeps all, 1 keeps one."
     )
@@ -98,6 +99,16 @@ class PruneConfig(BaseModel):
     scope: Literal["layer", "global"] = Field(
         default="layer",
         description="layer: the same count in every layer. global: one ranking over all layers, counts differ.",
+    )
+    replace: Literal["constant"] | None = Field(
+        default=None,
+        description="constant: a dropped expert keeps its row of the router and becomes its mean output; needs "
+        "`export.tier: plugin`.",
+    )
+    ablation_samples: int = Field(
+        default=32,
+        ge=1,
+        description="criterion ablation: calibration sequences that the loss without each expert is measured on.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of `criterion: random`.")
 
@@ -123,6 +134,10 @@ CRITERIA = {"reap": "2510.13999", "easy_ep": "2504.06792", "mone": "2507.00390"}
 )
 
 
+def leaves_banks(step: Mapping[str, Any]) -> bool:
+    return step.get("replace") is not None
+
+
 def needs_tokens(step: Mapping[str, Any]) -> bool:
     return True
 
@@ -130,9 +145,13 @@ def needs_tokens(step: Mapping[str, Any]) -> bool:
 def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "seed" in step and step.get("criterion", "random") != "random":
         yield "seed", "only the criterion `random` draws numbers"
+    if "ablation_samples" in step and step.get("criterion", "ablation") != "ablation":
+        yield "ablation_samples", "only the criterion `ablation` takes experts out"
 
 
 def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if step.get("replace") is not None:
+        yield "replace", "plain transformers knows no expert that is a constant"
     if step.get("scope") == "global":
         yield (
             "scope",

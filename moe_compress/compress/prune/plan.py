@@ -2,7 +2,8 @@
 
 Scores follow arXiv 2606.15716 (the family n^(-b) * sum g^alpha |f|^beta), arXiv 2504.06792 (EASY-EP) and
 arXiv 2507.00390 (MoNE); super experts follow arXiv 2507.23279. Sums run over the tokens routed to an expert. An
-expert that was never routed scores 0 under every criterion but `random`, so it is dropped first. Of equal scores the
+expert that was never routed scores 0 under every criterion but `random`, so it is dropped first, unless the loss of
+others is a gain (`ablation`: what taking the expert out adds to the loss, mean over sequences). Of equal scores the
 lower expert index (and, in a global ranking, the lower layer) is kept.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_compress.calibrate.scores import LayerScores, Scores
+from moe_compress.calibrate.scores import ABLATION, LayerScores, Scores
 from moe_compress.compress.prune.config import ACCUMULATED_SUMS, CustomCriterion, PruneConfig
 from moe_compress.errors import DataError, UsageError
 from moe_compress.text import listed
@@ -97,6 +98,8 @@ class PrunePlan:
         counts = sorted({len(layer.keep) for layer in self.layers})
         span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         lines.append(f"Each of {len(self.layers)} layers keeps {span} experts.")
+        if config.replace is not None:
+            lines.append("The others become their mean outputs; the router keeps its rows.")
         protected = [f"layer {layer.layer} expert {expert}" for layer in self.layers for expert in layer.protected]
         if protected:
             lines.append(f"Protected super experts: {listed(protected, MAX_LISTED)}.")
@@ -115,7 +118,9 @@ def criterion_scores(config: PruneConfig, layer: LayerScores) -> Array:
     statistics = layer.statistics
     # Without tokens every sum is 0, and so is the score.
     count = np.maximum(statistics["tokens"], 1.0)
-    if criterion == "easy_ep":
+    if criterion == ABLATION:
+        scores = _measured_importance(layer)
+    elif criterion == "easy_ep":
         scores = statistics["easy_ep"]
     elif criterion == "mone":
         mean_EH = statistics["output_sum"] / count[:, None]
@@ -131,6 +136,18 @@ def criterion_scores(config: PruneConfig, layer: LayerScores) -> Array:
         scores = statistics[ACCUMULATED_SUMS[alpha, beta]] * count ** -float(b)
     _require_finite(scores, layer.layer)
     return scores
+
+
+def _measured_importance(layer: LayerScores) -> Array:
+    """The statistic `ablation`; `UsageError` when it was measured for some experts only, or for none."""
+    found = layer.statistics.get(ABLATION)
+    missing = layer.num_experts if found is None else int(np.isnan(found).sum())
+    if found is None or missing:
+        raise UsageError(
+            f"criterion: ablation: the scores hold no loss without {missing} of the {layer.num_experts} experts of "
+            f"layer {layer.layer}; measure all with `moe-compress score`, or with `moe-compress audit --experts all`."
+        )
+    return found
 
 
 def super_experts(scores: Scores, num_decoder_layers: int) -> set[tuple[int, int]]:
@@ -164,6 +181,8 @@ def keep_count(
     A fraction is rounded to the nearest count, then to the nearest multiple of `multiple_of` that the layer holds,
     at least one multiple; halves round up. The arguments are those of `plan_prune`.
     """
+    if config.replace is not None:
+        num_groups, groups_per_token = 1, None
     unit = math.lcm(config.multiple_of, num_groups)
     smallest = _smallest_count(config, num_experts, top_k, num_groups, groups_per_token)
     asked = config.keep if isinstance(config.keep, int) else _nearest(config.keep * num_experts)
@@ -197,11 +216,14 @@ def plan_prune(
     """Choose the experts every layer keeps.
 
     `num_groups` is the router's number of expert groups, each a run of consecutive experts that stay equally many;
-    `groups_per_token` is how many of them a token may use, all when None. `scope: global` ranks raw scores over all
+    `groups_per_token` is how many of them a token may use, all when None; neither matters where dropped experts leave
+    a constant behind, since the router keeps its rows. `scope: global` ranks raw scores over all
     layers; where counts must be multiples, the next best experts are added together, ranked by their mean score.
     Raises `UsageError` when `keep` is impossible or more experts are protected than kept, `DataError` on non-finite
     statistics.
     """
+    if config.replace is not None:
+        num_groups, groups_per_token = 1, None
     found = super_experts(scores, num_decoder_layers) if config.protect_super_experts else set()
     values = [criterion_scores(config, layer) for layer in scores.layers]
     protected = [sorted(expert for index, expert in found if index == layer.layer) for layer in scores.layers]
@@ -259,7 +281,7 @@ def _smallest_count(
 ) -> int:
     """Fewest experts a layer can keep: top-k of them, and enough in every routing group."""
     assert num_experts % num_groups == 0, "routing groups are equal in the source"
-    needed = top_k
+    needed = top_k if config.replace is None else 1
     if num_groups > 1:
         # Group-limited routers rank groups by their best two experts, and fill top-k from the groups they chose.
         needed = num_groups * max(2, math.ceil(top_k / (groups_per_token or num_groups)))

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-from moe_compress.calibrate.scores import Scores
+from moe_compress.calibrate.ablation import with_importance
+from moe_compress.calibrate.config import CalibrationConfig
+from moe_compress.calibrate.scores import ABLATION, Scores
 from moe_compress.checkpoint.index import DTYPE_BITS
 from moe_compress.checkpoint.record import Record, Target
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, rewrite
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
+from moe_compress.compress import scoring
+from moe_compress.compress.demand import Demand, ablation_demand
 from moe_compress.compress.operation import Outlook, Step
-from moe_compress.compress.prune.apply import PruneChange
+from moe_compress.compress.prune.apply import PruneChange, bank_of
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.prune.plan import PrunePlan, keep_count, plan_prune
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.eval.cost import cost
-from moe_compress.models.layers import family_num_experts, find_moe_layers, routing_groups, with_expert_counts
+from moe_compress.models.layers import (
+    family_num_experts,
+    find_moe_layers,
+    require_no_banks,
+    routing_groups,
+    with_expert_counts,
+)
 from moe_compress.models.skeleton import build_skeleton
-from moe_compress.runtime.families import causal_model
+from moe_compress.runtime.banks import Bank
+from moe_compress.runtime.families import banked, causal_model
 from moe_compress.verification.checks import require_coverage
 
 TARGET_TOLERANCE = 0.02  # of the fraction of experts kept
@@ -34,16 +46,14 @@ class PruneStep(Step[PruneConfig]):
         return True
 
     def preview(self, before: Outlook, tier: str) -> tuple[dict[str, Any], Outlook]:
-        if tier == "plugin" and self.config.scope == "global":
+        require_no_banks(before.config, "prune")
+        if tier == "plugin" and (self.config.scope == "global" or self.config.replace is not None):
             causal_model(before.config.to_dict())
-        model = build_skeleton(before.config)
-        layers = find_moe_layers(model)
-        layer = layers[0]
+        layer = find_moe_layers(build_skeleton(before.config))[0]
         count = keep_count(
             self.config, num_experts=layer.num_experts, top_k=layer.top_k, **routing_limits(before.config)
         )
-        counts = {found.layer: count for found in layers}
-        after = before.resized(with_expert_counts(before.config, family_num_experts(model), count, counts))
+        after = self._outlook(before, layer.num_experts, count)
         entry: dict[str, Any] = {
             "op": "prune",
             "criterion": self.config.model_dump(mode="json")["criterion"],
@@ -55,11 +65,37 @@ class PruneStep(Step[PruneConfig]):
             return entry, after
         plan = self.plan(before.scores, before.config)
         found = plan.to_json()
+        if self.config.replace is not None:
+            banks = {layer.layer: bank_of(layer) for layer in plan.layers}
+            after = before.resized(banked(before.config, layer.num_experts, banks))
+            return entry | {"summary": found["summary"], "layers": found["layers"]}, after
         figures = cost(before.config)
         share = figures.params["routed_experts"] / figures.total_params
         stored = round(before.stored_bytes * (1 - share * (1 - plan.num_kept / plan.num_experts)))
         entry |= {"summary": found["summary"], "layers": found["layers"]}
         return entry, after.of_size(stored_bytes=stored)
+
+    def demands(self, before: Outlook, after: Outlook, calibration: CalibrationConfig) -> list[Demand]:
+        scored, *rest = super().demands(before, after, calibration)
+        if self.config.criterion != ABLATION:
+            return [scored, *rest]
+        ablated = ablation_demand(before.size, calibration, self.config.ablation_samples)
+        return [scored, ablated, *rest]
+
+    def score(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Scores:
+        scores = super().score(source, folder, around, title)
+        if self.config.criterion != ABLATION or all(ABLATION in layer.statistics for layer in scores.layers):
+            return scores
+        tokens = scoring.calibration_data(source, around).tokens[: self.config.ablation_samples]
+        everything = {layer.layer: range(layer.num_experts) for layer in scores.layers}
+        losses = scoring.ablations(source, tokens, everything, folder / ABLATION, around, title)
+        scores = with_importance(scores, losses)
+        scores.save(folder)
+        shutil.rmtree(folder / ABLATION)
+        return scores
+
+    def score_settings(self) -> dict[str, Any]:
+        return {"ablation_samples": self.config.ablation_samples} if self.config.criterion == ABLATION else {}
 
     def run(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Record:
         scores = self.score(source, folder / "scores", around, title)
@@ -67,7 +103,7 @@ class PruneStep(Step[PruneConfig]):
         write_json(folder / "plan.json", plan.to_json())
         record = self._record(plan, scores, dropped_bytes(plan, LayerStream(source, around.device)))
         require_coverage(record)
-        self.apply(plan, source, folder / "checkpoint", around, title)
+        self.apply(plan, source, folder / "checkpoint", around, title, scores)
         return record
 
     def plan(self, scores: Scores, config: Any) -> PrunePlan:
@@ -75,7 +111,9 @@ class PruneStep(Step[PruneConfig]):
         text = config.get_text_config()
         return plan_prune(self.config, scores, num_decoder_layers=text.num_hidden_layers, **routing_limits(config))
 
-    def apply(self, plan: PrunePlan, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> None:
+    def apply(
+        self, plan: PrunePlan, source: Checkpoint, folder: Path, around: Surroundings, title: str, scores: Scores
+    ) -> None:
         """Write the checkpoint that a plan makes of `source`, unless it is complete already."""
         if (folder / LEDGER_FILE).exists():
             return
@@ -83,11 +121,21 @@ class PruneStep(Step[PruneConfig]):
             rewrite(
                 source,
                 folder,
-                PruneChange(plan),
+                PruneChange(plan, scores),
                 max_shard_bytes=around.max_shard_bytes,
                 device=around.device,
                 stage=stage,
             )
+
+    def _outlook(self, before: Outlook, num_experts: int, count: int) -> Outlook:
+        """What the step leads to when each layer keeps `count` experts."""
+        model = build_skeleton(before.config)
+        layers = [layer.layer for layer in find_moe_layers(model)]
+        if self.config.replace is not None:
+            slots = tuple(expert if expert < count else None for expert in range(num_experts))
+            return before.resized(banked(before.config, num_experts, dict.fromkeys(layers, Bank(count, slots))))
+        counts = dict.fromkeys(layers, count)
+        return before.resized(with_expert_counts(before.config, family_num_experts(model), count, counts))
 
     def _record(self, plan: PrunePlan, scores: Scores, dropped: int) -> Record:
         largest = max(layer.num_experts for layer in plan.layers)
@@ -126,11 +174,17 @@ def routing_limits(config: Any) -> dict[str, Any]:
 
 
 def dropped_bytes(plan: PrunePlan, stream: LayerStream) -> int:
-    """Stored bytes of the experts and router rows that a plan drops, worked out from the source's headers."""
+    """Stored bytes of the experts and router rows that a plan drops, less those of constants; from the headers."""
     total = 0
     for layer in plan.layers:
         moe = stream.moe_layers[layer.layer]
-        tensors = {name: (tensor, 0) for name, tensor in moe.expert_tensors().items()} | moe.router_tensors()
+        tensors = {name: (tensor, 0) for name, tensor in moe.expert_tensors().items()}
+        if plan.config.replace is None:
+            tensors |= moe.router_tensors()
+        else:
+            down = next(name for name in tensors if name.endswith("down_proj"))
+            width = moe.width * DTYPE_BITS[stream.stored_dtypes[f"{moe.block_name}.{down}"]] // 8
+            total -= width * (moe.num_experts - len(layer.keep))
         for name, (tensor, dimension) in tensors.items():
             bits = DTYPE_BITS[stream.stored_dtypes[f"{moe.block_name}.{name}"]]
             total += tensor.numel() // tensor.shape[dimension] * bits // 8 * (moe.num_experts - len(layer.keep))

@@ -1,19 +1,18 @@
 """Quantizing a checkpoint, layer by layer: the planned experts dropped, the others and chosen linear layers packed.
 
-With `gptq` the calibration tokens pass through the layers that are already quantized; each layer is first run as it is,
-to collect the second moments of the inputs of every matrix, and again when its matrices are quantized. Experts that
-few tokens reached take a second moment that is partly pooled over the layer (`Hessians.finish`).
+With `gptq` the calibration tokens pass through what is already quantized (`moments`). Experts that few tokens reached
+take a second moment that is partly pooled over the layer (`Hessians.finish`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moe_compress.checkpoint.rewrite import Change, TableFormat, Tensors
@@ -21,7 +20,8 @@ from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.prune.apply import with_counts
 from moe_compress.compress.quantize.config import BITSANDBYTES
-from moe_compress.compress.quantize.gptq import POOL_BELOW, Hessians, gptq
+from moe_compress.compress.quantize.gptq import gptq
+from moe_compress.compress.quantize.moments import Moments, chunks
 from moe_compress.compress.quantize.plan import KEEP, QuantizedLayer, QuantizePlan
 from moe_compress.compress.quantize.rtn import rtn
 from moe_compress.compress.quantize.shapes import LinearLayer
@@ -33,18 +33,19 @@ from moe_compress.compress.quantize.storage import (
     linear_scheme,
     scheme_of,
 )
-from moe_compress.models.experts import expert_weight, projections
+from moe_compress.models.experts import projections
 from moe_compress.models.layers import MoELayer
-from moe_compress.models.lockstep import Enough
+from moe_compress.models.lockstep import Lockstep
 from moe_compress.runtime import bnb
 from moe_compress.runtime.pack import pack
 from moe_compress.runtime.scheme import Scheme
 
-HESSIAN_BYTES = 4 << 30  # of second moments held at a time
-
 
 class QuantizeChange(Change):
-    """Applies a plan; `tokens` are needed by gptq alone. What `notes` remembers survives an interruption."""
+    """Applies a plan; `tokens` are needed by gptq alone. What `notes` remembers survives an interruption.
+
+    `moments` is the folder of second moments of experts that several layers use.
+    """
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class QuantizeChange(Change):
         tokens: Tensor | None,
         batch_size: int,
         notes: Path | None = None,
+        moments: Path | None = None,
     ) -> None:
         self.plan, self.settings, self.scale_dtype = plan, plan.config, scale_dtype
         self.layers: dict[int, QuantizedLayer] = {layer.layer: layer for layer in plan.layers}
@@ -63,7 +65,8 @@ class QuantizeChange(Change):
         self.storage = StockStorage(self) if tier == "stock" else PluginStorage(self)
         self.tokens = tokens if plan.config.method == "gptq" else None
         self.batch_size = batch_size
-        self._notes = notes
+        self._notes, self._moments = notes, moments
+        self._shared: dict[int, dict[str, Tensor]] = {}  # by layer that stores them: quantized experts' values
         self._pooled: dict[str, list[int]] = {}  # layer -> experts as numbered in the source
         if notes is not None and notes.exists():
             self._pooled = json.loads(notes.read_text(encoding="utf-8"))
@@ -73,6 +76,9 @@ class QuantizeChange(Change):
         """(layer, expert as numbered in the source) of those that few tokens reached."""
         return sorted((int(layer), expert) for layer, experts in self._pooled.items() for expert in experts)
 
+    def prepare(self, stream: LayerStream) -> None:
+        self.storage.prepare(stream)
+
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         counts = {layer: len(found.keep) for layer, found in self.layers.items()}
         if self.plan.num_dropped:
@@ -80,22 +86,36 @@ class QuantizeChange(Change):
         return self.storage.config(config)
 
     def layer(self, moe: MoELayer, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if moe.layer not in self.layers:  # its experts are another layer's
+            return state
         keep = self.layers[moe.layer].keep
         return state if len(keep) == moe.num_experts else moe.select(state, torch.tensor(keep))
 
     @torch.no_grad()
-    def store(self, target: LayerStream, index: int, rehearse: Callable[[], None]) -> dict[str, Tensor]:
+    def store(self, target: LayerStream, index: int, run: Lockstep) -> dict[str, Tensor]:
         packed, few = Packed(index), set[int]()
+        layer, moe = target.layers[index], target.moe_layers.get(index)
+        if index in target.owners:
+            self._use_shared(target, index)
+            moe = None
         linears = [linear for linear in self.linears if linear.layer == index]
-        moe = target.moe_layers.get(index)
-        moments = _Moments(target.layers[index], moe, linears) if self.tokens is not None else None
-        if moments is not None:
-            moments.collect_linears(rehearse)
-        for linear in linears:
-            self._quantize_linear(target.layers[index], linear, moments, packed)
-        if moe is not None:
+        moments = None
+        order: list[list[LinearLayer] | None] = [*([linear] for linear in linears), *([] if moe is None else [None])]
+        if order and self.tokens is not None:
+            shared = self._moments if index in target.owners.values() else None
+            moments = Moments(run, index, layer, moe, linears, shared)
+            order = moments.order()
+        for group in order:
+            if group is not None:
+                self._quantize_linears(layer, group, moments, packed)
+                continue
+            assert moe is not None
             for name in projections(moe.experts):
-                few |= self._quantize_experts(moe, name, moments, rehearse, packed)
+                few |= self._quantize_experts(moe, name, moments, packed)
+        if moments is not None:
+            moments.close()
+        if moe is not None and index in target.owners.values():
+            self._keep_shared(moe)
         self._pooled[str(index)] = sorted(few)
         if self._notes is not None:
             write_json(self._notes, self._pooled)
@@ -122,196 +142,101 @@ class QuantizeChange(Change):
         """How a linear layer outside the experts is stored."""
         return linear_scheme(self.settings, self.settings.parts[linear.part])
 
-    def _quantize_linear(self, layer: nn.Module, linear: LinearLayer, moments: _Moments | None, packed: Packed) -> None:
-        module: Any = layer.get_submodule(linear.path)
-        scheme = self.linear_scheme(linear)
-        hessian = moments.linear(linear.path) if moments is not None else None
-        what = f"`{linear.path}.weight` of layer {linear.layer}"
-        stored, values = self._quantize(module.weight[None], hessian, scheme, what)
-        packed.linears[linear.path] = (scheme, stored[0])
-        module.weight.data.copy_(values[0])
+    def _keep_shared(self, moe: MoELayer) -> None:
+        """Keep the values of a bank for the layers that use it later, over an interruption too."""
+        self._shared[moe.layer] = {name: getattr(moe.experts, name).data for name in projections(moe.experts)}
+        if self._notes is not None:
+            save_file({k: v.cpu() for k, v in self._shared[moe.layer].items()}, self._shared_file(moe.layer))
 
-    def _quantize_experts(
-        self,
-        moe: MoELayer,
-        name: str,
-        moments: _Moments | None,
-        rehearse: Callable[[], None],
-        packed: Packed,
-    ) -> set[int]:
-        """One fused matrix of all experts: those with the same scheme together, as many as memory allows.
+    def _use_shared(self, target: LayerStream, index: int) -> None:
+        """Let a layer run the quantized experts of the layer that stores them."""
+        owner, experts = target.owners[index], target.moe_layers[index].experts
+        if owner not in self._shared:
+            self._shared[owner] = load_file(self._shared_file(owner), device=str(target.device))
+        for name, values in self._shared[owner].items():
+            getattr(experts, name).data = values
+        if index == max(layer for layer, stored_by in target.owners.items() if stored_by == owner):
+            del self._shared[owner]
+
+    def _shared_file(self, layer: int) -> Path:
+        assert self._notes is not None, "an interruption is survived with notes"
+        return self._notes.with_name(f"shared-{layer:05d}.safetensors")
+
+    def _quantize_linears(
+        self, layer: nn.Module, linears: list[LinearLayer], moments: Moments | None, packed: Packed
+    ) -> None:
+        """Linear layers with the same inputs: those with the same scheme together."""
+        hessian = moments.linear(linears[0]) if moments is not None else None
+        schemes = {linear.path: self.linear_scheme(linear) for linear in linears}
+        for scheme in dict.fromkeys(schemes.values()):
+            members = [linear for linear in linears if schemes[linear.path] == scheme]
+            modules: list[Any] = [layer.get_submodule(linear.path) for linear in members]
+            weights = torch.cat([module.weight for module in modules])[None]
+            what = " and ".join(f"`{linear.path}.weight`" for linear in members) + f" of layer {members[0].layer}"
+            found = self._quantize(weights, hessian, scheme, what, [linear.shape[0] for linear in members])
+            for linear, module, (stored, values) in zip(members, modules, found, strict=True):
+                packed.linears[linear.path] = (scheme, stored[0])
+                module.weight.data.copy_(values[0])
+
+    def _quantize_experts(self, moe: MoELayer, name: str, moments: Moments | None, packed: Packed) -> set[int]:
+        """One fused matrix of all experts: those with the same schemes together, as many as memory allows.
 
         Returns the experts whose second moments were pooled, as numbered in the source.
         """
         planned, pooled = self.layers[moe.layer], set[int]()
-        fused, stored_dtype = getattr(moe.experts, name), getattr(moe.experts, name).dtype
+        fused = getattr(moe.experts, name)
         if self.settings.method in BITSANDBYTES:  # whose values are not those of the stored type
             fused.data = fused.data.float()
-        for part, rows in _row_ranges(moe, name):
-            options = planned.options[part]
-            for option in dict.fromkeys(options):
-                members = [expert for expert, chosen in enumerate(options) if chosen == option]
-                if option == KEEP:
-                    for expert in members:
-                        packed.experts[expert, part] = (
-                            None,
-                            expert_weight(moe.experts, name, expert, stored_dtype)[rows],
-                        )
-                    continue
-                scheme = scheme_of(option, self.settings)
-                for chunk in _chunks(members, moe, name) if moments is not None else [members]:
-                    weights = torch.stack([expert_weight(moe.experts, name, e, torch.float32)[rows] for e in chunk])
-                    hessian = None
-                    if moments is not None:
-                        hessian, few = moments.experts(name, chunk, rehearse)
-                        pooled |= {planned.keep[expert] for expert in few}
-                    what = f"`{part}` of an expert in layer {moe.layer}"
-                    stored, values = self._quantize(weights, hessian, scheme, what)
-                    for expert, tensors, value in zip(chunk, stored, values, strict=True):
-                        packed.experts[expert, part] = (scheme, tensors)
-                        view = fused.data[expert].T if moe.experts.is_transposed else fused.data[expert]
-                        view[rows].copy_(value)
+        matrix_EOI = fused.data.transpose(1, 2) if moe.experts.is_transposed else fused.data
+        parts = projections(moe.experts)[name]
+        height = matrix_EOI.shape[1] // len(parts)
+        rows = {part: slice(number * height, (number + 1) * height) for number, part in enumerate(parts)}
+        options = list(zip(*(planned.options[part] for part in parts), strict=True))
+        for chosen in dict.fromkeys(options):
+            members = [expert for expert, found in enumerate(options) if found == chosen]
+            for chunk in chunks(members, matrix_EOI.shape[2]) if moments is not None else [members]:
+                weights_EOI = matrix_EOI if len(chunk) == len(options) else matrix_EOI[chunk]
+                hessian = None
+                if moments is not None and set(chosen) != {KEEP}:
+                    hessian, few = moments.experts(name, chunk)
+                    pooled |= {planned.keep[expert] for expert in few}
+                for option in dict.fromkeys(chosen):
+                    own = [part for part, found in zip(parts, chosen, strict=True) if found == option]
+                    if option == KEEP:
+                        for expert in chunk:
+                            packed.experts |= {(expert, part): (None, matrix_EOI[expert, rows[part]]) for part in own}
+                        continue
+                    scheme = scheme_of(option, self.settings)
+                    what = f"`{own[0]}` of an expert in layer {moe.layer}"
+                    part_EOI = weights_EOI if own == list(parts) else weights_EOI[:, rows[own[0]]]
+                    found = self._quantize(part_EOI, hessian, scheme, what, [height] * len(own))
+                    for part, (stored, values) in zip(own, found, strict=True):
+                        for expert, tensors, value in zip(chunk, stored, values, strict=True):
+                            packed.experts[expert, part] = (scheme, tensors)
+                            matrix_EOI[expert, rows[part]].copy_(value)
         return pooled
 
     def _quantize(
-        self, weights: Tensor, hessian: Tensor | None, scheme: Scheme, what: str
-    ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
-        """What is stored of matrices [E, O, I], and the values it stands for."""
+        self, weights_EOI: Tensor, hessian: Tensor | None, scheme: Scheme, what: str, heights: list[int]
+    ) -> list[tuple[list[dict[str, Tensor]], Tensor]]:
+        """Matrices of so many rows, one below the other: of each, what is stored [E] and the values it stands for."""
         settings = self.settings
         if scheme.grid is None:
-            stored = [bnb.quantize(weight.float(), scheme.format or "nf4", what=what) for weight in weights]
-        elif hessian is None:
-            found = rtn(
-                weights.float(),
-                scheme.grid,
-                scale_dtype=self.scale_dtype,
-                search_steps=settings.scale_search,
-                what=what,
-            )
-            stored = self.storage.pack(found)
+            return [self._bitsandbytes(part_EOI, scheme, what) for part_EOI in weights_EOI.split(heights, dim=1)]
+        common: dict[str, Any] = {
+            "scale_dtype": self.scale_dtype,
+            "search_steps": settings.scale_search,
+            "what": what,
+        }
+        if hessian is None:
+            found = rtn(weights_EOI, scheme.grid, **common)
         else:
-            result = gptq(
-                weights.float(),
-                hessian,
-                scheme.grid,
-                scale_dtype=self.scale_dtype,
-                search_steps=settings.scale_search,
-                act_order=settings.act_order,
-                damping=settings.damping,
-                what=what,
-            )
-            stored = self.storage.pack(result.quantized)
-        height, width = weights.shape[1:]
-        return stored, [scheme.dequantize(tensors, height, width, torch.float32) for tensors in stored]
+            common |= {"act_order": settings.act_order, "damping": settings.damping}
+            found = gptq(weights_EOI, hessian, scheme.grid, **common).quantized
+        return [(self.storage.pack(part), part.dequantize(self.scale_dtype)) for part in found.split(heights)]
 
-
-class _Moments:
-    """Second moments of the inputs of one layer's matrices, from rehearsals of the layer."""
-
-    def __init__(self, layer: nn.Module, moe: MoELayer | None, linears: Sequence[LinearLayer]) -> None:
-        self.moe = moe
-        self._layer = layer
-        self._widths = {linear.path: linear.shape[1] for linear in linears}
-        self._same: dict[str, str] = {}  # linear layer -> the one before it that has the same inputs, or itself
-        self._linears: dict[str, Tensor] = {}
-        self._experts: dict[str, tuple[list[int], Tensor, list[int]]] = {}
-
-    def collect_linears(self, rehearse: Callable[[], None]) -> None:
-        """Run the layer once for the linear layers outside the experts, up to the experts if they all come before."""
-        if not self._widths:
-            return
-        sums: dict[str, Hessians] = {}
-        handles = []
-        latest: tuple[str, Tensor] | None = None
-
-        def see(path: str, module: nn.Module, arguments: Any) -> None:
-            nonlocal latest
-            inputs = arguments[0]
-            if path not in self._same:
-                shared = latest is not None and latest[1] is inputs
-                self._same[path] = self._same[latest[0]] if latest is not None and shared else path
-                if not shared:
-                    sums[path] = Hessians(1, self._widths[path], inputs.device)
-            latest = path, inputs
-            if path in sums:
-                sums[path].add(0, inputs.flatten(0, -2))
-
-        for path in self._widths:
-            handles.append(self._layer.get_submodule(path).register_forward_pre_hook(partial(see, path)))
-        if self.moe is not None:
-            all_before: bool | None = None  # as the first batch finds it
-
-            def enter(module: nn.Module, inputs: Any) -> None:
-                nonlocal all_before
-                if all_before is None:
-                    all_before = len(self._same) == len(self._widths)
-                if all_before:
-                    raise Enough
-
-            handles.append(self.moe.experts.register_forward_pre_hook(enter))
-        rehearse()
-        for handle in handles:
-            handle.remove()
-        for path in self._widths.keys() - self._same.keys():  # a layer that did not run is rounded
-            self._same[path], sums[path] = path, Hessians(1, self._widths[path])
-        self._linears = {path: hessians.finish(1)[0] for path, hessians in sums.items()}
-
-    def linear(self, path: str) -> Tensor:
-        """[1, I, I] of one linear layer."""
-        return self._linears[self._same[path]]
-
-    def experts(self, name: str, members: list[int], rehearse: Callable[[], None]) -> tuple[Tensor, list[int]]:
-        """[len(members), I, I] of these experts' inputs of a fused matrix, and the experts whose moment was pooled."""
-        held = self._experts.get(name)
-        if held is None or not set(members) <= set(held[0]):
-            self._collect(name, members, rehearse)
-        numbers, moments, few = self._experts[name]
-        return moments[[numbers.index(expert) for expert in members]], [e for e in members if e in few]
-
-    def _collect(self, name: str, members: list[int], rehearse: Callable[[], None]) -> None:
-        assert self.moe is not None
-        experts: Any = self.moe.experts
-        self._experts.clear()
-        fused = {other: getattr(experts, other) for other in projections(experts)}
-        widths = {other: expert_weight(experts, other, 0, tensor.dtype).shape[1] for other, tensor in fused.items()}
-        all_experts = list(range(self.moe.num_experts))
-        if sum(4 * len(all_experts) * width**2 for width in widths.values()) <= HESSIAN_BYTES:
-            wanted, members = list(widths), all_experts  # one rehearsal serves every matrix of the layer
-        else:
-            wanted = [name]
-        sums = {other: Hessians(len(members), widths[other], fused[other].device) for other in wanted}
-        position = {expert: number for number, expert in enumerate(members)}
-
-        def see(expert: int, hidden_NH: Tensor, inner_NF: Tensor) -> bool:
-            if expert in position:
-                for other, hessians in sums.items():
-                    hessians.add(position[expert], inner_NF if other == "down_proj" else hidden_NH)
-            return True
-
-        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-            raise Enough
-
-        experts.recorder = see
-        handle = experts.register_forward_hook(leave)
-        rehearse()
-        handle.remove()
-        del experts.recorder
-        for other, hessians in sums.items():
-            moments, few = hessians.finish(POOL_BELOW)
-            self._experts[other] = (members, moments, [members[number] for number in few])
-
-
-def _row_ranges(moe: MoELayer, name: str) -> Iterator[tuple[str, slice]]:
-    """The projections inside a fused matrix, and their rows."""
-    parts = projections(moe.experts)[name]
-    rows = expert_weight(moe.experts, name, 0, torch.float32).shape[0] // len(parts)
-    for number, part in enumerate(parts):
-        yield part, slice(number * rows, (number + 1) * rows)
-
-
-def _chunks(members: list[int], moe: MoELayer, name: str) -> Iterator[list[int]]:
-    """Experts whose second moments fit into memory together."""
-    width = expert_weight(moe.experts, name, 0, torch.float32).shape[1]
-    count = max(1, HESSIAN_BYTES // (4 * width**2))
-    for start in range(0, len(members), count):
-        yield members[start : start + count]
+    def _bitsandbytes(self, weights_EOI: Tensor, scheme: Scheme, what: str) -> tuple[list[dict[str, Tensor]], Tensor]:
+        stored = [bnb.quantize(weight.float(), scheme.format or "nf4", what=what) for weight in weights_EOI]
+        _, height, width = weights_EOI.shape
+        values = [scheme.dequantize(tensors, height, width, torch.float32) for tensors in stored]
+        return stored, torch.stack(values)

@@ -183,6 +183,10 @@ CHOICE_SETTINGS = (
 )  # fmt: skip
 
 
+def leaves_banks(step: Mapping[str, Any]) -> bool:
+    return False
+
+
 def needs_tokens(step: Mapping[str, Any]) -> bool:
     return step.get("method", "gptq") == "gptq" or any(step.get(name) is not None for name in BUDGETS)
 

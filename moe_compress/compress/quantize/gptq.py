@@ -2,9 +2,9 @@
 
 For the error tr(dW H dW^T) of a layer's output, with H the second moment of its inputs, columns (input channels) are
 rounded from first to last, and the error of each is spread over those not yet rounded, by the upper Cholesky factor U
-of H^-1 = U^T U. U is the inverse of the upper triangular R with H = R R^T: one factorisation of H read backwards,
-which keeps more digits than inverting H and factorising again. Experts are a batch dimension throughout; only columns
-and chunks of experts are looped over.
+of H^-1 = U^T U. U is the inverse of the upper triangular R with H = R R^T: one factorisation of H, from its last
+column to its first, which keeps more digits than inverting H and factorising again. Experts are a batch dimension
+throughout; only columns and chunks of experts are looped over.
 
 Groups are fitted when their first column is reached, from weights that already make up for the columns before. With
 `act_order` columns are taken by falling diag(H) instead, and the groups, contiguous as stored, are fitted beforehand
@@ -16,12 +16,15 @@ Tensor names: E experts, O output channels, I input channels, G groups of a row,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_compress.errors import DataError
+from moe_compress.models.linear import ROWS, linear
 from moe_compress.runtime.grid import (
     Grid,
     Quantized,
@@ -34,8 +37,14 @@ from moe_compress.runtime.grid import (
 
 # Smallest damping after a factorisation failed with none.
 LEAST_DAMPING = 1e-6
-# Below this many columns a triangle is inverted directly.
-SMALL_TRIANGLE = 64
+# Up to this many columns are factorised directly.
+SMALL_TRIANGLE = 32
+# Rows of a second moment are added up in so many panels, none lower than this.
+PANELS = 8
+LEAST_PANEL = 256
+# Of a chunk of experts: little enough to stay in reused memory, which is faster, or what keeps an accelerator busy.
+CPU_MEMORY = 1 << 27
+DEVICE_MEMORY = 1 << 30
 # Tokens an expert needs for a second moment of its own.
 POOL_BELOW = 128
 
@@ -62,9 +71,11 @@ class Hessians:
 
     def add(self, expert: int, inputs_NI: Tensor) -> None:
         """Count the tokens [N, I] that reached `expert`; any float dtype, on the device of the sums."""
-        inputs_NI = inputs_NI.float()
-        self.sums_EII[expert].addmm_(inputs_NI.T, inputs_NI)
-        self.tokens[expert] += inputs_NI.shape[0]
+        count = len(inputs_NI)
+        inputs_IN = F.pad(inputs_NI.float(), (0, 0, 0, -count % ROWS)).T.contiguous()
+        for start, end in self._panels():  # on and above the diagonal; the rest is the same
+            self.sums_EII[expert, start:end, start:] += linear(inputs_IN[start:end], inputs_IN[start:])
+        self.tokens[expert] += count
 
     def finish(self, min_tokens: int) -> tuple[Tensor, list[int]]:
         """Means of x x^T [E, I, I], and the experts with fewer than `min_tokens` tokens, whose mean was pooled.
@@ -74,6 +85,8 @@ class Hessians:
         the expert's own. Reuses the memory of the sums; call it once.
         """
         device = self.sums_EII.device
+        for start, end in self._panels():
+            self.sums_EII[:, end:, start:end] = self.sums_EII[:, start:end, end:].transpose(1, 2)
         tokens_E = torch.tensor(self.tokens, device=device)
         means_EII = self.sums_EII.div_(tokens_E.clamp(min=1)[:, None, None])
         size_E = means_EII.diagonal(dim1=1, dim2=2).mean(-1)
@@ -91,6 +104,12 @@ class Hessians:
             means_EII[expert].lerp_(pool_II * size_E[expert], 1 - self.tokens[expert] / min_tokens)
         return means_EII, starved
 
+    def _panels(self) -> Iterator[tuple[int, int]]:
+        """First and last row of each of the panels that the sums are added up in."""
+        width = self.sums_EII.shape[1]
+        height = max(LEAST_PANEL, -(-width // PANELS))
+        return ((start, min(start + height, width)) for start in range(0, width, height))
+
 
 def gptq(
     weight_EOI: Tensor,
@@ -102,16 +121,17 @@ def gptq(
     act_order: bool = False,
     damping: float = 0.01,
     block_size: int = 32,
-    memory_limit_bytes: int = 1 << 30,
+    memory_limit_bytes: int | None = None,
     what: str = "the weight",
 ) -> GPTQResult:
     """Quantize float weights [E, O, I] given the second moments [E, I, I] of their inputs; changes neither.
 
     `search_steps` as in `fit`; `damping` is the share of the mean of diag(H) added to it, and grows tenfold, from
     float64 on, for an expert whose H cannot be factorised. Columns are updated in blocks of `block_size`, experts taken
-    in chunks that need at most `memory_limit_bytes` beside arguments and result (or what one expert needs); neither
-    changes more than rounding noise. Raises `UsageError` when the group size does not divide I, `CheckpointError` on a
-    weight and `DataError` on a Hessian that is not finite, naming `what`.
+    in chunks that need at most `memory_limit_bytes` beside arguments and result (or what one expert needs; None: a
+    limit beyond which nothing gets faster); neither changes more than rounding noise. Raises `UsageError` when the
+    group size does not divide I, `CheckpointError` on a weight and `DataError` on a Hessian that is not finite, naming
+    `what`.
     """
     num_experts, num_outputs, width = weight_EOI.shape
     assert hessian_EII.shape == (num_experts, width, width)
@@ -119,8 +139,10 @@ def gptq(
     check_finite(weight_EOI, what)
     if not torch.isfinite(hessian_EII.diagonal(dim1=1, dim2=2)).all():
         raise DataError(f"the calibration inputs of {what} overflow or hold NaN; calibrate in float32 or bfloat16.")
-    # Five triangles or squares while factorising, the weights with what their update needs, codes and their transpose.
-    chunk_bytes = 20 * width * width + 10 * num_outputs * width
+    if memory_limit_bytes is None:
+        memory_limit_bytes = CPU_MEMORY if weight_EOI.device.type == "cpu" else DEVICE_MEMORY
+    # Two squares and two quarters while factorising, the weights with what their update needs, codes twice.
+    chunk_bytes = 10 * width * width + 10 * num_outputs * width
     chunk = max(1, memory_limit_bytes // chunk_bytes)
     codes_EOI = torch.empty(weight_EOI.shape, dtype=torch.int8, device=weight_EOI.device)
     scales, zeros, dampings, losses = [], [], [], []
@@ -155,7 +177,7 @@ class _Columns:
         self.grid, self.scale_dtype, self.search_steps = grid, scale_dtype, search_steps
         self.group_size = width if grid.group_size is None else grid.group_size
         device = weight_EOI.device
-        hessian_EII = hessian_EII.to(torch.float32, copy=True)
+        hessian_EII = hessian_EII.float()
         self.order_EI = None
         self.group_EI = (torch.arange(width, device=device) // self.group_size).expand(num_experts, -1)
         weight_EIO = weight_EOI.transpose(1, 2)
@@ -243,42 +265,51 @@ class _Columns:
 def inverse_factor(hessian_EII: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Upper U [E, I, I], U^T U = (H + damping * mean of its diagonal)^-1, and the damping used, float64 [E].
 
-    Overwrites `hessian_EII` (float32): where its diagonal is 0 it is set to the mean, which rounds that column alone.
+    Where the diagonal of H (float32) is 0 it counts as the mean, which rounds that column alone.
     """
     diagonal_EI = hessian_EII.diagonal(dim1=1, dim2=2)
     live_EI = diagonal_EI > 0
     mean_E1 = (diagonal_EI * live_EI).sum(1, keepdim=True) / live_EI.sum(1, keepdim=True).clamp(min=1)
     mean_E1 = torch.where(mean_E1 > 0, mean_E1, 1.0)
-    diagonal_EI.copy_(torch.where(live_EI, diagonal_EI, mean_E1))
+    diagonal_EI = torch.where(live_EI, diagonal_EI, mean_E1)
     damping_E = torch.full(mean_E1.shape[:1], damping, dtype=torch.float64, device=hessian_EII.device)
 
-    def factorise(matrix_EII: Tensor, experts: Tensor | slice) -> tuple[Tensor, Tensor]:
-        # Last row and column first, so that the factor is R, with H = R R^T, read backwards.
-        backwards = matrix_EII.flip(1, 2)
-        backwards.diagonal(dim1=1, dim2=2).add_((damping_E[experts, None] * mean_E1[experts]).to(backwards.dtype))
-        lower, info = torch.linalg.cholesky_ex(backwards)
-        return lower, info != 0
+    def factorise(experts: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        damped_EII = hessian_EII[experts].to(dtype, copy=True)
+        added_E1 = damping_E[experts, None] * mean_E1[experts]
+        damped_EII.diagonal(dim1=1, dim2=2).copy_(diagonal_EI[experts].to(dtype) + added_E1.to(dtype))
+        factor_EII = torch.zeros_like(damped_EII)
+        return factor_EII, _factorise(damped_EII, factor_EII)
 
-    lower_EII, failed_E = factorise(hessian_EII, slice(None))
+    factor_EII, failed_E = factorise(slice(None), torch.float32)
     failed = failed_E.nonzero().flatten()
     while len(failed):
-        lower, still = factorise(hessian_EII[failed].double(), failed)
-        lower_EII[failed[~still]] = lower[~still].float()
+        factor, still = factorise(failed, torch.float64)
+        factor_EII[failed[~still]] = factor[~still].float()
         failed = failed[still]
         damping_E[failed] = (damping_E[failed] * 10).clamp(min=LEAST_DAMPING)
-    return invert_upper(lower_EII.flip(1, 2)), damping_E
+    return factor_EII, damping_E
 
 
-def invert_upper(upper: Tensor) -> Tensor:
-    """Inverse of upper triangular matrices [E, I, I], by halves: mostly matrix products, a third of a solve's work."""
-    size = upper.shape[-1]
+def _factorise(matrix_EII: Tensor, factor_EII: Tensor) -> Tensor:
+    """Write U = R^-1 for R R^T = matrix into `factor_EII` (zeros); whether that failed, [E]. Overwrites the matrix.
+
+    By halves, the last columns first, which makes most of it matrix products; reads what lies above the diagonal.
+    """
+    size = matrix_EII.shape[-1]
     if size <= SMALL_TRIANGLE:
-        identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
-        inverse: Tensor = torch.linalg.solve_triangular(upper, identity.expand_as(upper), upper=True)
-        return inverse
-    half = size // 2
-    inverse = torch.zeros_like(upper)
-    inverse[:, :half, :half] = invert_upper(upper[:, :half, :half])
-    inverse[:, half:, half:] = invert_upper(upper[:, half:, half:])
-    inverse[:, :half, half:] = -inverse[:, :half, :half] @ (upper[:, :half, half:] @ inverse[:, half:, half:])
-    return inverse
+        # Last row and column first, so that the lower factor is R read backwards.
+        lower_EII, info = torch.linalg.cholesky_ex(matrix_EII.flip(1, 2).mT)
+        identity = torch.eye(size, dtype=lower_EII.dtype, device=lower_EII.device).expand_as(lower_EII)
+        factor_EII.copy_(torch.linalg.solve_triangular(lower_EII, identity, upper=False).flip(1, 2))
+        return info != 0  # type: ignore[no-any-return]
+    first, last = slice(0, size // 2), slice(size // 2, size)
+    failed_E: Tensor = _factorise(matrix_EII[:, last, last], factor_EII[:, last, last])
+    off_EII = matrix_EII[:, first, last] @ factor_EII[:, last, last].mT  # R above the diagonal
+    matrix_EII[:, first, first].baddbmm_(off_EII, off_EII.mT, alpha=-1)
+    failed_E |= _factorise(matrix_EII[:, first, first], factor_EII[:, first, first])
+    torch.baddbmm(
+        factor_EII[:, first, last], factor_EII[:, first, first], off_EII @ factor_EII[:, last, last], beta=0, alpha=-1,
+        out=factor_EII[:, first, last],
+    )  # fmt: skip
+    return failed_E

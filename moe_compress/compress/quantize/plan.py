@@ -60,11 +60,20 @@ class ExpertShapes:
     projections: Mapping[str, tuple[int, int]]  # name -> rows, columns
     weight_bytes: int  # of one weight, and of one scale
     other_bytes: int  # what an expert has besides: biases, its rows of the router
+    bias_bytes: int = 0  # of these, those of biases
 
     @property
     def weights(self) -> int:
         """Weights of one expert."""
         return sum(rows * columns for rows, columns in self.projections.values())
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of the gate (if any), up and down projections, told apart however they are stored."""
+        height, width = self.projections["down_proj"]
+        rows = sum(rows for name, (rows, _) in self.projections.items() if name != "down_proj")
+        names = ["gate_proj", "up_proj"] if rows == 2 * width else ["up_proj"]
+        return dict.fromkeys(names, (width, height)) | {"down_proj": (height, width)}
 
 
 @dataclass(frozen=True)

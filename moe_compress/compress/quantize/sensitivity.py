@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from moe_compress.compress.quantize.config import QuantizeConfig
@@ -27,16 +27,9 @@ from moe_compress.compress.quantize.gptq import POOL_BELOW, Hessians, gptq
 from moe_compress.compress.quantize.plan import DROP, SUPER_EXPERT_BITS, WHOLE
 from moe_compress.compress.quantize.rtn import rtn
 from moe_compress.errors import UnsupportedModelError
-from moe_compress.models.experts import (
-    IMPLEMENTATION,
-    expert_output,
-    expert_weight,
-    experts_forward,
-    matrix_shape,
-    projections,
-)
-from moe_compress.models.layers import MoELayer, family_num_experts, find_moe_layers, with_expert_counts
-from moe_compress.models.skeleton import build_skeleton
+from moe_compress.models.experts import expert_inner, expert_output, expert_weight, matrix_shape, projections
+from moe_compress.models.layers import MoELayer
+from moe_compress.models.reduced import ReducedBlocks, lending
 from moe_compress.runtime.grid import Grid
 
 Array = NDArray[np.float64]
@@ -87,7 +80,8 @@ class Sensitivity:
                     input_NH, _, gate_N = inputs[expert]
                     own = {name: matrices[number] for name, matrices in rounded.items()}
                     for part in parts:
-                        output_NH = expert_output(_Rounded(experts, own, part), expert, input_NH)
+                        one = _Rounded(experts, own, part)
+                        output_NH = expert_output(one, expert, expert_inner(one, expert, input_NH))
                         change_NH = self.moe.output_scale * gate_N[:, None] * (output_NH - exact[expert])
                         self._enter(costs, f"{part}.{bits}", expert, change_NH)
             if self.routers is not None:
@@ -108,20 +102,17 @@ class Sensitivity:
     def _exact(self, inputs: dict[int, Tensor]) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         """The experts' raw outputs, and the second moments of the inputs of their matrices (none without gptq)."""
         experts: Any = self.moe.experts
-        if self.config.method != "gptq" or self.config.measured_by == "rtn":
-            return {expert: expert_output(experts, expert, input_NH) for expert, input_NH in inputs.items()}, {}
         device = next(iter(inputs.values())).device
-        widths = {name: matrix_shape(experts, getattr(experts, name))[1] for name in self._names()}
+        rounding = self.config.method != "gptq" or self.config.measured_by == "rtn"
+        names = [] if rounding else self._names()
+        widths = {name: matrix_shape(experts, getattr(experts, name))[1] for name in names}
         sums = {name: Hessians(len(inputs), width, device) for name, width in widths.items()}
-        number = {expert: position for position, expert in enumerate(inputs)}
-
-        def see(expert: int, hidden_NH: Tensor, inner_NF: Tensor) -> None:
+        exact: dict[int, Tensor] = {}
+        for number, (expert, input_NH) in enumerate(inputs.items()):
+            inner_NF = expert_inner(experts, expert, input_NH)
             for name, hessians in sums.items():
-                hessians.add(number[expert], inner_NF if name == "down_proj" else hidden_NH)
-
-        experts.recorder = see
-        exact = {expert: expert_output(experts, expert, input_NH) for expert, input_NH in inputs.items()}
-        del experts.recorder
+                hessians.add(number, inner_NF if name == "down_proj" else input_NH)
+            exact[expert] = expert_output(experts, expert, inner_NF)
         return exact, {name: hessians.finish(POOL_BELOW)[0] for name, hessians in sums.items()}
 
     def _names(self) -> list[str]:
@@ -176,46 +167,20 @@ class _Rounded:
 
 
 class ReducedRouters:
-    """The MoE blocks of the same model with one expert less, whose routers say who takes a lost expert's place."""
+    """What the routed output of MoE blocks becomes when their router loses an expert."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        model = build_skeleton(config)
-        num_experts = family_num_experts(model)
-        counts = {moe.layer: moe.num_experts - 1 for moe in find_moe_layers(model)}
-        fewer = with_expert_counts(config, num_experts, num_experts - 1, counts)
-        self._layers = {
-            moe.layer: moe for moe in find_moe_layers(build_skeleton(fewer, experts_implementation=IMPLEMENTATION))
-        }
+        self._blocks = ReducedBlocks(config)
 
     def change(self, moe: MoELayer, expert: int, block_input_NH: Tensor) -> Tensor:
         """Routed output of the block [N, H] without `expert` less that with it, for the same inputs [N, H]."""
         if not moe.block_path:
             raise UnsupportedModelError(f"allow_drop: the router of `{moe.block_name}` cannot be run by itself.")
-        reduced = self._layers[moe.layer]
-        left = torch.tensor([other for other in range(moe.num_experts) if other != expert])
-        state = moe.block.state_dict()
-        for name, (tensor, dimension) in moe.router_tensors().items():
-            rows = moe.rows(left, tensor.shape[dimension]).to(tensor.device)
-            state[name] = tensor.detach().index_select(dimension, rows)
-        experts = {name for name in state if name in moe.expert_tensors()}
-        reduced.block.load_state_dict({k: v for k, v in state.items() if k not in experts}, strict=False, assign=True)
-
-        def routed(block: nn.Module, module: nn.Module, numbers: Tensor | None) -> Tensor:
-            found: list[Tensor] = []
-
-            def forward(hidden_TH: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
-                if numbers is not None:  # a slot that does not run has the next number
-                    known = torch.cat([numbers, torch.tensor([moe.num_experts])]).to(index_TK.device)
-                    index_TK = known[index_TK.clamp(max=len(numbers))]
-                found.append(experts_forward(moe.experts, hidden_TH, index_TK, gate_TK))
-                return found[0]
-
-            original, module.forward = module.forward, forward
-            try:
-                block(block_input_NH[None])
-            finally:
-                module.forward = original
-            return found[0]
-
-        without = routed(reduced.block, reduced.experts, left)
-        return moe.output_scale * (without - routed(moe.block, moe.experts, None))
+        reduced, numbers = self._blocks.borrow(moe, expert)
+        own, found = torch.arange(moe.num_experts + 1), list[Tensor]()
+        with lending(reduced.experts, moe.experts, numbers, found):
+            reduced.block(block_input_NH[None])
+        with lending(moe.experts, moe.experts, own, found):
+            moe.block(block_input_NH[None])
+        without, whole = found
+        return moe.output_scale * (without - whole)

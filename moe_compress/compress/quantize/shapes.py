@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from moe_compress.checkpoint.index import DTYPE_BITS
 from moe_compress.compress.quantize.plan import ExpertShapes
@@ -38,15 +38,20 @@ def expert_shapes(moe: MoELayer, stored_dtypes: Mapping[str, str], default: str 
     for name, parts in projections(moe.experts).items():
         rows, columns = matrix_shape(moe.experts, tensors[fused[name]])
         shapes |= {part: (rows // len(parts), columns) for part in parts}
-    others = [(name, tensor, 0) for name, tensor in tensors.items() if name not in fused.values()]
-    others += [(name, tensor, dimension) for name, (tensor, dimension) in moe.router_tensors().items()]
+
+    def each(name: str, tensor: Tensor, dimension: int) -> int:
+        return tensor.numel() // tensor.shape[dimension] * nbytes(name)
+
+    biases = sum(each(name, tensor, 0) for name, tensor in tensors.items() if name not in fused.values())
+    router = sum(each(name, tensor, dimension) for name, (tensor, dimension) in moe.router_tensors().items())
     return ExpertShapes(
         layer=moe.layer,
         num_experts=moe.num_experts,
         top_k=moe.top_k,
         projections=shapes,
         weight_bytes=nbytes(next(iter(fused.values()))),
-        other_bytes=sum(tensor.numel() // tensor.shape[dim] * nbytes(name) for name, tensor, dim in others),
+        other_bytes=biases + router,
+        bias_bytes=biases,
     )
 
 

@@ -13,7 +13,7 @@ from moe_compress.compress.quantize.config import QuantizeConfig
 from moe_compress.compress.quantize.plan import SHAPE_BYTES, ExpertShapes, QuantizePlan
 from moe_compress.compress.quantize.shapes import LinearLayer, expert_shapes, linear_layers
 from moe_compress.compress.quantize.storage import embedding_scheme, linear_savings, noted_bytes, scale_dtype_of
-from moe_compress.models.layers import decoder_layers, find_moe_layers
+from moe_compress.models.layers import decoder_layers, find_moe_layers, owners
 from moe_compress.models.skeleton import build_skeleton
 
 
@@ -28,7 +28,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A checkpoint of `stored_bytes` before it is quantized; scales are stored in `scale_dtype`."""
+    """A checkpoint of `stored_bytes` before it is quantized; scales are stored in `scale_dtype`.
+
+    `shapes` are those of layers that store experts; what several layers use counts once.
+    """
 
     stored_bytes: int
     shapes: tuple[ExpertShapes, ...]
@@ -39,7 +42,8 @@ class Sizes:
     @classmethod
     def of_stream(cls, stream: LayerStream) -> Sizes:
         """As they are on disk."""
-        shapes = tuple(expert_shapes(moe, stream.stored_dtypes) for moe in stream.moe_layers.values())
+        stored = [moe for layer, moe in stream.moe_layers.items() if layer not in stream.owners]
+        shapes = tuple(expert_shapes(moe, stream.stored_dtypes) for moe in stored)
         linears = tuple(linear_layers(stream.layers, stream.moe_layers))
         index, heads = stream.checkpoint.index, _heads(stream.model)
         tables = tuple(
@@ -56,7 +60,8 @@ class Sizes:
         skeleton = build_skeleton(config)
         layers = find_moe_layers(skeleton)
         name = {4: "F32", 2: "BF16"}[dtype.itemsize]
-        shapes = tuple(expert_shapes(layer, {}, name) for layer in layers)
+        borrowed = owners(config)
+        shapes = tuple(expert_shapes(layer, {}, name) for layer in layers if layer.layer not in borrowed)
         linears = tuple(linear_layers(decoder_layers(skeleton)[1], {layer.layer: layer for layer in layers}))
         heads = _heads(skeleton)
         ends = [skeleton.get_input_embeddings(), *(head for head in heads if len(heads) == 1)]
@@ -75,6 +80,18 @@ class Sizes:
         linears = [linear for linear in self.linears if linear.part in config.parts]
         noted = SHAPE_BYTES * len(linears) if tier == "stock" else 0
         return linear_savings(config, linears, self.scale_dtype) - noted + self._saved_tables(config, self.tables)
+
+    def saved_by_part(self, config: QuantizeConfig, tier: str) -> dict[str, int]:
+        """The same by part of the model."""
+        noted = SHAPE_BYTES if tier == "stock" else 0
+        saved = {
+            part: linear_savings(config, linears, self.scale_dtype) - noted * len(linears)
+            for part in config.parts
+            if (linears := [linear for linear in self.linears if linear.part == part])
+        }
+        embedding, head = self.tables[0], self.tables[1:]
+        saved |= {"embeddings": self._saved_tables(config, [embedding])}
+        return saved | ({"head": self._saved_tables(config, head)} if head else {})
 
     def saved_unread(self, config: QuantizeConfig) -> int:
         """Of these bytes, those that no token reads: of embeddings that are only looked up."""
@@ -99,7 +116,7 @@ class Sizes:
 
     def active_share(self) -> float:
         """Of the routed experts, what a token uses."""
-        return sum(shape.top_k for shape in self.shapes) / sum(shape.num_experts for shape in self.shapes)
+        return min(1.0, sum(shape.top_k for shape in self.shapes) / sum(shape.num_experts for shape in self.shapes))
 
 
 def _heads(model: Any) -> list[Any]:

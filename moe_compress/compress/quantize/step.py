@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.gradients import channel_gradients
 from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.record import Record, Target
@@ -16,9 +17,11 @@ from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
+from moe_compress.compress.demand import Demand
 from moe_compress.compress.operation import Outlook, Step
 from moe_compress.compress.quantize.apply import QuantizeChange
 from moe_compress.compress.quantize.config import BITSANDBYTES, BUDGETS, QuantizeConfig
+from moe_compress.compress.quantize.demand import quantize_demands
 from moe_compress.compress.quantize.plan import (
     QuantizePlan,
     check_shapes,
@@ -26,12 +29,14 @@ from moe_compress.compress.quantize.plan import (
     plan_quantize,
     with_group_size,
 )
+from moe_compress.compress.quantize.reach import reach
 from moe_compress.compress.quantize.sensitivity import ReducedRouters, Sensitivity
+from moe_compress.compress.quantize.shared import collect_moments, has_moments, joined
 from moe_compress.compress.quantize.sizes import Sizes
 from moe_compress.compress.quantize.storage import require_quantizable, scale_dtype_of
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import UsageError
-from moe_compress.models.layers import MoELayer, routing_groups
+from moe_compress.models.layers import MoELayer, owners, require_no_banks, routing_groups
 from moe_compress.runtime.families import causal_model
 
 BUDGET_TOLERANCE = 0.02  # of the budget
@@ -51,20 +56,37 @@ class QuantizeStep(Step[QuantizeConfig]):
     def preview(self, before: Outlook, tier: str) -> tuple[dict[str, Any], Outlook]:
         if tier == "plugin":
             causal_model(before.config.to_dict())
+        if self.config.allow_drop:
+            require_no_banks(before.config, "allow_drop")
         sizes = Sizes.of_config(before.config, before.stored_bytes)
         entry: dict[str, Any] = self.config.model_dump(mode="json", exclude_unset=True)
         config = with_group_size(self.config, sizes.shapes)
         for shape in sizes.shapes:
             check_shapes(config, shape)
         if config.has_budget and before.scores is None:
-            return entry | {"summary": ["The bits of every expert are chosen when its costs are measured."]}, before
+            expected = reach(config, sizes.shapes, sizes.fixed_bytes(config, tier), tier)
+            chosen = "the bits of every expert are chosen when its costs are measured"
+            entry |= {"reachable": expected.ranges, "summary": [f"{expected.sentence(config)}; {chosen}."]}
+            stored = sizes.fixed_bytes(config, tier) + expected.expert_bytes
+            return entry, self._smaller(before, sizes, tier, stored, expected.expert_bytes)
         plan = self.plan(before.scores, sizes, before.config, tier)
-        outside = sizes.saved_outside(config, tier) - sizes.saved_unread(config)  # which every token reads
-        active = before.active_bytes - outside - sizes.active_share() * (sizes.expert_bytes - plan.expert_bytes)
-        after = before.of_size(stored_bytes=sizes.bytes_after(plan, tier), active_bytes=round(active))
+        after = self._smaller(before, sizes, tier, sizes.bytes_after(plan, tier), plan.expert_bytes)
         found = plan.to_json()
         shown = {key: found[key] for key in ("summary", "layers", "allocation")}
         return entry | shown | {"average_bits_chosen": plan.average_bits}, after
+
+    def _smaller(self, before: Outlook, sizes: Sizes, tier: str, stored_bytes: int, expert_bytes: int) -> Outlook:
+        """The checkpoint in `stored_bytes`, of which the routed experts take `expert_bytes`."""
+        config = with_group_size(self.config, sizes.shapes)
+        outside = sizes.saved_outside(config, tier) - sizes.saved_unread(config)  # which every token reads
+        active = before.active_bytes - outside - sizes.active_share() * (sizes.expert_bytes - expert_bytes)
+        saved = sizes.saved_by_part(config, tier)
+        return before.of_size(stored_bytes=stored_bytes, active_bytes=round(active), saved=saved)
+
+    def demands(self, before: Outlook, after: Outlook, calibration: CalibrationConfig) -> list[Demand]:
+        sizes = Sizes.of_config(before.config, before.stored_bytes)
+        config = with_group_size(self.config, sizes.shapes)
+        return quantize_demands(config, sizes, before.size, after.stored_bytes, calibration)
 
     def sweep(self, before: Outlook, tier: str, setting: str, values: Sequence[float]) -> list[dict[str, Any]]:
         """The best allocation for each value of the budget `setting`; `UsageError` when one cannot be met."""
@@ -120,7 +142,7 @@ class QuantizeStep(Step[QuantizeConfig]):
         return plan_quantize(
             config,
             sizes.shapes,
-            scores,
+            joined(scores, owners(model_config)) if scores is not None else None,
             fixed_bytes=sizes.fixed_bytes(config, tier),
             num_decoder_layers=model_config.get_text_config().num_hidden_layers,
             num_groups=routing_groups(model_config),
@@ -144,6 +166,7 @@ class QuantizeStep(Step[QuantizeConfig]):
             tokens=data.tokens if data is not None and self.config.method == "gptq" else None,
             batch_size=around.calibration.batch_size,
             notes=folder / "pooled.json",
+            moments=self._shared_moments(stream, folder / "moments", around, title),
         )
         if not (folder / "checkpoint" / LEDGER_FILE).exists():
             with around.progress.stage(f"{title}: apply", len(stream.layers)) as stage:
@@ -168,6 +191,16 @@ class QuantizeStep(Step[QuantizeConfig]):
             calibration=scores.fingerprint if scores else described,
             pooled=change.pooled,
         )
+
+    def _shared_moments(self, stream: LayerStream, folder: Path, around: Surroundings, title: str) -> Path | None:
+        """Where the second moments of experts that several layers use are, if gptq needs any."""
+        if not stream.owners or self.config.method != "gptq":
+            return None
+        if not has_moments(folder, stream.owners):
+            data = scoring.calibration_data(stream.checkpoint, around)
+            with around.progress.stage(f"{title}: shared experts", len(stream.layers)) as stage:
+                collect_moments(stream, data.tokens, around.calibration.batch_size, folder, stage)
+        return folder
 
     def _channel_weights(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> dict[int, Tensor]:
         """The loss gradient's second moment at every layer's output, for `cost: fisher`."""

@@ -51,6 +51,10 @@ LAST: str | None = None
 RELATION: str | None = None  # the Hub has no word for it
 
 
+def leaves_banks(step: Mapping[str, Any]) -> bool:
+    return False
+
+
 def needs_tokens(step: Mapping[str, Any]) -> bool:
     return True
 

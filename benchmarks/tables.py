@@ -1,0 +1,373 @@
+"""The tables in the documents, written from `results/`, so that no figure in them is typed by hand.
+
+    python -m benchmarks.tables
+
+A table stands in a Markdown file between `<!-- table: NAME -->` and `<!-- end of table -->`, NAME one of `TABLES`. This
+writes all of them anew; `tests/unit/test_figures.py` fails when one is not what the results say. A new benchmark needs
+a function here and these two marks where its table should be.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from moe_compress.report.tables import format_bytes, format_percent
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+MARKS = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n.*?<!-- end of table -->", re.DOTALL)
+TASKS = ("code", "documentation", "facts", "recall", "sort", "reverse", "brackets", "sums")
+TEXTS = ("code", "documentation")  # measured in bits per byte, the others by accuracy
+
+Rows = Sequence[Sequence[str]]
+
+
+def load(name: str) -> dict[str, Any]:
+    """The results of a benchmark."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def table(header: Sequence[str], rows: Rows) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def score(task: str, value: float) -> str:
+    """A task's result with the digits that mean something: four for bits per byte, three for an accuracy."""
+    return f"{value:.4f}" if task in TEXTS else f"{value:.3f}"
+
+
+def scores(tasks: Mapping[str, float], names: Sequence[str] = TASKS) -> list[str]:
+    """The results of these tasks, in order."""
+    return [score(name, tasks[name]) for name in names]
+
+
+def short(tasks: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The packaged tasks by their short names, each with its one metric."""
+    return {name.removeprefix("reference_"): next(iter(metric.values())) for name, metric in tasks.items()}
+
+
+def span(values: Sequence[float], digits: int) -> str:
+    """`1.2996 to 1.3095`."""
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def prune_reference() -> str:
+    """Every criterion on every calibration set, and random prunings."""
+    return table(["calibration", "criterion", *TASKS], _prune_rows(lambda row: True))
+
+
+def prune_criteria() -> str:
+    """The same for the packaged calibration text as it comes."""
+    rows = _prune_rows(lambda row: row["calibration"] == "mixture")
+    return table(["criterion", *TASKS], [row[1:] for row in rows])
+
+
+def prune_readme() -> str:
+    """One criterion beside the original and chance, in the words of a reader who knows neither."""
+    found = load("prune_reference")
+    names = ("code", "documentation", "facts", "reverse", "sums")
+    rows = {row["criterion"]: row for row in found["rows"] if row["calibration"] in (None, "text 80 %")}
+    random = {name: found["random"][name]["mean"] for name in names}
+    header = ["", *(f"{name} {'↓' if name in TEXTS else '↑'}" for name in names)]
+    return table(
+        header,
+        [
+            ["original", *scores(rows["original"]["tasks"], names)],
+            ["a quarter of the experts dropped by REAP", *scores(rows["reap"]["tasks"], names)],
+            ["a quarter dropped at random, mean of five", *scores(random, names)],
+        ],
+    )
+
+
+def _prune_rows(wanted: Callable[[Mapping[str, Any]], bool]) -> list[list[str]]:
+    found = load("prune_reference")
+    original = next(row for row in found["rows"] if row["criterion"] == "original")
+    draws = sum(row["criterion"] == "random" for row in found["rows"])
+    random = found["random"]
+    rows = [
+        ["", "original", *scores(original["tasks"])],
+        ["", f"random, mean of {draws}", *scores({task: random[task]["mean"] for task in TASKS})],
+        ["", "its standard deviation", *scores({task: random[task]["sd"] for task in TASKS})],
+    ]
+    chosen = [row for row in found["rows"] if row["calibration"] is not None and wanted(row)]
+    return rows + [[row["calibration"], f"`{row['criterion']}`", *scores(row["tasks"])] for row in chosen]
+
+
+def merge_reference() -> str:
+    """Every way to merge beside pruning to the same number of experts."""
+    rows = load("merge_reference")["rows"]
+    return table(
+        ["", "stored", *TASKS],
+        [[row["name"], format_bytes(row["stored_bytes"]), *scores(row["tasks"])] for row in rows],
+    )
+
+
+def skip_reference() -> str:
+    """Every untrained way to run fewer experts per token."""
+    rows = load("skip_reference")["rows"]
+    return table(
+        ["", "slots skipped", *TASKS],
+        [[row["name"], format_percent(row["skipped"]), *scores(row["tasks"])] for row in rows],
+    )
+
+
+def skip_speed() -> str:
+    """Time of the experts of one layer, ours beside those of transformers."""
+    names = ("eager", "grouped_mm", "ours", "ours, half skipped")
+    rows = load("skip_speed")["functions"]["rows"]
+    return table(
+        ["shape", "type", "tokens", *names],
+        [
+            [
+                row["shape"],
+                row["dtype"],
+                str(row["tokens"]),
+                *(f"{1e3 * row['seconds'][name]:.3f} ms" for name in names),
+            ]
+            for row in rows
+        ],
+    )
+
+
+ALLOCATIONS = {
+    "original": "original",
+    "lp output_error, projections": "program, `output_error`, by projection",
+    "lp fisher, projections, from 2 bits": "program, `fisher`, by projection, from 2 bits",
+    "lp output_error, projections, from 2 bits": "program, `output_error`, by projection, from 2 bits",
+    "lp fisher, projections": "program, `fisher`, by projection",
+    "lp fisher, from 2 bits": "program, `fisher`, by expert, from 2 bits",
+    "lp fisher": "program, `fisher`, by expert",
+    "uniform 2/3 by frequency": "2 bits, 3 for the most used experts",
+    "uniform 2/3 by layer": "2 bits, 3 for the first layers",
+    "lp output_error": "program, `output_error`, by expert",
+    "lp pmq": "program, `pmq`",
+    "lp pmq_as_released": "program, `pmq_as_released`",
+}
+ALLOCATION_TASKS = ("code", "documentation", "facts", "sums")
+
+
+def quantize_allocations() -> str:
+    """What each way to spend 2.5 bits costs."""
+    rows = load("quantize_reference")["rows"]
+    named = sorted(ALLOCATIONS, key=lambda name: (name != "original", rows[name]["mean_bits_per_byte"]))
+    best = named[1]
+    lines = []
+    for name in named:
+        mean = f"{rows[name]['mean_bits_per_byte']:.4f}"
+        found = scores(short(rows[name]["tasks"]), ALLOCATION_TASKS)
+        lines.append([ALLOCATIONS[name], f"**{mean}**" if name == best else mean, *found])
+    draws = [rows[name] for name in rows if re.fullmatch(r"random \d+", name)]
+    ranges = [span([row["mean_bits_per_byte"] for row in draws], 4)]
+    for task in ALLOCATION_TASKS:
+        ranges.append(span([short(row["tasks"])[task] for row in draws], 4 if task in TEXTS else 3))
+    return table(["allocation", "mean", *ALLOCATION_TASKS], [*lines, [f"by lot, {len(draws)} seeds", *ranges]])
+
+
+SIZES = {
+    "original": "original",
+    "4 bits": "GPTQ, 4 bits for all experts",
+    "frontier rtn 4": "rounded, 4 bits for all",
+    "frontier gptq 3": "GPTQ, 3 bits for all",
+    "frontier rtn 3": "rounded, 3 bits for all",
+    "lp output_error, projections": "GPTQ, 2.5 bits on average, chosen by the program",
+    "pruned to 75 %, then 3 bits": "a quarter pruned by REAP, then GPTQ, 3 bits",
+    "joint drop and bits": "experts to drop and bits in one program, to the same size",
+    "frontier gptq 2": "GPTQ, 2 bits for all",
+    "frontier rtn 2": "rounded, 2 bits for all",
+}
+
+
+def quantize_sizes() -> str:
+    """Size against quality, the means over two texts."""
+    return _sizes(SIZES)
+
+
+def quantize_readme() -> str:
+    """The same, four rows of it."""
+    return _sizes(
+        {name: SIZES[name] for name in ("original", "4 bits", "lp output_error, projections", "frontier gptq 2")}
+    )
+
+
+def _sizes(names: Mapping[str, str]) -> str:
+    rows = load("quantize_reference")["rows"]
+    return table(
+        ["routed experts", "stored", "of the original", "mean bits per byte"],
+        [
+            [
+                names[name],
+                format_bytes(rows[name]["stored_bytes"]),
+                f"{rows[name]['stored_bytes'] / rows['original']['stored_bytes']:.1%}".replace("%", " %"),
+                f"{rows[name]['mean_bits_per_byte']:.4f}",
+            ]
+            for name in sorted(names, key=lambda name: -rows[name]["stored_bytes"])
+        ],
+    )
+
+
+FRONTIERS = {"lp": "chosen from 1 to 4 bits", "lp-from-2": "chosen from 2 to 6 bits", "gptq": "GPTQ", "rtn": "rounded"}
+
+
+def quantize_frontier() -> str:
+    """Mean bits per byte by bits per expert weight, chosen and the same for all."""
+    rows = load("quantize_reference")["rows"]
+    budgets = sorted({name.split()[-1] for name in rows if name.startswith("frontier")}, key=float)
+    found = {
+        (kind, float(budget)): rows[f"frontier {kind} {budget}"]["mean_bits_per_byte"]
+        for kind in FRONTIERS
+        for budget in budgets
+        if f"frontier {kind} {budget}" in rows
+    }
+    return table(
+        ["bits", *FRONTIERS.values()],
+        [
+            [f"{bits:.1f}", *(f"{found[kind, bits]:.4f}" if (kind, bits) in found else "" for kind in FRONTIERS)]
+            for bits in sorted({bits for _, bits in found})
+        ],
+    )
+
+
+def distill_reference() -> str:
+    """The pruned model before and after distillation in several ways."""
+    rows = []
+    for row in load("distill_reference")["rows"]:
+        took = [f"{row['tokens']:,}", f"{row['seconds'] / 60:.1f}"] if row["settings"] else ["", ""]
+        rows.append([row["name"], *took, *scores(row["tasks"])])
+    return table(["", "tokens", "minutes", *TASKS], rows)
+
+
+def streaming() -> str:
+    """Time, memory and disk traffic beside those of `cp -r`."""
+    found = load("streaming")
+    labels = {
+        "cp": "`cp -r`",
+        "identity": "all layers through memory, unchanged",
+        "prune_75": "pruned to 75 %",
+    }
+    rows = []
+    for name, runs in found["runs"].items():
+        seconds = median(run["seconds"] for run in runs)
+        processes = [max(run["peak_rss_bytes"], run["peak_rss_bytes_children"]) for run in runs]
+        stages = ", ".join(f"{stage} {time}" for stage, time in runs[0].get("stages", {}).items())
+        traffic = [format_bytes(median(run[key] for run in runs)) for key in ("disk_read", "disk_written")]
+        rows.append([labels[name], f"{seconds:.1f} s", stages, format_bytes(max(processes)), *traffic])
+    return table(["", "time", "of which", "largest process", "read", "written"], rows)
+
+
+def kill_resume() -> str:
+    """Where runs were killed, and what the resumed ones wrote."""
+    kills = load("kill_resume")["kills"]
+    counts = Counter(kill["stage"] for kill in kills)
+    same = Counter(kill["stage"] for kill in kills if kill["identical"])
+    left = Counter(kill["stage"] for kill in kills if kill["left_behind"])
+    return table(
+        ["killed during", "runs", "resumed to the same bits", "left something behind"],
+        [[stage, str(count), str(same[stage]), str(left[stage])] for stage, count in counts.items()],
+    )
+
+
+def allocation() -> str:
+    """Seconds to model and solve each problem, and the gap that is proven."""
+    problems = load("allocation")["problems"]
+    return table(
+        ["budget", "seconds (median)", "all", "proven gap"],
+        [
+            [
+                name.replace("_", " "),
+                f"{found['median_seconds']:.1f}",
+                ", ".join(f"{seconds:.1f}" for seconds in found["seconds"]),
+                f"{found['gap']:.0e}" if found["gap"] else "0",
+            ]
+            for name, found in problems.items()
+        ],
+    )
+
+
+def lm_eval_reference() -> str:
+    """lm-eval's own tasks on the built-in model."""
+    found = load("lm_eval_reference")
+    return table(
+        ["task", "shots", "documents", "metric", "value", "standard error"],
+        [
+            [
+                task,
+                str(found["settings"]["num_fewshot"][task]),
+                str(found["settings"]["num_documents"][task]),
+                metric,
+                f"{value['value']:.3f}",
+                f"{value['stderr']:.3f}",
+            ]
+            for task, metrics in found["tasks"].items()
+            for metric, value in metrics.items()
+        ],
+    )
+
+
+def gptq_speed() -> str:
+    """Both sides of the comparison: medians, and what became of the model."""
+    found = load("gptq_speed-1-layers")
+    runs, quality, sizes = found["runs"], found["quality"], found["stored_bytes"]
+    rows = []
+    for label, key, shown in (
+        ("quantize step", "quantize_seconds", "{:.1f} s"),
+        ("the same, processor time", "quantize_processor_seconds", "{:.1f} s"),
+        ("whole command", "seconds", "{:.1f} s"),
+        ("the same, processor time", "processor_seconds", "{:.1f} s"),
+        ("peak memory", "peak_rss_bytes", "{}"),
+    ):
+        ours, theirs = (median(run[key] for run in runs[side]) for side in ("ours", "theirs"))
+        texts = [format_bytes(v) if key == "peak_rss_bytes" else shown.format(v) for v in (ours, theirs)]
+        rows.append([label, *texts, f"{theirs / ours:.2f}"])
+    rows.append(["perplexity (original {:.2f})".format(quality["original"]["perplexity"])])
+    rows[-1] += [f"{quality[side]['perplexity']:.2f}" for side in ("ours", "theirs")] + [""]
+    errors = [quality[side]["layer_output_error"] for side in ("ours", "theirs")]
+    rows.append(["error of the layers' outputs", *(", ".join(f"{e:.4f}" for e in side) for side in errors), ""])
+    rows.append(["stored", *(format_bytes(sizes[side]) for side in ("ours", "theirs")), ""])
+    return table(["", "moe-compress", "llm-compressor", "theirs / ours"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    made.__name__: made
+    for made in (
+        prune_reference, prune_criteria, prune_readme, merge_reference, skip_reference, skip_speed, distill_reference,
+        quantize_allocations, quantize_sizes, quantize_readme, quantize_frontier, streaming, kill_resume, allocation,
+        lm_eval_reference, gptq_speed,
+    )
+}  # fmt: skip
+
+
+def documents() -> list[Path]:
+    """The Markdown files that may hold tables."""
+    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+
+
+def filled(text: str) -> str:
+    """The text with every table as the results have it; KeyError: a table of that name is not known."""
+
+    def fill(found: re.Match[str]) -> str:
+        return f"<!-- table: {found['name']} -->\n{TABLES[found['name']]()}\n<!-- end of table -->"
+
+    return MARKS.sub(fill, text)
+
+
+def main() -> None:
+    """Write all tables anew."""
+    for file in documents():
+        before = file.read_text(encoding="utf-8")
+        after = filled(before)
+        if after != before:
+            file.write_text(after, encoding="utf-8")
+            print(f"{file.relative_to(ROOT)}: tables written")
+
+
+if __name__ == "__main__":
+    main()

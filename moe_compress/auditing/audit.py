@@ -1,0 +1,208 @@
+"""Does the criterion mean anything on this model? Experts are taken out for real, and criteria judged by what it costs.
+
+In every audited layer a seeded sample of experts is removed one by one, each for whole sequences of held-out text, and
+the loss is compared sequence by sequence with that of the whole model. Every criterion is then asked how it ranks these
+experts (`agreement`). The statistics are those of `moe-compress score`: tokens that chose an expert are counted where
+they chose it, and gate values are those that multiplied its output.
+
+    WORK/scores.json, scores.safetensors   the scores, with the statistic `ablation`
+    WORK/ablation/losses.json              the loss of every sequence without each expert
+    WORK/audit.json, audit.md              what was found
+
+Not covered: what removing several experts at once costs, and effects that no next-token loss shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from moe_compress.auditing.agreement import AuditedLayer, agreement
+from moe_compress.auditing.tables import audit_markdown
+from moe_compress.calibrate.ablation import Losses, with_importance
+from moe_compress.calibrate.config import CalibrationConfig
+from moe_compress.calibrate.data import Calibration
+from moe_compress.calibrate.scores import ABLATION, LayerScores, Scores
+from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
+from moe_compress.checkpoint.writer import write_json
+from moe_compress.compress import scoring
+from moe_compress.compress.prune.config import CriterionName, CustomCriterion, PruneConfig
+from moe_compress.compress.prune.plan import criterion_scores
+from moe_compress.compress.surroundings import Surroundings
+from moe_compress.errors import UsageError
+from moe_compress.manifest import describe_source, library_versions
+from moe_compress.pipeline import look, made_by, require_same_calibration, surroundings
+from moe_compress.preview import require_same_model
+from moe_compress.progress import Progress
+from moe_compress.recipe import Recipe
+from moe_compress.workspace import discarded_if_empty, explained_disk_errors, locked, open_workspace
+
+FORMAT = 1
+AUDIT_FILE, AUDIT_PAGE = "audit.json", "audit.md"
+# Beside the named criteria: the mean gate value of an expert when it is chosen.
+MEAN_GATE = CustomCriterion(b=1, alpha=1, beta=0)
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """How much is measured: `experts` of each of `layers` layers (None is all), on `sequences` held-out sequences.
+
+    They are of the calibration data, from documents that calibration does not use, or of the data set `held_out`.
+    """
+
+    experts: int | None = 8
+    layers: int | None = None
+    sequences: int = 32
+    held_out: str | None = None
+    seed: int = 0
+
+
+def audit(
+    recipe: Recipe,
+    work: Path,
+    settings: AuditSettings,
+    *,
+    scores: Path | None = None,
+    force: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure what single experts are worth and how the criteria rank them; returns what `work/audit.json` holds.
+
+    Whatever was measured before in `work` is not measured again, so an interrupted audit goes on, and more experts can
+    be asked for later. `scores` are a folder that `score` wrote for this model and calibration. Raises `UsageError` for
+    settings that leave nothing to rank, `DataError` when there is too little text.
+    """
+    _check(settings)
+    around = surroundings(recipe, device, progress)
+    config, folder = look(recipe, {"WORK": work} | ({"--scores": scores} if scores else {}))
+    known = scoring.read_calibration(folder, config, recipe.calibration)
+    around = replace(around, data=known)
+    held_out = _held_out(folder, config, recipe.calibration, settings)
+    source = open_checkpoint(recipe.model, recipe.revision)
+    described = describe_source(source)
+    given = None
+    if scores is not None:
+        given = replace(Scores.load(scores), min_tokens_per_expert=recipe.calibration.min_tokens_per_expert)
+        require_same_model(given, described["revision"], described["fingerprint"], scores)
+        require_same_calibration(given, around, scores)
+    identity = made_by(around) | {
+        "source": described,
+        "calibration": recipe.calibration.model_dump(mode="json"),
+        "held-out tokens": held_out.fingerprint,
+    }
+    with locked(work, option=""):
+        open_workspace(work, identity, resume=not force, force=force, option="")
+        with discarded_if_empty(work), explained_disk_errors(work, "run the same command again"):
+            if given is not None and not (work / "scores.json").exists():
+                given.save(work)
+            return _measure(recipe, source, work, around, settings, held_out)
+
+
+def _measure(
+    recipe: Recipe, source: Checkpoint, work: Path, around: Surroundings, settings: AuditSettings, held_out: Calibration
+) -> dict[str, Any]:
+    """Scores, losses and what they say about each other."""
+    measured = scoring.score(source, work, around, "audit")
+    chosen = sample(measured, settings)
+    losses = scoring.ablations(source, held_out.tokens, chosen, work / ABLATION, around, "audit")
+    measured = with_importance(measured, losses)
+    measured.save(work)
+    asked = [step.criterion for step in recipe.steps if isinstance(step, PruneConfig)]
+    criteria = audited_criteria(asked, settings.seed)
+    layers = [
+        audited_layer(layer, chosen[layer.layer], losses, criteria)
+        for layer in measured.layers
+        if layer.layer in chosen
+    ]
+    found = {
+        "format": FORMAT,
+        "model": recipe.model,
+        "revision": source.revision,
+        "criteria_of_the_recipe": [criterion_label(criterion) for criterion in asked],
+        "settings": {
+            "sequences": len(held_out.tokens),
+            "sequence_length": held_out.tokens.shape[1],
+            "held_out": held_out.sources,
+            "calibration_tokens": measured.layers[0].num_tokens,
+            "seed": settings.seed,
+            "replaced_in": list(losses.replaced_in),
+        },
+        "loss": float(losses.whole_N.mean()),
+        "versions": library_versions(),
+    } | agreement(layers, settings.seed)
+    write_json(work / AUDIT_FILE, found)
+    (work / AUDIT_PAGE).write_text(audit_markdown(found), encoding="utf-8")
+    return found
+
+
+def sample(scores: Scores, settings: AuditSettings) -> dict[int, list[int]]:
+    """The experts to take out, by layer: layers spread evenly over the model, experts drawn by the seed.
+
+    A larger sample of the same seed contains the smaller one. Raises `UsageError` when too few would be left to rank.
+    """
+    layers = scores.layers
+    if settings.layers is not None:
+        if settings.layers > len(layers):
+            raise UsageError(f"--layers {settings.layers}: the model has {len(layers)} layers with experts.")
+        positions = np.linspace(0, len(layers) - 1, settings.layers).round().astype(int)
+        layers = [layers[position] for position in positions]
+    chosen = {}
+    for layer in layers:
+        count = layer.num_experts if settings.experts is None else settings.experts
+        if count > layer.num_experts:
+            raise UsageError(f"--experts {count}: layer {layer.layer} has {layer.num_experts} experts.")
+        order = np.random.default_rng([settings.seed, layer.layer]).permutation(layer.num_experts)
+        chosen[layer.layer] = sorted(order[:count].tolist())
+    return chosen
+
+
+def audited_criteria(asked: Sequence[Any], seed: int) -> dict[str, PruneConfig]:
+    """Every criterion that a statistic stands for, those that a recipe asks for among them, by name."""
+    names: list[Any] = [name for name in get_args(CriterionName) if name != ABLATION]
+    names += [MEAN_GATE, *(criterion for criterion in asked if isinstance(criterion, CustomCriterion))]
+    return {
+        criterion_label(criterion): PruneConfig.model_validate(
+            {"op": "prune", "criterion": criterion, "keep": 1} | ({"seed": seed} if criterion == "random" else {})
+        )
+        for criterion in names
+    }
+
+
+def audited_layer(
+    layer: LayerScores, experts: Sequence[int], losses: Losses, criteria: dict[str, PruneConfig]
+) -> AuditedLayer:
+    """What was measured of a layer's experts, and what the criteria give them."""
+    own = list(experts)
+    changes_nN = np.stack([losses.changes((layer.layer, expert)) for expert in own])
+    scores = {name: criterion_scores(config, layer)[own] for name, config in criteria.items()}
+    return AuditedLayer(layer.layer, tuple(own), changes_nN, scores)
+
+
+def criterion_label(criterion: Any) -> str:
+    """`reap`, `{b: 1, alpha: 1, beta: 0}`."""
+    if isinstance(criterion, str):
+        return criterion
+    return f"{{b: {criterion.b:g}, alpha: {criterion.alpha}, beta: {criterion.beta}}}"
+
+
+def _check(settings: AuditSettings) -> None:
+    if settings.experts is not None and settings.experts < 3:
+        raise UsageError(f"--experts {settings.experts}: fewer than 3 experts of a layer cannot be ranked.")
+    if settings.sequences < 2:
+        raise UsageError("--sequences: an interval needs 2 sequences at least.")
+    if settings.layers is not None and settings.layers < 1:
+        raise UsageError("--layers should be 1 or more.")
+
+
+def _held_out(folder: Path, config: Any, calibration: CalibrationConfig, settings: AuditSettings) -> Calibration:
+    """The sequences that losses are measured on."""
+    if settings.held_out is None:
+        return scoring.read_held_out(folder, config, calibration, settings.sequences)
+    other = {"dataset": settings.held_out, "num_samples": settings.sequences, "seed": calibration.seed}
+    length = {"sequence_length": calibration.sequence_length}
+    return scoring.read_calibration(folder, config, CalibrationConfig.model_validate(other | length))

@@ -1,0 +1,150 @@
+"""Figures in the documents are what `benchmarks/results/` holds: tables to the letter, and sentences one by one."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+import pytest
+from transformers import Qwen3MoeConfig
+
+from benchmarks.moe_50m import SHAPE
+from benchmarks.tables import MARKS, RESULTS, TABLES, TASKS, TEXTS, documents, filled, load, short
+from moe_compress.eval.cost import cost
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks" / "README.md"
+# Numbers with a point in the text of benchmarks/README.md that are settings, not findings.
+SETTINGS = {"0.75", "1.6", "2.5", "0.25", "0.5", "2.0", "3.2"}
+
+
+@pytest.mark.parametrize("document", documents(), ids=lambda path: path.name)
+def test_tables_are_what_the_results_say(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    assert text.count("<!-- table:") == text.count("<!-- end of table -->") == len(MARKS.findall(text))
+    assert filled(text) == text, "run `python -m benchmarks.tables`"
+
+
+def test_every_table_and_every_result_has_its_place() -> None:
+    texts = "".join(document.read_text(encoding="utf-8") for document in documents())
+    assert {found["name"] for found in MARKS.finditer(texts)} == set(TABLES)
+    scripts = re.findall(r"^## `(\w+)`", BENCHMARKS.read_text(encoding="utf-8"), re.MULTILINE)
+    results = {file.stem.partition("-")[0] for file in RESULTS.glob("*.json")}
+    assert results == set(scripts), "give the results a section in benchmarks/README.md and a table in tables.py"
+
+
+def prune_claims() -> Iterator[str]:
+    found = load("prune_reference")
+    random, draws = found["random"], [row["tasks"] for row in found["rows"] if row["criterion"] == "random"]
+    rows = {(row["calibration"], row["criterion"]): row["tasks"] for row in found["rows"]}
+
+    def beaten(key: tuple[str, str]) -> list[str]:
+        signs = {task: -1 if task in TEXTS else 1 for task in TASKS}
+        return [task for task in TASKS if signs[task] * (rows[key][task] - random[task]["mean"]) > 0]
+
+    assert beaten(("mixture", "reap")) == [task for task in TASKS if task != "code"]
+    yield "REAP beats the mean of random on all tasks but code"
+    alone = beaten(("text 100 %", "reap"))
+    assert "facts" not in alone and "reverse" not in alone
+    yield "facts and reversing fall below random"
+    margin = random["code"]["mean"] - rows["text 80 %", "reap"]["code"]
+    better = [one for one in draws if one["code"] < rows["text 80 %", "reap"]["code"]]
+    assert len(beaten(("text 80 %", "reap"))) == 8 and (len(better), len(draws)) == (2, 5)
+    yield f"The margin on code is small: {margin:.3f} bits, {margin / random['code']['sd']:.1f} standard deviations of"
+    yield "two of the five random prunings do better there"
+    assert not any("code" in beaten((name, "man")) for name, criterion in rows if criterion == "man")
+    assert "code" in beaten(("mixture", "frequency")) and len(beaten(("mixture", "frequency"))) <= 3
+    yield "MAN never beats random on code, and `frequency` does so at the price of the skills"
+
+
+def quantize_claims() -> Iterator[str]:
+    rows = load("quantize_reference")["rows"]
+    mean = {name: row["mean_bits_per_byte"] for name, row in rows.items()}
+    tasks = {name: short(row["tasks"]) for name, row in rows.items()}
+    at = [name for name, row in rows.items() if row.get("average_bits") == 2.5]
+    sizes = [rows[name]["stored_bytes"] / 1e6 for name in at]
+    yield f"{min(sizes):.2f} to {max(sizes):.2f} MB stored (original {rows['original']['stored_bytes'] / 1e6:.2f} MB)"
+    others = [name for name in at if name.startswith(("uniform", "random"))]
+    programs = [name for name in at if name not in others]
+    assert min(mean[name] for name in programs) < min(mean[name] for name in others)
+    by_expert = [name for name in programs if "projections" not in name and "from 2" not in name]
+    assert [name for name in by_expert if mean[name] < min(mean[name] for name in others)] == ["lp fisher"]
+    yield "expert by expert, with 1 bit on offer, only `fisher` is"
+    steady = ("recall", "sort", "reverse", "brackets")
+    shaken = [name for name in at if min(tasks[name][task] for task in steady) < 0.99]
+    assert len(shaken) == 2 and all(name.startswith("random") for name in shaken)
+    yield "stay at 0.99 to 1.00 in all rows but two draws"
+    four, errors = tasks["4 bits"], short(rows["4 bits"]["stderr"])
+    assert all(abs(four[t] - tasks["original"][t]) <= 2 * errors[t] for t in TASKS if errors[t])
+    assert all(four[t] <= tasks["original"][t] for t in TEXTS) and four["recall"] == tasks["original"]["recall"]
+    yield "every task within two standard errors of the original"
+    joint, sequence = (tasks[name]["sums"] for name in ("joint drop and bits", "pruned to 75 %, then 3 bits"))
+    sizes = [rows[name]["stored_bytes"] for name in ("joint drop and bits", "pruned to 75 %, then 3 bits")]
+    assert sizes[0] <= sizes[1]
+    yield f"it drops {rows['joint drop and bits']['dropped_experts']} of 128 experts"
+    yield f"keeps sums at {joint:.3f} against {sequence:.3f}"
+    yield f"{mean['frontier lp 2.0'] - mean['frontier gptq 2']:.3f} above uniform GPTQ at 2.0"
+    chosen = {name: float(name.split()[-1]) for name in rows if name.startswith("frontier lp")}
+    assert all(abs(mean[name] - mean["original"]) < 0.001 for name, bits in chosen.items() if bits >= 3.2)
+    yield "within 0.001 of"
+    for bits in (2, 3, 4):
+        same = [name for name, value in chosen.items() if value == bits] + [f"frontier gptq {bits}"]
+        assert all(mean[f"frontier rtn {bits}"] > mean[name] for name in same)
+    yield "Uniform rounding is above all of them"
+
+
+def other_claims() -> Iterator[str]:
+    found = load("streaming")
+    target = found["targets"]["identity_over_cp"]
+    yield f"took {found['identity_over_cp']:.2f} times as long as `cp -r` (target: {target:.0f})"
+    yield f"its sweep over the layers {found['identity_without_start_and_verification_over_cp']:.2f} times"
+    kills = load("kill_resume")["kills"]
+    assert all(kill["identical"] for kill in kills) and len(kills) == 20
+    assert not any(kill["stage"] == "apply" for kill in kills)
+    yield "20 runs killed with `kill -9`"
+    yield "no kill fell while layers were written"
+    yield f"{cost(Qwen3MoeConfig(**SHAPE)).total_params / 1e6:.1f} million parameters"
+    trial = load("gptq_speed-1-layers")
+    assert trial["model"]["shape"]["num_hidden_layers"] == 1 and trial["threads"] == 1
+    assert all(len(runs) == 1 for runs in trial["runs"].values())
+    for key, kind in (("quantize_seconds", "quantize_ratio"), ("seconds", "command_ratio")):
+        ours, theirs = (median(run[key] for run in trial["runs"][side]) for side in ("ours", "theirs"))
+        assert round(theirs / ours, 1) == trial["ratios"][kind]
+    assert trial["ratios"]["quantize_ratio"] < trial["targets"]["quantize_ratio"]
+    assert trial["ratios"]["peak_rss_ratio"] > trial["targets"]["peak_rss_ratio"] == 1
+    yield f"misses the targets for time ({trial['targets']['quantize_ratio']} times as fast) and memory"
+
+
+def readme_claims() -> Iterator[str]:
+    found, kills = load("streaming"), load("kill_resume")["kills"]
+    run = found["runs"]["prune_75"][0]
+    peak = max(run["peak_rss_bytes"], run["peak_rss_bytes_children"])
+    assert peak <= found["peak_rss_bytes"]
+    most = math.ceil(found["peak_rss_bytes"] / 1e8) / 10
+    yield f"checkpoint of {found['checkpoint_bytes'] / 1e9:.1f} GB was pruned with no process above {most:.1f} GB"
+    assert all(kill["identical"] for kill in kills)
+    yield f"so did all of {len(kills)} that were killed"
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/faq.md"])
+def test_what_is_said_to_newcomers_is_so(document: str) -> None:
+    text = " ".join((ROOT / document).read_text(encoding="utf-8").split())
+    assert not [claim for claim in readme_claims() if claim not in text]
+
+
+@pytest.mark.parametrize("claims", [prune_claims, quantize_claims, other_claims])
+def test_what_is_said_of_the_results_is_so(claims: Callable[[], Iterator[str]]) -> None:
+    text = " ".join(BENCHMARKS.read_text(encoding="utf-8").split())
+    missing = [claim for claim in claims() if claim not in text]
+    assert not missing
+
+
+def test_no_other_figure_is_typed_by_hand() -> None:
+    text = " ".join(MARKS.sub("", BENCHMARKS.read_text(encoding="utf-8")).split())
+    for claims in (prune_claims, quantize_claims, other_claims):
+        for claim in claims():
+            text = text.replace(claim, "")
+    assert set(re.findall(r"\d+\.\d+", text)) <= SETTINGS
