@@ -103,9 +103,9 @@ def other_claims() -> Iterator[str]:
     yield f"its sweep over the layers {found['identity_without_start_and_verification_over_cp']:.2f} times"
     kills = load("kill_resume")["kills"]
     assert all(kill["identical"] for kill in kills) and len(kills) == 20
-    assert not any(kill["stage"] == "apply" for kill in kills)
+    assert all(kill["identical"] for kill in kills) and any(kill["stage"] == "apply" for kill in kills)
     yield "20 runs killed with `kill -9`"
-    yield "no kill fell while layers were written"
+    yield "every killed run ended with the same bits"
     yield f"{cost(Qwen3MoeConfig(**SHAPE)).total_params / 1e6:.1f} million parameters"
     trial = load("gptq_speed-1-layers")
     assert trial["model"]["shape"]["num_hidden_layers"] == 1 and trial["threads"] == 1
