@@ -27,6 +27,11 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return tiny_checkpoint(tmp_path_factory.mktemp("model") / request.param, request.param, num_hidden_layers=3)
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("plain") / "model")
+
+
 def test_a_resident_layer_is_as_large_as_said(model: Path) -> None:
     stream = LayerStream(open_checkpoint(str(model)))
     config = stream.checkpoint.config
@@ -79,16 +84,16 @@ def test_hours_are_bytes_and_arithmetic_at_the_measured_rates() -> None:
     assert found["seconds"] == 24 + 2 * estimate.START_SECONDS
 
 
-def test_the_machine_is_looked_at(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machine_is_looked_at(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "PROBE_SECONDS", 0.05)
     monkeypatch.setattr(estimate, "PROBE_BYTES", 1 << 20)
-    size = ModelSize.of(open_checkpoint(str(model)).config, 0)
+    size = ModelSize.of(open_checkpoint(str(plain)).config, 0)
     found = look_at_machine(tmp_path / "not" / "yet", size, 512, "cpu")
     assert found.copy_rate > 1e5 and found.flop_rate > 1e6
     assert list(tmp_path.iterdir()) == [], "nothing is left on the disk"
 
 
-def test_more_tokens_and_larger_models_take_more(model: Path) -> None:
+def test_more_tokens_and_larger_models_take_more(plain: Path) -> None:
     """No figure falls when the work grows."""
     texts = {"calibration": {"dataset": "reference", "num_samples": 4, "sequence_length": 64}}
     for step in (
@@ -97,7 +102,7 @@ def test_more_tokens_and_larger_models_take_more(model: Path) -> None:
         {"op": "quantize", "bits": 4},
         {"op": "quantize", "average_bits": 2.5, "options": [2, 3], "cost": "fisher"},
     ):
-        recipe = texts | {"model": str(model), "steps": [step], "export": {"tier": "plugin"}}
+        recipe = texts | {"model": str(plain), "steps": [step], "export": {"tier": "plugin"}}
         small = moe_compress.plan(recipe)["memory"]["stages"]
         large = moe_compress.plan(recipe, overrides=["calibration.num_samples=4000", "calibration.batch_size=8"])
         names = [stage["stage"] for stage in small]
@@ -135,8 +140,8 @@ def test_a_600b_model_from_its_config_alone(tmp_path: Path, capsys: pytest.Captu
         {"op": "quantize", "method": "rtn", "bits": 4, "group_size": 16, "embeddings": {"bits": 8}},
     ],
 )
-def test_bytes_by_part_are_those_of_the_result(step: dict[str, Any], model: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(model, write_texts(tmp_path / "texts.txt"))
+def test_bytes_by_part_are_those_of_the_result(step: dict[str, Any], plain: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(plain, write_texts(tmp_path / "texts.txt"))
     recipe |= {"steps": [step], "export": {"tier": "plugin" if "embeddings" in step else "stock"}}
     if step["op"] != "prune":
         del recipe["calibration"]
@@ -148,7 +153,7 @@ def test_bytes_by_part_are_those_of_the_result(step: dict[str, Any], model: Path
     index = TensorIndex.from_folder(tmp_path / "out")
     for part, word in (("attention", ".self_attn."), ("routed_experts", ".experts."), ("embeddings", "embed_tokens")):
         assert parts[part] == sum(info.nbytes for name, info in index.items() if word in name), part
-    before = open_checkpoint(str(model))
+    before = open_checkpoint(str(plain))
     assert planned["baseline"]["bytes_by_part"] == stored_by_part(before.config, before.index)
 
 
@@ -160,13 +165,13 @@ def test_parts_follow_the_bytes() -> None:
     assert not Outlook(None, 100, 10).of_size(stored_bytes=60).parts
 
 
-def test_a_recipe_beyond_its_tier_is_planned_with_a_warning(model: Path) -> None:
-    recipe = {"model": str(model), "calibration": {"dataset": "reference"}, "steps": [
+def test_a_recipe_beyond_its_tier_is_planned_with_a_warning(plain: Path) -> None:
+    recipe = {"model": str(plain), "calibration": {"dataset": "reference"}, "steps": [
         {"op": "prune", "criterion": "reap", "keep": 0.5, "scope": "global"}]}  # fmt: skip
     assert any("the tier `stock` cannot hold" in warning for warning in moe_compress.plan(recipe)["warnings"])
 
 
-def test_no_steps(model: Path) -> None:
-    planned = moe_compress.plan({"model": str(model), "steps": []})
+def test_no_steps(plain: Path) -> None:
+    planned = moe_compress.plan({"model": str(plain), "steps": []})
     assert [stage["stage"] for stage in planned["memory"]["stages"]] == ["identity: apply", "verify", "speed"]
     assert planned["predicted"]["bytes_by_part"] == planned["baseline"]["bytes_by_part"]
