@@ -2,7 +2,8 @@
 
     python -m benchmarks.gptq_ours RECIPE OUT
 
-The last line printed is JSON: the seconds of the step alone, as wall and as processor time.
+The last line printed is JSON: the seconds of the step alone, as wall and as processor time, and the
+process's peak resident memory by its end.
 """
 
 from __future__ import annotations
@@ -10,10 +11,18 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from moe_compress import pipeline
 from moe_compress.cli import app
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had resident."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in status if line.startswith("VmHWM"))
+    return int(line.split()[1]) << 10
 
 
 def main(recipe: str, out: str) -> None:
@@ -25,6 +34,7 @@ def main(recipe: str, out: str) -> None:
         result = step(*arguments)
         taken["quantize_seconds"] = round(time.monotonic() - started, 2)
         taken["quantize_processor_seconds"] = round(time.process_time() - used, 2)
+        taken["quantize_peak_rss_bytes"] = peak_rss_bytes()
         return result
 
     pipeline.run_step = timed

@@ -4,8 +4,9 @@
 
 Both quantize the checkpoint of `moe_50m` to W4A16 (4 bits, symmetric, groups of 128, routed experts and attention) on
 the same 32 x 512 calibration tokens, each run in a fresh process: time of the quantize step and of the whole command,
-processor time, and peak memory of the process tree. Then one process loads the original and both results with plain
-transformers, computes in float32, and gives their perplexity on held-out text and the error of their layers' outputs.
+processor time, peak memory of the process tree, and of the process by the end of the step. Then one process loads the
+original and both results with plain transformers, computes in float32, and gives their perplexity on held-out text and
+the error of their layers' outputs. `gptq_floor` says what the multiplications alone would take.
 
 DIR keeps the checkpoint and llm-compressor's virtual environment, which is made with pip: torch is pinned to a version
 that it has a build without CUDA of, and pip is asked what it would install before it does. Results go to
@@ -39,7 +40,7 @@ from transformers import AutoTokenizer
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import gptq_quality, moe_50m
+from benchmarks import gptq_floor, gptq_quality, moe_50m
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import load_calibration
 from moe_compress.manifest import hardware, library_versions
@@ -72,7 +73,7 @@ def environment(folder: Path) -> Path:
 def watched(command: list[str], threads: int) -> dict[str, Any]:
     """Run a command; wall and processor seconds, peak resident bytes of its processes together, and its output."""
     settings = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    started, used = time.monotonic(), children_seconds()
+    load, started, used = os.getloadavg()[0], time.monotonic(), children_seconds()
     process = subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     root, peak = psutil.Process(process.pid), 0
 
@@ -94,6 +95,7 @@ def watched(command: list[str], threads: int) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 1),
         "processor_seconds": round(children_seconds() - used, 1),
         "peak_rss_bytes": peak,
+        "load_before": round(load, 1),  # processes that wanted to run, mean of a minute
         "output": output,
     }
 
@@ -122,8 +124,10 @@ def compare(runs: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
         "command_processor_ratio": "processor_seconds",
     }
     ratios = {name: round(median("theirs", f) / median("ours", f), 1) for name, f in figures.items()}
-    memory = median("ours", "peak_rss_bytes") / median("theirs", "peak_rss_bytes")
-    return ratios | {"peak_rss_ratio": round(memory, 2)}
+    for figure in ("peak_rss", "quantize_peak_rss"):
+        memory = median("ours", f"{figure}_bytes") / median("theirs", f"{figure}_bytes")
+        ratios[f"{figure}_ratio"] = round(memory, 2)
+    return ratios
 
 
 def main() -> None:
@@ -162,6 +166,7 @@ def main() -> None:
                 print(side, json.dumps(runs[side][-1]), flush=True)
         torch.set_num_threads(arguments.threads)
         quality = gptq_quality.measure({"original": source} | results, moe_50m.heldout(tokenizer))
+        least = gptq_floor.floor(moe_50m.SHAPE | {"num_hidden_layers": layers}, tokens.numel(), tokens.shape[1])
         sizes = {side: sum(f.stat().st_size for f in path.glob("*.safetensors")) for side, path in results.items()}
     ratios = compare(runs)
     ratios["perplexity_ratio"] = round(quality["ours"]["perplexity"] / quality["theirs"]["perplexity"], 5)
@@ -172,6 +177,7 @@ def main() -> None:
         "runs": runs,
         "ratios": ratios,
         "targets": TARGETS,
+        "floor": least,
         "quality": quality,
         "stored_bytes": sizes,
         "hardware": hardware("cpu"),
@@ -179,7 +185,7 @@ def main() -> None:
     }
     name = "gptq_speed.json" if layers == NUM_LAYERS else f"gptq_speed-{layers}-layers.json"
     (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({"ratios": ratios, "quality": quality}, indent=1))
+    print(json.dumps({"ratios": ratios, "quality": quality, "floor": least}, indent=1))
 
 
 if __name__ == "__main__":

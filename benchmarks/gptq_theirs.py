@@ -3,7 +3,8 @@
     python gptq_theirs.py MODEL TOKENS OUT
 
 MODEL is a checkpoint, TOKENS a safetensors file with `tokens` [N, S]; the last line printed is JSON: the seconds
-of `oneshot` alone, as wall and as processor time, and what it was made with. Imports nothing of this package.
+of `oneshot` alone, as wall and as processor time, the process's peak resident memory by its end, and what it was made
+with. Imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -21,6 +23,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LIBRARIES = ("llmcompressor", "compressed-tensors", "transformers", "torch")
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had resident."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in status if line.startswith("VmHWM"))
+    return int(line.split()[1]) << 10
 
 
 def main(source: str, tokens: str, out: str) -> None:
@@ -38,9 +47,11 @@ def main(source: str, tokens: str, out: str) -> None:
         num_calibration_samples=len(ids),
     )
     seconds, processor = time.monotonic() - started, time.process_time() - used
+    memory = peak_rss_bytes()
     model.save_pretrained(out, save_compressed=True)
     tokenizer.save_pretrained(out)
     taken = {"quantize_seconds": round(seconds, 2), "quantize_processor_seconds": round(processor, 2)}
+    taken["quantize_peak_rss_bytes"] = memory
     print(json.dumps(taken | {"versions": {name: version(name) for name in LIBRARIES}}))
 
 

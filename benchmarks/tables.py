@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from moe_compress.report.audit import criterion_rows
-from moe_compress.report.tables import format_bytes
+from moe_compress.report.tables import format_bytes, format_percent
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -101,6 +101,42 @@ def _prune_rows(wanted: Callable[[Mapping[str, Any]], bool]) -> list[list[str]]:
     ]
     chosen = [row for row in found["rows"] if row["calibration"] is not None and wanted(row)]
     return rows + [[row["calibration"], f"`{row['criterion']}`", *scores(row["tasks"])] for row in chosen]
+
+
+def merge_reference() -> str:
+    """Every way to merge beside pruning to the same number of experts."""
+    rows = load("merge_reference")["rows"]
+    return table(
+        ["", "stored", *TASKS],
+        [[row["name"], format_bytes(row["stored_bytes"]), *scores(row["tasks"])] for row in rows],
+    )
+
+
+def skip_reference() -> str:
+    """Every untrained way to run fewer experts per token."""
+    rows = load("skip_reference")["rows"]
+    return table(
+        ["", "slots skipped", *TASKS],
+        [[row["name"], format_percent(row["skipped"]), *scores(row["tasks"])] for row in rows],
+    )
+
+
+def skip_speed() -> str:
+    """Time of the experts of one layer, ours beside those of transformers."""
+    names = ("eager", "grouped_mm", "ours", "ours, half skipped")
+    rows = load("skip_speed")["functions"]["rows"]
+    return table(
+        ["shape", "type", "tokens", *names],
+        [
+            [
+                row["shape"],
+                row["dtype"],
+                str(row["tokens"]),
+                *(f"{1e3 * row['seconds'][name]:.3f} ms" for name in names),
+            ]
+            for row in rows
+        ],
+    )
 
 
 ALLOCATIONS = {
@@ -199,6 +235,15 @@ def quantize_frontier() -> str:
             for bits in sorted({bits for _, bits in found})
         ],
     )
+
+
+def distill_reference() -> str:
+    """The pruned model before and after distillation in several ways."""
+    rows = []
+    for row in load("distill_reference")["rows"]:
+        took = [f"{row['tokens']:,}", f"{row['seconds'] / 60:.1f}"] if row["settings"] else ["", ""]
+        rows.append([row["name"], *took, *scores(row["tasks"])])
+    return table(["", "tokens", "minutes", *TASKS], rows)
 
 
 def streaming() -> str:
@@ -324,9 +369,9 @@ def _head_and_rows(rows: Sequence[Sequence[str]]) -> tuple[Sequence[str], Rows]:
 TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
-        prune_reference, prune_criteria, prune_readme, quantize_allocations, quantize_sizes, quantize_readme,
-        quantize_frontier, streaming, kill_resume, allocation, lm_eval_reference, gptq_speed,
-        plan_accuracy, audit_reference,
+        prune_reference, prune_criteria, prune_readme, merge_reference, skip_reference, skip_speed, distill_reference,
+        quantize_allocations, quantize_sizes, quantize_readme, quantize_frontier, streaming, kill_resume, allocation,
+        lm_eval_reference, gptq_speed, audit_reference,
     )
 }  # fmt: skip
 

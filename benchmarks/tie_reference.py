@@ -29,17 +29,17 @@ def steps() -> dict[str, Row]:
         "pairs: average, neurons aligned": naive | {"align": "weights"},
         "pairs: matched by weights": naive | {"align": "weights", "match": "weights"},
         "pairs: matched by output": naive | {"align": "weights", "match": "output"},
-        "pairs: fitted in closed form": tie | {"fit": "closed_form"},
-        "pairs: fitted by gradient": tie,
+        "pairs: fitted in closed form": tie,
+        "pairs: fitted by gradient": tie | {"fit": "gradient"},
         "pairs: rank 8, not matched, average": naive | {"residual_rank": 8},
         "pairs: rank 8": tie | {"residual_rank": 8},
+        "pairs: rank 8, fitted by gradient": tie | {"residual_rank": 8, "fit": "gradient"},
         "pairs: rank 16": tie | {"residual_rank": 16},
     }
     found |= {
         f"all layers in groups of {size}, rank {rank}": tie | ALL | {"group_size": size, "residual_rank": rank}
         for size, rank in RANKS.items()
     }
-    found["all layers in groups of 2"] = tie | ALL
     return found
 
 

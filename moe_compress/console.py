@@ -54,7 +54,7 @@ def print_inspection(facts: Mapping[str, Any]) -> None:
     print(f"{facts['model']}: {facts['architecture']} ({facts['model_type']}, {facts['dtype']})")
     print(
         f"{facts['num_layers']} layers, {len(facts['moe_layers'])} of them with {facts['num_experts']} experts, "
-        f"{facts['top_k']} per token{shared}"
+        f"{facts['experts_per_token']:.4g} per token{shared}"
     )
     columns = (facts["params"], format_count), (facts["bytes"], format_bytes), (facts["flops_per_token"], format_flops)
     rows = [["part", "parameters", "stored", "FLOPs per token"]]

@@ -60,6 +60,10 @@ class MeasurementError(CheckpointError):
     """A checkpoint is whole, but its quality or speed cannot be measured here."""
 
 
+class TrainingError(MoECompressError):
+    """A training cannot go on; the last good state is kept."""
+
+
 class DataError(MoECompressError):
     """Calibration or evaluation data cannot be had."""
 

@@ -11,24 +11,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers.conversion_mapping import get_model_conversion_mapping
+
 from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.rewrite import dense_config, open_rewritten
 from moe_compress.checkpoint.source import Checkpoint
+from moe_compress.checkpoint.stream import stored_targets
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.prune.step import PruneStep
+from moe_compress.compress.quantize.sizes import active_bytes, active_shares
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import MeasurementError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.cost import cost
 from moe_compress.manifest import describe_source, library_versions
-from moe_compress.models.layers import PACKED, SECTION, find_moe_layers
+from moe_compress.models.layers import PACKED, SECTION, decoder_layers, find_moe_layers, owners
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.progress import Stage
 from moe_compress.recipe import Recipe
 
-EXPERT_TENSOR = re.compile(r"\.experts\.\d+\.")
+# How a packed weight is called that is stored as it is.
+DENSE_NAME = re.compile(r"\.weight_(packed|scale|shape|zero_point|absmax|plain)$")
 
 
 def measure(
@@ -131,18 +136,33 @@ def is_quantized(config: Any) -> bool:
 
 
 def saved_per_token(config: Any, index: TensorIndex) -> int:
-    """Bytes that a token no longer reads because weights are packed; routed experts are taken to be used alike."""
+    """Bytes that a token no longer reads because weights are packed; a layer's experts are taken to be used alike.
+
+    What the model does not know, prediction heads for instance, is read by no token.
+    """
     skeleton: Any = build_skeleton(config, dtype=config.get_text_config().dtype)
-    layers = find_moe_layers(skeleton)
-    dense: int = sum(tensor.numel() * tensor.element_size() for tensor in skeleton.state_dict().values())
-    if skeleton.get_input_embeddings().weight is skeleton.get_output_embeddings().weight:
-        dense -= skeleton.get_output_embeddings().weight.nbytes
-    stored = sum(info.nbytes for name, info in index.items() if EXPERT_TENSOR.search(name))
-    tensors = [tensor for layer in layers for tensor in layer.expert_tensors().values()]
-    experts = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    saved_experts = experts - stored
-    share = min(1.0, sum(layer.top_k for layer in layers) / sum(layer.num_experts for layer in layers))
-    return round(dense - index.nbytes - saved_experts - _saved_lookups(skeleton, index) + share * saved_experts)
+    layers = {layer.layer: layer for layer in find_moe_layers(skeleton)}
+    borrowed = owners(config)
+    dense = {id(tensor): tensor.nbytes for tensor in skeleton.state_dict(keep_vars=True).values()}
+    saved_experts = {}
+    for number, layer in layers.items():
+        if number not in borrowed:
+            saved_experts[number] = sum(dense.pop(id(tensor)) for tensor in layer.expert_tensors().values())
+    saved: int = sum(dense.values()) - _saved_lookups(skeleton, index)
+    names = {name: DENSE_NAME.sub(".weight", name) for name in index}
+    targets = dict(stored_targets(skeleton, get_model_conversion_mapping(skeleton), set(names.values())))
+    prefix = f"{decoder_layers(skeleton)[0]}."
+    for name, dense_name in names.items():
+        # the tier `plugin` calls experts' matrices what the model calls them
+        places = [place for place in (targets[dense_name], name) if place.startswith(prefix)]
+        numbers = [int(place.removeprefix(prefix).partition(".")[0]) for place in places]
+        inside = [n for n, place in zip(numbers, places, strict=True)
+                  if n in saved_experts and place.startswith(f"{layers[n].experts_name}.")]  # fmt: skip
+        if inside:
+            saved_experts[inside[0]] -= index[name].nbytes
+        elif targets[dense_name]:
+            saved -= index[name].nbytes
+    return round(saved + active_bytes(saved_experts, active_shares(layers.values(), borrowed)))
 
 
 def _saved_lookups(skeleton: Any, index: TensorIndex) -> int:

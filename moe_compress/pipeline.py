@@ -134,6 +134,8 @@ def run(
         from moe_compress.eval.harness import check_tasks
 
         check_tasks(folder, recipe.eval)
+    for step in recipe.steps:
+        make_step(step).check_inputs(folder, config)
     if given is not None or (
         any(make_step(step).is_calibrated for step in recipe.steps)
         and not (work / FIRST_SCORES / "scores.json").exists()
@@ -385,6 +387,7 @@ def _run_steps(
     if not recipe.steps:
         return run_identity(source, work / "identity", around), []
     current, records = source, list[Record]()
+    around = replace(around, original=source)
     for number, step in enumerate(recipe.steps):
         folder = work / f"step-{number}"
         later = work / f"step-{number + 1}" / "step.json"

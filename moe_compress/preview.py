@@ -59,6 +59,7 @@ def inspect(model: str, *, revision: str | None = None, scores: Path | None = No
         "moe_layers": [layer.layer for layer in layers],
         "num_experts": layers[0].num_experts,
         "top_k": layers[0].top_k,
+        "experts_per_token": figures.experts_per_token,
         "shared_experts": figures.params.get("shared_experts", 0) > 0,
         "params": figures.params,
         "total_params": figures.total_params,
@@ -157,7 +158,9 @@ def sweep(recipe: Recipe, scores: Path, setting: str, values: Sequence[float]) -
         raise UsageError("--sweep needs a recipe whose first step is `quantize`.")
     config, index = open_config(recipe.model, recipe.revision)
     figures = cost(config, stored_bytes=index.nbytes if index is not None else None)
-    before = Outlook(config, figures.stored_bytes, figures.active_bytes_per_token, Scores.load(scores))
+    measured = Scores.load(scores)
+    require_same_model(measured, *_revision_of(recipe.model, recipe.revision, config, index), scores)
+    before = Outlook(config, figures.stored_bytes, figures.active_bytes_per_token, measured)
     return step.sweep(before, recipe.export.tier, setting, values)
 
 

@@ -15,14 +15,22 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field
 
 from moe_compress.calibrate.config import CalibrationConfig
+from moe_compress.compress.distill import config as distill
+from moe_compress.compress.distill.config import DistillConfig
 from moe_compress.compress.merge import config as merge
 from moe_compress.compress.merge.config import MergeConfig
 from moe_compress.compress.prune import config as prune
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.quantize import config as quantize
 from moe_compress.compress.quantize.config import QuantizeConfig
+from moe_compress.compress.skip import config as skip
+from moe_compress.compress.skip.config import SkipConfig
 from moe_compress.compress.tie import config as tie
 from moe_compress.compress.tie.config import TieConfig
+from moe_compress.compress.topk import config as topk
+from moe_compress.compress.topk.config import TopkConfig
+from moe_compress.compress.zero_experts import config as zero_experts
+from moe_compress.compress.zero_experts.config import ZeroExpertsConfig
 from moe_compress.errors import UsageError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.settings import Document, Location, Size, did_you_mean, plain, read_yaml
@@ -42,7 +50,8 @@ class OperationSettings(Protocol):
     RELATION: str | None  # the Hub's word for what the result is to its source, where it has one
 
     def leaves_banks(self, step: Mapping[str, Any]) -> bool:
-        """Whether routers choose among more experts than are stored afterwards; then only `quantize` may follow."""
+        """Whether routers choose among more experts than are stored afterwards; then only `distill` and
+        `quantize` may follow."""
 
     def needs_tokens(self, step: Mapping[str, Any]) -> bool:
         """Whether calibration tokens pass through the model."""
@@ -61,10 +70,14 @@ class OperationSettings(Protocol):
 
 
 OPERATIONS: dict[str, OperationSettings] = {
+    "distill": distill,
     "merge": merge,
     "prune": prune,
     "quantize": quantize,
+    "skip": skip,
     "tie": tie,
+    "topk": topk,
+    "zero_experts": zero_experts,
 }
 
 
@@ -91,9 +104,19 @@ class Recipe(BaseModel):
         default=CalibrationConfig(dataset=REFERENCE),
         description="The tokens that experts are measured on; required when there are steps.",
     )
-    steps: list[Annotated[MergeConfig | PruneConfig | QuantizeConfig | TieConfig, Discriminator("op")]] = Field(
-        default=[], description="Transformations in order; none copies the checkpoint unchanged."
-    )
+    steps: list[
+        Annotated[
+            DistillConfig
+            | MergeConfig
+            | PruneConfig
+            | QuantizeConfig
+            | SkipConfig
+            | TieConfig
+            | TopkConfig
+            | ZeroExpertsConfig,
+            Discriminator("op"),
+        ]
+    ] = Field(default=[], description="Transformations in order; none copies the checkpoint unchanged.")
     export: ExportConfig = Field(default=ExportConfig(), description="How the result is written.")
     eval: EvalConfig = Field(default=EvalConfig(), description="How the result is measured.")
 
@@ -228,6 +251,11 @@ def _idle(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
     for index, (step, operation) in enumerate(zip(_steps(values), operations, strict=True)):
         for key, why in operation.idle(step) if operation is not None else ():
             yield ("steps", index, key), why
+    if operations and operations[0] is distill and not _steps(values)[0].get("teacher_model"):
+        why = (
+            "no step before it has changed the model, so it would learn from itself; put it after one, or name another "
+        )
+        yield ("steps", 0, "op"), why + "`teacher_model`"
     if isinstance(evaluation, dict):
         others = [
             step["op"] for step, found in zip(_steps(values), operations, strict=True) if found not in (None, prune)
@@ -278,11 +306,13 @@ def _beyond_tier(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
     for index, operation in enumerate(operations[:-1]):
         if operation is not None and operation.LAST is not None:
             yield ("steps", index, "op"), f"`{steps[index]['op']}` must be the last step: {operation.LAST}"
-    for index, (step, operation) in enumerate(zip(steps[:-1], operations, strict=False)):
-        after = operations[index + 1]
-        if operation is not None and operation.leaves_banks(step) and after not in (None, quantize):
-            why = f"step {index} leaves routers that choose among more experts than are stored; put it after this one"
-            yield ("steps", index + 1, "op"), why
+    banked: int | None = None  # the step that left banks
+    for index, (step, operation) in enumerate(zip(steps, operations, strict=True)):
+        if banked is not None and operation not in (None, distill, quantize):
+            why = f"step {banked} leaves routers that choose among more experts than are stored; put it after this one"
+            yield ("steps", index, "op"), why
+        if operation is not None and operation.leaves_banks(step):
+            banked = index
     if isinstance(export, dict) and export.get("tier") == "plugin":
         return
     for index, (step, operation) in enumerate(zip(steps, operations, strict=True)):

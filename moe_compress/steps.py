@@ -16,18 +16,26 @@ from moe_compress.checkpoint.record import Record
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, Change, open_rewritten, rewrite
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.writer import write_json
+from moe_compress.compress.distill.step import DistillStep
 from moe_compress.compress.merge.step import MergeStep
 from moe_compress.compress.operation import Step
 from moe_compress.compress.prune.step import PruneStep
 from moe_compress.compress.quantize.step import QuantizeStep
+from moe_compress.compress.skip.step import SkipStep
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.compress.tie.step import TieStep
+from moe_compress.compress.topk.step import TopkStep
+from moe_compress.compress.zero_experts.step import ZeroExpertsStep
 
 OPERATIONS: dict[str, type[Step[Any]]] = {
+    "distill": DistillStep,
     "merge": MergeStep,
     "prune": PruneStep,
     "quantize": QuantizeStep,
+    "skip": SkipStep,
     "tie": TieStep,
+    "topk": TopkStep,
+    "zero_experts": ZeroExpertsStep,
 }
 
 

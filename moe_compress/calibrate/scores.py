@@ -19,13 +19,21 @@ the tokens routed to an expert; g is the value that truly multiplies the expert'
 | `cache_lookups`, `cache_hits` | [E], [E, 3] | how often caches of 1, 2, 3 times top-k looked for it, and had it |
 | `router_gram` | [E, E] | sum over all tokens of products of router logits |
 | `mean_output` | [E, H] | mean of f over a sample of all tokens, wherever they were routed; measured on demand |
+
+Tables (`table.<index>.<name>`) are of a whole layer:
+
+| table | shape | meaning |
+|---|---|---|
+| `gate_ratios` | [2, `RATIO_BINS`] | slots by the ratio r of their gate value to the token's largest, in equal bins |
+
+Its first row counts all slots but the largest, its second the second largest alone; r is 0 where a slot does not run.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +48,7 @@ from moe_compress.errors import UsageError
 FORMAT = 1
 ABLATION = "ablation"  # the statistic that `calibrate.ablation` measures, on demand
 PAIRWISE = ("coselection", "router_gram")  # statistics of pairs of experts
+RATIO_BINS = 4096
 Array = NDArray[np.float64]
 
 
@@ -54,13 +63,14 @@ class LayerScores:
     cosine: float  # mean cosine between the decoder layer's input and output
     statistics: dict[str, Array]
     stream_energy: float = 0.0  # sum over tokens of the squared norm of the hidden states that leave the decoder layer
+    tables: dict[str, Array] = field(default_factory=dict)
 
     def select(self, experts: Sequence[int]) -> LayerScores:
-        """Of these experts only, in this order."""
+        """Of these experts only, in this order; tables are of all experts and left out."""
         kept = np.asarray(experts, dtype=np.intp)
         statistics = {name: values[kept] for name, values in self.statistics.items()}
         statistics |= {name: statistics[name][:, kept] for name in PAIRWISE if name in statistics}
-        return replace(self, num_experts=len(kept), statistics=statistics)
+        return replace(self, num_experts=len(kept), statistics=statistics, tables={})
 
 
 @dataclass
@@ -99,11 +109,16 @@ class Scores:
             for scores in self.layers
             for name, values in scores.statistics.items()
         }
+        arrays |= {
+            f"table.{scores.layer}.{name}": np.ascontiguousarray(values)
+            for scores in self.layers
+            for name, values in scores.tables.items()
+        }
         temporary = folder / "scores.part"  # `scores.json` is there only when both files are whole
         save_file(arrays, temporary)
         replace_durably(temporary, folder / "scores.safetensors")
         layers = [
-            {key: value for key, value in asdict(scores).items() if key != "statistics"}
+            {key: value for key, value in asdict(scores).items() if key not in ("statistics", "tables")}
             | {"tokens_per_expert": scores.statistics["tokens"].astype(int).tolist()}
             for scores in self.layers
         ]
@@ -133,8 +148,10 @@ class Scores:
             raise UsageError(f"{folder} holds scores of format {content['format']}, this version reads {FORMAT}.")
         layers = []
         for entry in content["layers"]:
-            prefix = f"layer.{entry['layer']}."
-            statistics = {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
             entry.pop("tokens_per_expert")
-            layers.append(LayerScores(**entry, statistics=statistics))
+            statistics, tables = (
+                {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
+                for prefix in (f"layer.{entry['layer']}.", f"table.{entry['layer']}.")
+            )
+            layers.append(LayerScores(**entry, statistics=statistics, tables=tables))
         return cls(layers, content["fingerprint"], content["min_tokens_per_expert"])

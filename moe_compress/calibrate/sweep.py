@@ -26,7 +26,7 @@ from torch import Tensor
 
 from moe_compress.calibrate.locality import Locality
 from moe_compress.calibrate.logits import RouterGram
-from moe_compress.calibrate.scores import LayerScores, Scores
+from moe_compress.calibrate.scores import RATIO_BINS, LayerScores, Scores
 from moe_compress.checkpoint.durable import replace_durably
 from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, save_hidden
 from moe_compress.checkpoint.stream import LayerStream
@@ -36,12 +36,17 @@ from moe_compress.models.layers import MoELayer
 from moe_compress.models.lockstep import Lockstep
 from moe_compress.progress import Stage
 
+TABLE = "table."  # before the name of a table, in the file of a layer
+
 
 class Measurement(Protocol):
     """What a transformation wants measured on every MoE layer besides the statistics."""
 
     def add(self, expert: int, input_NH: Tensor, block_input_NH: Tensor, gate_N: Tensor) -> None:
-        """See what came to an expert: its own inputs, the block's for the same tokens, and the gate values."""
+        """See what came to an expert: its own inputs, the block's for the same tokens, and the gate values.
+
+        Where the decoder layer itself owns the experts, their own inputs stand for the block's.
+        """
 
     def measure(self) -> dict[str, NDArray[np.float64]]:
         """When all tokens have passed and the layer is still resident: more statistics, each [E]."""
@@ -63,6 +68,7 @@ class LayerStatistics:
         self.sums["coselection"] = zeros(experts, experts)
         self.locality = Locality(experts, moe.top_k)
         self._router = RouterGram(moe)
+        self.gate_ratios = zeros(2, RATIO_BINS)
         self.num_tokens = 0
         self.cosine_sum, self.stream_energy = zeros(1), zeros(1)
         self._entering_TH: Tensor | None = None
@@ -72,10 +78,10 @@ class LayerStatistics:
         self._block_TH: Tensor | None = None
         self._saliency: list[tuple[int, Tensor, Tensor]] = []
         moe.experts.observer = self  # type: ignore[assignment]
-        self._hooks = [moe.experts.register_forward_pre_hook(self._experts_input)]
-        if moe.block_path:  # else the block is the decoder layer, which ends after `layer` is called
+        self._hooks = [moe.experts.register_forward_pre_hook(self._experts_input, with_kwargs=True)]
+        if moe.block_path:  # else the block is the decoder layer, which all batches have entered, and `layer` ends
             self._hooks.append(moe.block.register_forward_hook(self._block_output))
-        self._hooks.append(moe.block.register_forward_pre_hook(self._block_input, with_kwargs=True))
+            self._hooks.append(moe.block.register_forward_pre_hook(self._block_input, with_kwargs=True))
 
     def expert(self, expert: int, token_N: Tensor, gate_N: Tensor, output_NH: Tensor) -> None:
         gate, norm = self.moe.output_scale * gate_N.double(), output_NH.norm(dim=-1).double()
@@ -94,8 +100,9 @@ class LayerStatistics:
         self.sums["max_abs"][expert] = torch.maximum(self.sums["max_abs"][expert], output_NH.abs().max().double())
         self._saliency.append((expert, token_N, product))
         if self.measurement is not None:
-            assert self._input_TH is not None and self._entering_TH is not None
-            self.measurement.add(expert, self._input_TH[token_N], self._entering_TH[token_N], gate_N)
+            assert self._input_TH is not None
+            entering_TH = self._input_TH if self._entering_TH is None else self._entering_TH
+            self.measurement.add(expert, self._input_TH[token_N], entering_TH[token_N], gate_N)
 
     def block(self, index_TK: Tensor, routed_output_TH: Tensor) -> None:
         chosen_TE = torch.zeros(len(index_TK), self.moe.num_experts + 1, dtype=torch.float64, device=index_TK.device)
@@ -141,14 +148,22 @@ class LayerStatistics:
         if self.measurement is not None:
             statistics |= self.measurement.measure()
         energy = float(self.stream_energy)
-        return LayerScores(layer, self.moe.num_experts, self.moe.top_k, self.num_tokens, cosine, statistics, energy)
+        tables = {"gate_ratios": self.gate_ratios.cpu().numpy()}
+        return LayerScores(
+            layer, self.moe.num_experts, self.moe.top_k, self.num_tokens, cosine, statistics, energy, tables
+        )
 
     def _block_input(self, module: Any, inputs: Any, keywords: Any) -> None:
         entering = inputs[0] if inputs else keywords["hidden_states"]
         self._entering_TH = entering.flatten(0, -2)
 
-    def _experts_input(self, module: Any, inputs: Any) -> None:
-        self._input_TH = inputs[0]
+    def _experts_input(self, module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self._input_TH, index_TK, gate_TK = (*inputs, *keywords.values())
+        gate_TK = gate_TK.masked_fill(index_TK >= self.moe.num_experts, 0).float().sort(dim=1, descending=True).values
+        ratio_TK = (gate_TK / gate_TK[:, :1]).nan_to_num(0.0)[:, 1:]
+        bin_TK = (ratio_TK * RATIO_BINS).long().clamp(0, RATIO_BINS - 1)
+        for counts, bins in zip(self.gate_ratios, (bin_TK, bin_TK[:, :1]), strict=True):
+            counts += torch.bincount(bins.flatten(), minlength=RATIO_BINS)
 
     def _block_output(self, module: Any, inputs: Any, output: Any) -> None:
         tensor = output if isinstance(output, Tensor) else output[0]
@@ -224,11 +239,15 @@ def _save_layer(folder: Path, scores: LayerScores) -> None:
     meta = {"num_experts": scores.num_experts, "top_k": scores.top_k, "num_tokens": scores.num_tokens}
     described = json.dumps(meta | {"cosine": scores.cosine, "stream_energy": scores.stream_energy})
     temporary = folder / "scores.part"
-    save_file({k: torch.from_numpy(v) for k, v in scores.statistics.items()}, temporary, {"layer": described})
+    arrays = scores.statistics | {f"{TABLE}{name}": values for name, values in scores.tables.items()}
+    save_file({name: torch.from_numpy(values) for name, values in arrays.items()}, temporary, {"layer": described})
     replace_durably(temporary, folder / f"layer-{scores.layer:05d}.safetensors")
 
 
 def _load_layer(folder: Path, layer: int) -> LayerScores:
     with safe_open(folder / f"layer-{layer:05d}.safetensors", "np") as file:
         meta = json.loads(file.metadata()["layer"])
-        return LayerScores(layer=layer, statistics={name: file.get_tensor(name) for name in list(file.keys())}, **meta)
+        arrays = {name: file.get_tensor(name) for name in list(file.keys())}
+    tables = {name.removeprefix(TABLE): values for name, values in arrays.items() if name.startswith(TABLE)}
+    statistics = {name: values for name, values in arrays.items() if not name.startswith(TABLE)}
+    return LayerScores(layer=layer, statistics=statistics, tables=tables, **meta)

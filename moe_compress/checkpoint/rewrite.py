@@ -25,11 +25,12 @@ from moe_compress.checkpoint.hidden import forget_hidden, load_hidden, write_hid
 from moe_compress.checkpoint.index import TensorIndex, TensorInfo, read_header
 from moe_compress.checkpoint.memory import give_back
 from moe_compress.checkpoint.source import WEIGHT_SUFFIXES, Checkpoint
-from moe_compress.checkpoint.stream import LayerStream, read_tensor
+from moe_compress.checkpoint.stream import TORCH_DTYPES, LayerStream, read_tensor
 from moe_compress.checkpoint.writer import (
     SAFETENSORS_DTYPES,
     Shard,
     ShardWriter,
+    forget_parts,
     tensor_sha256,
     write_json,
 )
@@ -77,12 +78,19 @@ class Change:
     tokens: Tensor | None = None
     batch_size = 1
 
+    def prepare(self, stream: LayerStream) -> None:
+        """See the empty model of the source, before anything else is asked for."""
+
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The new content of `config.json`."""
         return config
 
     def layer(self, moe: MoELayer, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The new tensors of an MoE layer, both sides by name inside the decoder layer, in the model's layout."""
+        return state
+
+    def plain_layer(self, index: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same of a layer without experts."""
         return state
 
     def store(self, target: LayerStream, index: int, run: Lockstep) -> dict[str, Tensor]:
@@ -93,6 +101,10 @@ class Change:
         ones stand for.
         """
         return target.stored_layer(index)
+
+    def outside(self) -> Mapping[str, Tensor]:
+        """New values of the model's tensors outside the layers, by name in the model; all others there are copied."""
+        return {}
 
     def tables(self, stream: LayerStream) -> dict[str, TableFormat]:
         """The stored embeddings and heads that are packed, and how; all else outside the layers is copied."""
@@ -147,21 +159,24 @@ def rewrite(
     writer.drop_damaged()
     copy_companions(source.folder, folder)
     old_config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    stream = LayerStream(source, device)
+    change.prepare(stream)
     write_config(source.folder, folder, change.config(json.loads(json.dumps(old_config))), old_config)
 
-    stream = LayerStream(source, device)
     config = dense_config(read_config(source, folder))
     target = LayerStream(replace(source, config=config), device)
     expected = expected_tensors(stream, target, change)
-    tables = change.tables(stream)
+    tables, new = change.tables(stream), _replaced(stream, change)
 
     if not writer.has("rest"):
-        writer.write("rest", _rest(stream, change, tables))
+        writer.write("rest", _rest(stream, change, tables, new))
     done, hidden = load_hidden(folder)
     if not all(writer.has(_part(index)) for index in range(done)):
         done, hidden = 0, []
+        forget_hidden(folder)
     target.load_trunk()
     _use_stored(target, tables, folder)
+    _use_replaced(target, new)
     probe = probe_tokens(config)
     last = len(target.layers) - 1
     # Nothing looks at what the calibration tokens leave the last layer with.
@@ -178,20 +193,27 @@ def rewrite(
         unchanged = _write_layers(stream, target, change, run, writer, stage, done)
         target.load_head()
         _use_stored(target, tables, folder)
+        _use_replaced(target, new)
         logits = run.finish()[0]
     finally:
         run.close()
     positions = np.linspace(0, probe.shape[1] - 1, PROBE_POSITIONS).round().astype(int)
     np.savez(folder / PROBE_FILE, tokens=probe.numpy(), positions=positions, logits=logits[0, positions].cpu().numpy())
-    copied = {name: tensor_sha256(source.index[name]) for name in stream.untouched if name not in tables}
+    copied = {name: tensor_sha256(source.index[name]) for name in stream.untouched if name not in {*tables, *new}}
     transformed = sorted(set(source.index) - set(copied))
     shards = writer.finish(["rest", *(_part(index) for index in range(len(stream.layers)))])
-    forget_hidden(folder)
     ledger = Ledger(source.index.nbytes, copied, transformed, unchanged, expected, shards)
     for entry in folder.rglob("*"):
         sync(entry)
     write_json(folder / LEDGER_FILE, ledger.to_json())
+    forget_progress(folder)
     return ledger
+
+
+def forget_progress(folder: Path) -> None:
+    """Remove what an interrupted `rewrite` would need to go on; only after its ledger is written."""
+    forget_parts(folder)
+    forget_hidden(folder)
 
 
 def _write_layers(
@@ -223,8 +245,8 @@ def _write_layers(
             stage.advance("done before")
         for index in range(done, len(stream.layers)):
             state = take_layer(stream, index)
-            if index in stream.moe_layers:
-                state = change.layer(stream.moe_layers[index], state)
+            moe = stream.moe_layers.get(index)
+            state = change.plain_layer(index, state) if moe is None else change.layer(moe, state)
             target.layers[index].load_state_dict(state, assign=True)
             del state
             stored = change.store(target, index, run)
@@ -267,14 +289,36 @@ def expected_tensors(stream: LayerStream, target: LayerStream, change: Change) -
     return expected
 
 
-def _rest(stream: LayerStream, change: Change, tables: Mapping[str, TableFormat]) -> dict[str, Tensor | TensorInfo]:
-    """What is written besides the layers: copies, and packed tables."""
+def _rest(
+    stream: LayerStream, change: Change, tables: Mapping[str, TableFormat], new: Mapping[str, Tensor]
+) -> dict[str, Tensor | TensorInfo]:
+    """What is written besides the layers: copies, packed tables, and new values."""
     index = stream.checkpoint.index
     rest: dict[str, Tensor | TensorInfo] = {name: index[name] for name in stream.untouched if name not in tables}
+    rest |= new
     for name, stored in tables.items():
         packed = change.pack_table(name, read_tensor(index[name]), stored)
         rest |= {stored.name(key): tensor for key, tensor in packed.items()}
     return rest
+
+
+def _replaced(stream: LayerStream, change: Change) -> dict[str, Tensor]:
+    """The stored tensors outside the layers that get new values, by their names and in their types on disk."""
+    values, index = change.outside(), stream.checkpoint.index
+    found = {}
+    for name, target in stream.outside_targets.items():
+        if target in values:
+            assert index[name].shape == tuple(values[target].shape), name
+            found[name] = values[target].detach().to("cpu", TORCH_DTYPES[index[name].dtype])
+    return found
+
+
+def _use_replaced(target: LayerStream, new: Mapping[str, Tensor]) -> None:
+    """Give resident tensors outside the layers the new values that are stored."""
+    for name, value in new.items():
+        tensor = target.model.get_parameter(target.outside_targets[name])
+        if not tensor.is_meta:
+            tensor.data.copy_(value)
 
 
 def _use_stored(target: LayerStream, tables: Mapping[str, TableFormat], folder: Path) -> None:
@@ -364,6 +408,7 @@ def dense_config(config: PretrainedConfig) -> PretrainedConfig:
 
 def open_rewritten(folder: Path, source: Checkpoint) -> Checkpoint:
     """The new checkpoint, as the source of the next step; its revision is what was written, not when."""
+    forget_progress(folder)  # left where a kill fell right after the ledger
     return replace(
         source,
         folder=folder,

@@ -102,6 +102,7 @@ class LayerStream:
         self.trunk_names: list[str] = []
         self.end_names: dict[nn.Module, list[str]] = {module: [] for module in ends.values()}
         self.untouched: list[str] = []
+        self.outside_targets: dict[str, str] = {}  # of these, the ones the model knows, with their name in it
         sources: dict[str, set[str]] = defaultdict(set)
         for name, target in stored_targets(self.model, self._mapping, self.checkpoint.index):
             if target.startswith(prefix):
@@ -109,6 +110,8 @@ class LayerStream:
                 sources[target].add(self.checkpoint.index[name].dtype)
                 continue
             self.untouched.append(name)
+            if target:
+                self.outside_targets[name] = target
             end = next((module for path, module in ends.items() if target.startswith(f"{path}.")), None)
             if end is not None:
                 self.end_names[end].append(name)

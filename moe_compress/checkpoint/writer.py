@@ -114,7 +114,10 @@ class ShardWriter:
         return commit
 
     def finish(self, order: list[str]) -> list[Shard]:
-        """Give the shards of all parts, in this order, their final names and write the index."""
+        """Give the shards of all parts, in this order, their final names and write the index.
+
+        Until `forget_parts` it can be taken back, which the next writer in this folder does.
+        """
         shards = [shard for part in order for shard in self.parts[part]]
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
         write_json(self.folder / RENAMES_FILE, {shard.file: name for shard, name in zip(shards, names, strict=True)})
@@ -128,8 +131,6 @@ class ShardWriter:
         sync(self.folder)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.folder / "model.safetensors.index.json", index)
-        (self.folder / PARTS_FILE).unlink()
-        (self.folder / RENAMES_FILE).unlink()
         return [Shard(name, shard.sha256, shard.nbytes) for shard, name in zip(shards, names, strict=True)]
 
     def _undo_renames(self) -> None:
@@ -141,6 +142,12 @@ class ShardWriter:
                     if (self.folder / after).exists():
                         (self.folder / after).rename(self.folder / before)
             renames.unlink()
+
+
+def forget_parts(folder: Path) -> None:
+    """Remove what a writer needs to go on; what it finished stays as it is."""
+    for name in (PARTS_FILE, RENAMES_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def tensor_sha256(info: TensorInfo) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from moe_compress.compress.allocate_blame import explain
 from moe_compress.compress.allocate_model import Model, allowed_options, common_options, groups, scheme_of
 from moe_compress.compress.allocate_problem import DROP, Allocation, Budget, Item, Option, Rules, ceiling, check, total
-from moe_compress.compress.allocate_program import minimise
+from moe_compress.compress.allocate_program import OutOfTimeError, minimise
 from moe_compress.errors import UsageError
 
 NO_RULES = Rules()
@@ -143,7 +143,12 @@ def _start(items: Sequence[Item], budget: Budget, rules: Rules, order: Sequence[
         model = Model(items, tried)
         values = model.values(metric)
         program, _, _ = model.program(values * (1 - FAVOUR + FAVOUR * rank[model.item_of]), budget.limits())
-        solution = minimise(program, START_GAP, SECONDS_TO_START)
+        try:
+            solution = minimise(program, START_GAP, SECONDS_TO_START)
+        except OutOfTimeError:
+            raise UsageError(
+                f"no allocation to begin with was found in {SECONDS_TO_START} s; loosen the budget."
+            ) from None
         if solution is not None:
             return model.chosen(solution.values)
     raise UsageError(explain(items, budget, rules))

@@ -93,6 +93,12 @@ class Step(ABC, Generic[Settings]):
         each expert. Raises `UsageError` or `UnsupportedModelError` when the step cannot be.
         """
 
+    def check_inputs(self, folder: Path, config: Any) -> None:
+        """Raise what can be known to be wrong with what the step reads, before any step has begun.
+
+        `folder` holds the original's tokenizer, `config` is its configuration.
+        """
+
     def demands(self, before: Outlook, after: Outlook, calibration: CalibrationConfig) -> list[Demand]:
         """What the stages of the step take, estimated from the configurations alone.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import Calibration
+from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.errors import UsageError
 from moe_compress.progress import Progress
 
@@ -31,3 +32,4 @@ class Surroundings:
     progress: Progress
     tier: str = "stock"
     data: Calibration | None = None  # when it was read before
+    original: Checkpoint | None = None  # that the recipe began with

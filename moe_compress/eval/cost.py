@@ -5,7 +5,8 @@ C keys in the context, H query heads, dq and dv the head dimensions of queries a
 
 * A weight of n elements that multiplies every token: 2n. Such are projections, the router, dense and shared MLPs,
   depthwise convolutions, and the output head (for every token, tied or not). Looking up an embedding is free.
-* Routed experts: 2k times the elements of one expert's matrices, per MoE layer.
+* Routed experts: 2k times the elements of one expert's matrices, per MoE layer. Where tokens may skip experts, k is the
+  mean that was measured on calibration text.
 * Attention scores, queries times keys and probabilities times values: 2 C H (dq + dv) per token. In prefill C is the
   prompt length for every token, the full square that kernels without causal skipping compute; in decode a sliding
   window bounds C.
@@ -139,7 +140,7 @@ def model_cost(
     text: Any = model.config.get_text_config()
     context = context or min(MAX_CONTEXT, getattr(text, "max_position_embeddings", None) or MAX_CONTEXT)
     layers = find_moe_layers(model)
-    top_k = [float(layer.top_k) if experts_per_token is None else experts_per_token for layer in layers]
+    top_k = [layer.experts_per_token if experts_per_token is None else experts_per_token for layer in layers]
     structure = _Structure(model, layers)
     params, weights = _count(model, structure)
     routed, idle, idle_bytes = _routed(layers, top_k)
@@ -170,6 +171,10 @@ def model_cost(
         notes.add("vision or audio towers are stored, but no work is counted for them")
     if any(getattr(layer.experts, "constants", None) is not None for layer in layers):
         notes.add("every routed expert is counted as if it ran, those that are constants too")
+    if any(layer.routing.is_uncertain for layer in layers) and experts_per_token is None:
+        notes.add("how many experts a token skips was not measured; all rows of a router are taken to be chosen alike")
+    if any(layer.routing.experts_per_token is not None for layer in layers) and experts_per_token is None:
+        notes.add("how many routed experts a token uses was counted on calibration text")
     if getattr(model.config, "quantization_config", None) is not None:
         notes.add(f"active bytes are derived for unquantized {str(embedding.dtype).removeprefix('torch.')} weights")
     return Cost(

@@ -11,3 +11,9 @@ TOP_K_KEYS = (
 )  # fmt: skip
 # Sections of a configuration that describe towers text does not pass; their experts, if any, are their own.
 OTHER_TOWERS = ("vision_config", "audio_config")
+# Families whose routers never divide gate values by the sum of those picked, though some have a setting for it.
+UNDIVIDED_GATES = ("deepseek_v2", "jamba", "phimoe", "zaya")
+# Families whose routers always divide them, whatever their setting for it says.
+DIVIDED_GATES = ("deepseek_v4",)
+# Families whose routers' code allows one top-k only.
+FIXED_TOP_K = ("phimoe", "zaya")

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_compress.errors import UnsupportedModelError
-from moe_compress.models.families import EXPERT_COUNT_KEYS, TOP_K_KEYS
+from moe_compress.models.families import DIVIDED_GATES, EXPERT_COUNT_KEYS, FIXED_TOP_K, TOP_K_KEYS, UNDIVIDED_GATES
+from moe_compress.models.routing import FAMILY_ROUTING, Routing, layer_routings, router_rows
+from moe_compress.models.routing import SECTION as SECTION
 from moe_compress.models.skeleton import SUPPORTED, build_skeleton
 
-SECTION = "moe_compress"  # in the config.json of a compressed family: how the layers depart from it
-PACKED = "packed"  # in that section: which weights are packed, and how
+PACKED = "packed"  # in the section: which weights are packed, and how
 BANK = "bank"  # in that section, of a layer: how its router's experts are stored when they are not one each
 
 
@@ -43,8 +44,10 @@ class MoELayer:
     block: nn.Module
     experts: nn.Module
     num_experts: int
-    top_k: int
+    top_k: int  # that the router picks
     counted: Mapping[str, int]
+    routing: Routing = FAMILY_ROUTING
+    num_groups: int = 1
 
     @property
     def width(self) -> int:
@@ -61,6 +64,11 @@ class MoELayer:
     def experts_path(self) -> str:
         """The experts module inside its decoder layer."""
         return f"{self.block_path}.{self.experts_name.removeprefix(self.block_name).lstrip('.')}".lstrip(".")
+
+    @property
+    def experts_per_token(self) -> float:
+        """Routed experts that a token uses on average: measured where the configuration has it, else derived."""
+        return self.routing.expected(self.num_experts, self.top_k)
 
     def expert_tensors(self) -> dict[str, Tensor]:
         """The experts' tensors by name relative to the block, each [E, ...]."""
@@ -82,16 +90,36 @@ class MoELayer:
 
     def select_stored(self, state: Mapping[str, Tensor], experts: Tensor) -> dict[str, Tensor]:
         """The decoder layer's tensors with only these experts, but all that the router has."""
+        return self._selected(state, experts, {name: self.counted[name] for name in self._own_names()})
+
+    def _own_names(self) -> list[str]:
+        """The counted tensors that belong to the experts, by name inside the decoder layer."""
         own = {f"{self.block_path}.{name}".lstrip(".") for name in self.expert_tensors()}
-        return self._selected(state, experts, {name: dim for name, dim in self.counted.items() if name in own})
+        return [name for name in self.counted if name in own]
 
     def _selected(self, state: Mapping[str, Tensor], experts: Tensor, counted: Mapping[str, int]) -> dict[str, Tensor]:
-        selected = {}
+        own, selected = self._own_names(), {}
         for name, dimension in counted.items():
-            beyond = torch.arange(self.num_experts, state[name].shape[dimension])
-            entries = torch.cat([experts, beyond]).to(state[name].device)
-            selected[name] = state[name].index_select(dimension, entries)
+            entries = experts if name in own else self.rows(experts, state[name].shape[dimension])
+            selected[name] = state[name].index_select(dimension, entries.to(state[name].device))
         return {**state, **selected}
+
+    def rows(self, experts: Tensor, length: int) -> Tensor:
+        """The entries (int64) that a router tensor with `length` of them has with only these experts.
+
+        Zero experts stay, behind the experts of their group; so does what follows them all.
+        """
+        if not self.routing.zero_experts:
+            return torch.cat([experts, torch.arange(self.num_experts, length)])
+        own, zeros = router_rows(self.num_experts, self.routing.zero_experts, self.num_groups)
+        groups = torch.cat(
+            [
+                torch.tensor(own)[experts].view(self.num_groups, -1),
+                torch.tensor(zeros, dtype=torch.int64).view(self.num_groups, -1),
+            ],
+            dim=1,
+        )
+        return torch.cat([groups.flatten(), torch.arange(len(own) + len(zeros), length)])
 
     def _tensors(self) -> dict[str, tuple[Tensor, int]]:
         tensors = self.block.state_dict(keep_vars=True)
@@ -105,6 +133,11 @@ class MoELayer:
 def is_experts_module(module: nn.Module) -> bool:
     """Whether this is a fused experts module."""
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "down_proj")
+
+
+def experts_of(module: nn.Module) -> tuple[str, Any]:
+    """Path and module of the experts in a decoder layer or MoE block."""
+    return next((name, found) for name, found in module.named_modules() if is_experts_module(found))
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -135,6 +168,7 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     config: Any = model.config
     paths = _experts_paths(model, layers)
     counted = counted_tensors(model)
+    routings = layer_routings(config)
     found = []
     for index, path in paths.items():
         prefix = f"{layers_name}.{index}."
@@ -142,6 +176,7 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
         block_name = f"{prefix}{block_path}".rstrip(".")
         inside = [name for name in counted if name.startswith(f"{block_name}.")]
         experts: Any = layers[index].get_submodule(path)
+        routing = routings.get(index, FAMILY_ROUTING)
         layer = MoELayer(
             layer=index,
             block_name=block_name,
@@ -150,8 +185,10 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
             block=layers[index].get_submodule(block_path),
             experts=experts,
             num_experts=len(experts.down_proj),
-            top_k=top_k(config.get_text_config(), index),
+            top_k=routing.normalise_over or top_k(config.get_text_config(), index),
             counted={name.removeprefix(prefix): counted.pop(name) for name in inside},
+            routing=routing,
+            num_groups=routing_groups(config),
         )
         _require_scoring_router(layer)
         found.append(layer)
@@ -231,9 +268,13 @@ def with_expert_counts(config: Any, before: int, num_experts: int, counts: Mappi
     changed = type(config).from_dict(config.to_dict())
     section = getattr(changed, SECTION, None)
     set_num_experts(changed, before, num_experts)
+
+    def own_count(layer: int, entry: Mapping[str, Any]) -> bool:
+        return layer in counts and ("num_experts" in entry or (BANK not in entry and counts[layer] != num_experts))
+
     if section:
         layers = {
-            layer: found | ({"num_experts": counts[int(layer)]} if "num_experts" in found else {})
+            layer: found | ({"num_experts": counts[int(layer)]} if own_count(int(layer), found) else {})
             for layer, found in section["layers"].items()
         }
         setattr(changed, SECTION, section | {"num_experts": num_experts, "layers": layers})
@@ -250,7 +291,7 @@ def family_num_experts(model: PreTrainedModel) -> int:
 
 
 def top_k(config: Any, layer: int) -> int:
-    """Routed experts per token in a decoder layer."""
+    """Experts that the router of a decoder layer picks for a token, by the family's own setting."""
     for key in TOP_K_KEYS:
         value = getattr(config, key, None)
         if isinstance(value, list):
@@ -268,6 +309,21 @@ def set_num_experts(config: Any, before: int, after: int) -> None:
         raise UnsupportedModelError(f"The configuration of {text.model_type} does not say how many experts it has.")
     for key in keys:
         setattr(text, key, after)
+
+
+def divides_gates(config: Any) -> bool:
+    """Whether the family's routers divide the gate values of the experts they pick by their sum."""
+    text = config.get_text_config()
+    family = text.model_type.removeprefix("compressed_")
+    if family in UNDIVIDED_GATES or family in DIVIDED_GATES:
+        return family in DIVIDED_GATES
+    of_those_picked = getattr(text, "expert_selection_fn", None) == "softmax"  # cohere2_moe
+    return of_those_picked or bool(getattr(text, "norm_topk_prob", True))
+
+
+def has_fixed_top_k(config: Any) -> bool:
+    """Whether the code of the family's routers allows one top-k only."""
+    return config.get_text_config().model_type.removeprefix("compressed_") in FIXED_TOP_K
 
 
 def routing_groups(config: Any) -> int:

@@ -41,8 +41,8 @@ class ReducedBlocks:
         left = torch.tensor([other for other in range(moe.num_experts) if other != expert])
         state = moe.block.state_dict()
         for name, (tensor, dimension) in moe.router_tensors().items():
-            beyond = torch.arange(moe.num_experts, tensor.shape[dimension])
-            state[name] = tensor.detach().index_select(dimension, torch.cat([left, beyond]).to(tensor.device))
+            rows = moe.rows(left, tensor.shape[dimension]).to(tensor.device)
+            state[name] = tensor.detach().index_select(dimension, rows)
         experts = {name for name in state if name in moe.expert_tensors()}
         reduced.block.load_state_dict({k: v for k, v in state.items() if k not in experts}, strict=False, assign=True)
         return reduced, torch.cat([left, torch.tensor([moe.num_experts])])

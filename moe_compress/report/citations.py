@@ -31,6 +31,7 @@ class Paper:
 BIBLIOGRAPHY = {
     paper.arxiv: paper
     for paper in (
+        Paper("hinton2015distilling", "Hinton, Geoffrey", "Distilling the Knowledge in a Neural Network", "1503.02531"),
         Paper(
             "liu2026score",
             "Liu, Zongfang",
@@ -98,6 +99,34 @@ BIBLIOGRAPHY = {
             "2210.17323",
         ),
         Paper("huang2024mc", "Huang, Wei", "Mixture Compressor for Mixture-of-Experts LLMs Gains More", "2410.06270"),
+        Paper(
+            "lu2024naee",
+            "Lu, Xudong",
+            "Not All Experts are Equal: Efficient Expert Pruning and Skipping for Mixture-of-Experts Large Language "
+            "Models",
+            "2402.14800",
+        ),
+        Paper(
+            "chen2026halving",
+            "Chen, Xing",
+            "Training-Free Halving of Activated Experts in Fine-Grained Mixture-of-Experts Models",
+            "2609.04575",
+        ),
+        Paper(
+            "liu2026allocmoe",
+            "Liu, Baihui",
+            "Alloc-MoE: Budget-Aware Expert Activation Allocation for Efficient Mixture-of-Experts Inference",
+            "2604.08133",
+        ),
+        Paper(
+            "lv2026zeda", "Lv, Xingtai", "Post-Trained MoE Can Skip Half Experts via Self-Distillation", "2605.18643"
+        ),
+        Paper(
+            "zeng2024adamoe",
+            "Zeng, Zihao",
+            "AdaMoE: Token-Adaptive Routing with Null Experts for Mixture-of-Experts Language Models",
+            "2406.13233",
+        ),
         Paper("dettmers2023qlora", "Dettmers, Tim", "QLoRA: Efficient Finetuning of Quantized LLMs", "2305.14314"),
         Paper(
             "dettmers2022llmint8",

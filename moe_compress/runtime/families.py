@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.models.layers import BANK, SECTION
+from moe_compress.models.routing import EXPERTS_PER_TOKEN
 from moe_compress.runtime.banks import Bank
 from moe_compress.runtime.model import CompressedModel
 from moe_compress.runtime.packed import packed_conversions
@@ -30,6 +31,22 @@ FORMAT = 1
 def plugin_section(num_experts: int) -> dict[str, Any]:
     """The section `moe_compress` of a model that does not depart from its family, whose layers have `num_experts`."""
     return {"format": FORMAT, "num_experts": num_experts, "layers": {}}
+
+
+def with_layers(
+    config: Mapping[str, Any], num_experts: int, entries: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The content of `config.json` for the tier `plugin` with these additions to its layers' entries.
+
+    `num_experts` is that of a layer, needed where the model does not depart from its family yet. What was measured of
+    the routing of these layers no longer holds and is left out, unless an addition brings it.
+    """
+    section = config.get(SECTION) or plugin_section(num_experts)
+    layers = {**section["layers"]}
+    for layer, entry in entries.items():
+        known = {key: value for key, value in layers.get(str(layer), {}).items() if key != EXPERTS_PER_TOKEN}
+        layers[str(layer)] = {**known, **entry}
+    return plugin_config(config, section | {"layers": layers})
 
 
 def plugin_config(config: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,6 +74,12 @@ def banked(config: PretrainedConfig, num_experts: int, banks: Mapping[int, Bank]
     content = with_banks(config.to_dict(), num_experts, banks)
     made: PretrainedConfig = CONFIG_MAPPING[content["model_type"]].from_dict(content)
     return made
+
+
+def parsed_config(content: Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration that such a `config.json` would be read as."""
+    config: PretrainedConfig = CONFIG_MAPPING[content["model_type"]].from_dict(dict(content))
+    return config
 
 
 def causal_model(config: Mapping[str, Any]) -> Any:

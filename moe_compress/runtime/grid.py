@@ -120,9 +120,10 @@ def fit(
     """Scale [..., O, G] in `scale_dtype` and zero point (int8, None if symmetric) of weight float [..., O, I].
 
     `search_steps` = 0 takes each group's full range; n > 0 also tries n ranges shrunk evenly down to 0.3 of it and
-    keeps the one of least squared error. From n = 10 on the search goes from coarse to fine and does not try all:
-    summed over groups the error is within half a per cent of the least. `importance` [..., I] weighs the input channels
-    in that error (and in the mean of 1 bit, which has no range to search). Needs little memory beyond its result.
+    keeps the one of least squared error. From n = 10 on the search goes from coarse to fine, and so finer than n ranges
+    without trying all: summed over groups, its error is that of trying all or less (at 2 bits up to 0.2 % more).
+    `importance` [..., I] weighs the input channels in that error (and in the mean of 1 bit, which has no range to
+    search). Needs little memory beyond its result.
     """
     *_, height, width = weight.shape
     num_groups = grid.num_groups(width)
@@ -218,11 +219,12 @@ def _fit_groups(
         best = torch.where(better, tried[0], best[0]), torch.where(better, tried[1], best[1])
         best_error, best_step = torch.where(better, error, best_error), torch.where(better, step, best_step)
 
-    stride = 1 << max(0, (search_steps // COARSE_STEPS).bit_length() - 1)
-    for step in range(stride, search_steps + 1, stride):
+    stride: float = 1 << max(0, (search_steps // COARSE_STEPS).bit_length() - 1)
+    finest = 1 if stride == 1 else 0.5
+    for step in range(int(stride), search_steps + 1, int(stride)):
         look_at(torch.full_like(low, step))
-    while stride > 1:
-        stride //= 2
+    while stride > finest:
+        stride /= 2
         middle = best_step
         look_at(middle - stride)
         look_at(middle + stride)

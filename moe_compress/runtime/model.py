@@ -23,8 +23,10 @@ from moe_compress.models.layers import (
     expert_counts,
     is_experts_module,
     owners,
+    routing_groups,
     set_num_experts,
 )
+from moe_compress.models.routing import layer_routings
 from moe_compress.runtime.banks import Bank, BankedExperts, furnish, run_banked, share, shared_tensors
 from moe_compress.runtime.packed import (
     ExpertCache,
@@ -37,7 +39,9 @@ from moe_compress.runtime.packed import (
     pack_experts,
 )
 from moe_compress.runtime.remote_code import HINT, write_remote_code
+from moe_compress.runtime.routing import set_routing
 from moe_compress.runtime.scheme import Scheme
+from moe_compress.runtime.zero_experts import add_zero_experts
 
 SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"  # read by transformers when it loads a checkpoint
 
@@ -46,13 +50,20 @@ class CompressedModel(PreTrainedModel):
     """Mixed into a family's causal language model; `config.moe_compress` says how its layers depart from the family.
 
     `expert_cache_bytes` is how much memory may hold dequantized experts between uses; 0 dequantizes at every use.
+    `use_zero_experts=False` gives the model back that zero experts were added to.
     """
 
     def __init__(
-        self, config: PretrainedConfig, *inputs: Any, expert_cache_bytes: int | None = None, **settings: Any
+        self,
+        config: PretrainedConfig,
+        *inputs: Any,
+        expert_cache_bytes: int | None = None,
+        use_zero_experts: bool | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(config, *inputs, **settings)
         _set_expert_counts(self)
+        set_routing(self, use_zero_experts)
         runtime = getattr(config, SECTION).get("runtime", {})
         limit = runtime.get("expert_cache_bytes", 0) if expert_cache_bytes is None else expert_cache_bytes
         found = _banked_experts(self)
@@ -147,23 +158,38 @@ def _one_thread() -> Iterator[None]:
 
 
 def _set_expert_counts(model: PreTrainedModel) -> None:
-    """Exchange the layers whose expert count is not the family's, for layers of a model with that count everywhere."""
+    """Exchange the layers whose expert count is not the family's, for layers of a model with that count everywhere.
+
+    Of a layer with zero experts, the experts are of a model with as many, and the rest, which holds the router, is of
+    one with as many more as there are zero experts.
+    """
     counts = expert_counts(model.config)
-    if not counts:
-        return
-    family: Any = next(base for base in type(model).__mro__ if not issubclass(base, CompressedModel))
     _, layers = decoder_layers(model)
     for count in sorted(set(counts.values())):
-        config = copy.deepcopy(model.config)
-        set_num_experts(config, getattr(config, SECTION)["num_experts"], count)
-        _, donated = decoder_layers(family(config))
-        shared = {id(config): model.config, id(config.get_text_config()): model.config.get_text_config()}
+        donated = _donated(model, count)
         for index in (index for index, wanted in counts.items() if wanted == count):
             layers[index] = donated[index]
-            for module in layers[index].modules():  # settings changed later must reach these layers too
-                own: Any = getattr(module, "config", None)
-                if id(own) in shared:
-                    setattr(module, "config", shared[id(own)])  # noqa: B010
+    wider = {index: found.zero_experts for index, found in layer_routings(model.config).items() if found.zero_experts}
+    family_count = getattr(model.config, SECTION)["num_experts"]
+    rows = {index: counts.get(index, family_count) + zeros for index, zeros in wider.items()}
+    for count in sorted(set(rows.values())):
+        donated = _donated(model, count)
+        for index in (index for index, wanted in rows.items() if wanted == count):
+            add_zero_experts(layers, index, donated[index], wider[index], routing_groups(model.config))
+
+
+def _donated(model: PreTrainedModel, num_experts: int) -> nn.ModuleList:
+    """The decoder layers of a model of the same family with so many experts in each; they share `model`'s settings."""
+    family: Any = next(base for base in type(model).__mro__ if not issubclass(base, CompressedModel))
+    config = copy.deepcopy(model.config)
+    set_num_experts(config, getattr(config, SECTION)["num_experts"], num_experts)
+    _, donated = decoder_layers(family(config))
+    shared = {id(config): model.config, id(config.get_text_config()): model.config.get_text_config()}
+    for module in donated.modules():  # settings changed later must reach these layers too
+        own: Any = getattr(module, "config", None)
+        if id(own) in shared:
+            setattr(module, "config", shared[id(own)])  # noqa: B010
+    return donated
 
 
 def _banked_experts(model: PreTrainedModel) -> list[tuple[Any, Bank, Any]]:

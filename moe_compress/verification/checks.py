@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -28,18 +29,21 @@ from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.record import Record
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, PROBE_FILE, Ledger
+from moe_compress.checkpoint.stream import read_tensor
 from moe_compress.checkpoint.writer import tensor_sha256
 from moe_compress.errors import CheckpointError, MoECompressError, UsageError, VerificationError
 from moe_compress.manifest import FORMAT
 from moe_compress.models.layers import SECTION
 from moe_compress.progress import Progress
 from moe_compress.text import listed
+from moe_compress.verification.reload import QUANTIZED
 
 MANIFEST_FILE = "manifest.json"
 # Largest allowed difference of logits, relative to their spread. Both sides compute in float32 with different kernels.
 LOGITS_TOLERANCE = 1e-3
-# A float32 model larger than this is reloaded one layer at a time.
+# A model that would hold more than this is reloaded one layer at a time.
 WHOLE_MODEL_BYTES = 4 * 10**9
+FLOAT32_BYTES = 4
 MAX_LISTED = 8
 
 
@@ -125,13 +129,15 @@ def check_coverage(steps: Sequence[Record]) -> Check:
             f"kept without enough calibration tokens: {listed(kept, MAX_LISTED)}; raise calibration.num_samples, or "
             "lower calibration.min_tokens_per_expert.",
         )
+    named = []
     if pooled:
-        shown = listed(pooled, MAX_LISTED)
-        return Check(True, f"statistics pooled over their layer, for want of tokens: {shown}.")
+        named.append(f"statistics pooled over their layer, for want of tokens: {listed(pooled, MAX_LISTED)}")
     if dropped:
-        return Check(True, f"dropped because too few calibration tokens reached them: {listed(dropped, MAX_LISTED)}.")
+        named.append(f"dropped because too few calibration tokens reached them: {listed(dropped, MAX_LISTED)}")
+    if named:
+        return Check(True, f"{'; '.join(named)}.")
     calibrated = any(step.coverage for step in steps)
-    return Check(True, "every expert saw calibration tokens." if calibrated else "no step needed calibration.")
+    return Check(True, "every expert saw calibration tokens." if calibrated else "no step measured single experts.")
 
 
 def require_coverage(step: Record) -> None:
@@ -154,9 +160,10 @@ def check_bytes(folder: Path, ledger: Ledger, steps: Sequence[Record]) -> Check:
         return Check(
             False, f"{ledger.source_bytes:,} bytes less {dropped:,} dropped by the plan are not {index.nbytes:,}."
         )
+    change = f"- {dropped:,} dropped" if dropped >= 0 else f"+ {-dropped:,} added"
     parts = f"{len(ledger.copied)} tensors copied, {len(ledger.transformed)} through the layers, "
     parts += f"{len(ledger.unchanged)} of these unchanged"
-    return Check(True, f"{parts}; {ledger.source_bytes:,} - {dropped:,} dropped = {index.nbytes:,} bytes.")
+    return Check(True, f"{parts}; {ledger.source_bytes:,} {change} = {index.nbytes:,} bytes.")
 
 
 def check_keys(folder: Path, ledger: Ledger, manifest: dict[str, Any]) -> Check:
@@ -193,8 +200,8 @@ def check_logits(folder: Path) -> Check:
     with tempfile.TemporaryDirectory(prefix="moe-compress-") as scratch:
         output = Path(scratch) / "logits.npy"
         begin = "import moe_compress\n" if plugin else "import sys; sys.modules['moe_compress'] = None\n"
-        elements = sum(info.numel for info in TensorIndex.from_folder(folder).values())
-        mode = "whole" if elements * 4 <= WHOLE_MODEL_BYTES else "layers"
+        held = held_bytes(TensorIndex.from_folder(folder), packed=plugin)
+        mode = "whole" if held <= WHOLE_MODEL_BYTES else "layers"
         command = [sys.executable, "-c", begin + reload, str(folder.absolute()), str(output), mode]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         finished = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch)
@@ -207,6 +214,24 @@ def check_logits(folder: Path) -> Check:
     difference = np.abs(found - expected).max() / expected.std()
     detail = f"largest difference {difference:.1e} of the logits' spread (allowed {LOGITS_TOLERANCE:.0e})."
     return Check(bool(difference <= LOGITS_TOLERANCE), detail)
+
+
+def held_bytes(index: TensorIndex, *, packed: bool) -> int:
+    """Memory that a checkpoint's weights take when it is loaded in float32.
+
+    With `packed` quantized weights stay as they are stored, but for one matrix; else the loader unpacks all of them.
+    """
+    held = largest = 0
+    for name, info in index.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf not in QUANTIZED:
+            held += FLOAT32_BYTES * info.numel
+        elif packed:
+            held += info.nbytes
+            largest = max(largest, info.nbytes)
+        elif leaf == "weight_packed" and f"{module}.weight_shape" in index:
+            held += FLOAT32_BYTES * math.prod(read_tensor(index[f"{module}.weight_shape"]).tolist())
+    return held + 8 * FLOAT32_BYTES * largest  # of one bit each, at most
 
 
 def check_target(steps: Sequence[Record], stored_bytes: int, index: TensorIndex) -> Check:

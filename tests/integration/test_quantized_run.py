@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ import moe_compress
 from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.cli import app
-from moe_compress.errors import MoECompressError, RecipeError
+from moe_compress.compress.quantize.step import QuantizeStep
+from moe_compress.errors import MoECompressError, RecipeError, UsageError, VerificationError
+from moe_compress.preview import sweep
 from moe_compress.progress import SilentProgress
+from moe_compress.recipe import load_recipe
 from moe_compress.verification import checks
+from tests.integration.test_reuse import Recording
 from tests.integration.test_run import content, interrupted_at
+from tests.matrix.families import save, tiny_config, tiny_model
 from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
 
 ROOT = Path(__file__).parents[2]
@@ -361,3 +367,72 @@ def test_experts_without_tokens_are_quantized_and_listed(source: Path, texts: Pa
     assert manifest["steps"][0]["coverage"]["starved"] and manifest["steps"][0]["pooled"]
     assert report["checks"]["coverage"]["passed"] and "pooled" in report["checks"]["coverage"]["detail"]
     assert issubclass(RecipeError, MoECompressError)
+
+
+DROPS = {"op": "quantize", "method": "rtn", "average_bits": 2.0, "options": [4], "group_size": 16, "allow_drop": True,
+         "scale_search": 1}  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_every_layer_may_lose_as_many_experts(
+    source: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The count then stands once in the configuration, and every layer has it."""
+    original = QuantizeStep.plan
+
+    def first_four(step: QuantizeStep, *args: Any) -> Any:
+        plan = original(step, *args)
+        layers = tuple(
+            replace(layer, keep=tuple(range(4)), options=dict.fromkeys(layer.options, ("4",) * 4))
+            for layer in plan.layers
+        )
+        return replace(plan, layers=layers, expert_bytes=plan.expert_bytes)
+
+    monkeypatch.setattr(QuantizeStep, "plan", first_four)
+    with pytest.raises(VerificationError) as caught:  # whose bytes are not those of the first plan
+        moe_compress.run(recipe(source, texts, DROPS), tmp_path / "out")
+    assert caught.value.checks["keys"]["passed"]
+    config = json.loads((tmp_path / "out.work/step-0/checkpoint/config.json").read_text())
+    assert config["moe_compress"]["num_experts"] == 4
+
+
+def test_experts_in_groups_are_not_dropped_and_this_is_known_early(texts: Path, tmp_path: Path) -> None:
+    config = tiny_config("deepseek_v3")
+    config.n_group, config.topk_group = 2, 1
+    save(tiny_model(config), tmp_path / "model")
+    with pytest.raises(UsageError, match="limits its choice to 2 groups"):
+        moe_compress.plan(recipe(tmp_path / "model", texts, DROPS | {"group_size": 4}))
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_a_resumed_run_keeps_its_plan(
+    source: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program is not solved again: out of time, a solver need not find the same twice."""
+    settings, out = recipe(source, texts, DROPS), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        moe_compress.run(settings, out, progress=Recording("apply"))
+    chosen = json.loads((tmp_path / "out.work/step-0/plan.json").read_text())
+
+    def solved_again(*args: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(QuantizeStep, "plan", solved_again)
+    moe_compress.run(settings, out, resume=True)
+    assert json.loads((out / "plan.json").read_text())["steps"] == [chosen]
+
+
+def test_a_sweep_takes_scores_of_this_model_alone(source: Path, texts: Path, tmp_path: Path) -> None:
+    settings = recipe(source, texts, DROPS)
+    moe_compress.score(settings, tmp_path / "scores")
+    assert sweep(load_recipe(settings), tmp_path / "scores", "average_bits", [2.0, 4.0])
+    twin = tiny_checkpoint(tmp_path / "twin", seed=1)
+    with pytest.raises(UsageError, match="measured on another model"):
+        sweep(load_recipe(settings | {"model": str(twin)}), tmp_path / "scores", "average_bits", [2.0])
+
+
+def test_starved_experts_are_named(source: Path, texts: Path, tmp_path: Path, no_reload: None) -> None:
+    settings = recipe(source, texts, DROPS)
+    settings["calibration"] = settings["calibration"] | {"min_tokens_per_expert": 10**6}
+    detail = moe_compress.run(settings, tmp_path / "out")["checks"]["coverage"]["detail"]
+    assert "statistics pooled over their layer" in detail and "dropped because too few" in detail

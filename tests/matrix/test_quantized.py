@@ -7,8 +7,10 @@ The judge of `stock` is plain transformers in a process that cannot import this 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Collection
 from functools import cached_property
 from math import ceil
 from pathlib import Path
@@ -177,6 +179,22 @@ class Case:
             return relative(logits[0, probe["positions"]].numpy(), probe["logits"])
 
 
+def modules_on_disk(tensors: Collection[str]) -> set[str]:
+    """The modules that own tensors of a checkpoint, and what they would be called in a layer behind the last."""
+    owners = {name.rpartition(".")[0] for name in tensors}
+    beyond = {
+        re.sub(r"(?<=layers\.)\d+", str(NUM_LAYERS), owner) for owner in owners
+    }  # where some keep a prediction head
+    return owners | beyond
+
+
+def targets(folder: Path, name: str) -> list[str]:
+    """The patterns of a folder's `quantization_config` that match a module's name, as compressed-tensors reads them."""
+    groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    patterns = [target.removeprefix("re:") for group in groups for target in group["targets"]]
+    return [pattern for pattern in patterns if re.match(pattern, name)]
+
+
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / expected.std())
 
@@ -228,6 +246,7 @@ said = {}
 for name, folder in json.loads(Path(sys.argv[1]).read_text()).items():
     try:
         main(Path(folder), folder + "/found.npy", "whole")
+        main(Path(folder), folder + "/layers.npy", "layers")
         said[name] = ""
     except Exception as error:
         said[name] = f"{type(error).__name__}: {error}"
@@ -262,10 +281,16 @@ def test_four_bits_in_stock(case: Case, request: pytest.FixtureRequest) -> None:
         assert np.frombuffer(after[f"{name}_shape"][2], np.int64).tolist() == [rows, columns]
     assert [name for name in before.keys() & after.keys() if before[name] != after[name]] == []
     assert {name: found[:2] for name, found in after.items()} == case.ledgers["stock"].expected
+    packed = {name.removesuffix(".weight") for name in gone}
+    assert {name for name in modules_on_disk(before) if targets(case.stock, name)} == packed
+    linears = {f"{case.stream.layers_name}.{linear.layer}.{linear.path}" for linear in case.linears}
+    attention = {f"{case.stream.layers_name}.{e.layer}.{e.path}" for e in case.linears if e.part == "attention"}
+    assert {name for name in linears if targets(case.stock, name)} == attention
     said = request.getfixturevalue("reloaded")[case.name]
     assert not said, said
     with np.load(case.stock / "probe.npz") as probe:
-        assert relative(np.load(case.stock / "found.npy"), probe["logits"]) < TOLERANCE
+        for file in ("found.npy", "layers.npy"):
+            assert relative(np.load(case.stock / file), probe["logits"]) < TOLERANCE
 
 
 def test_mixed_bits_and_uneven_layers_in_plugin(case: Case) -> None:
@@ -284,6 +309,10 @@ def test_mixed_bits_and_uneven_layers_in_plugin(case: Case) -> None:
     assert {name: found[:2] for name, found in stored(case.folder / "mixed").items()} == ledger.expected
     model = case.load("mixed")
     assert case.probe_error(model, "mixed") < TOLERANCE
+    folder = case.folder / "mixed"
+    reload.main(folder, str(folder / "layers.npy"), "layers")
+    with np.load(folder / "probe.npz") as probe:
+        assert relative(np.load(folder / "layers.npy"), probe["logits"]) < TOLERANCE
     for plan in case.mixed_plan.layers:
         original = take_layer(case.stream, plan.layer)
         moe = case.stream.moe_layers[plan.layer]

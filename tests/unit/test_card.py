@@ -20,6 +20,9 @@ from moe_compress.cli import app
 from moe_compress.compress.prune import config as prune
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.quantize import config as quantize
+from moe_compress.compress.skip import config as skip
+from moe_compress.compress.topk import config as topk
+from moe_compress.compress.zero_experts import config as zero_experts
 from moe_compress.eval.config import EvalConfig
 from moe_compress.recipe import dump_recipe, load_recipe
 from moe_compress.report import tables
@@ -360,6 +363,9 @@ def test_papers_are_those_that_the_documentation_names() -> None:
     for method, number in quantize.METHODS.items():
         assert re.search(rf"`?{method}`? \(arXiv {number}\)", code + quantization), method
     assert f"arXiv {quantize.MIXTURE_COMPRESSOR}" in quantization
+    skipping = (ROOT / "docs" / "expert_skipping.md").read_text(encoding="utf-8")
+    for number in (skip.NAEE, skip.ODP, topk.K1_K2, topk.ALLOC_MOE, zero_experts.ZEDA, zero_experts.ADAMOE):
+        assert re.search(rf"arXiv {number}|, {number}", skipping), number
     assert f"arXiv {prune.SUPER_EXPERTS}" in pruning and prune.SUPER_EXPERTS == quantize.SUPER_EXPERTS
 
 
@@ -379,12 +385,18 @@ def test_only_what_was_used_is_cited(report: dict[str, Any]) -> None:
     assert cited(budget | {"allocation": "layer"} | unprotected) == ["2210.17323"]
     assert cited({"op": "quantize", "method": "nf4"}) == ["2305.14314"]
     assert cited(PRUNE, PRUNE, budget) == ["2510.13999", "2507.23279", "2210.17323", "2410.06270"]
+    assert cited({"op": "skip", "target_skip": 0.5}) == ["2402.14800"]
+    assert cited({"op": "skip", "target_skip": 0.5, "protect": 0.02}) == ["2402.14800", "2410.06270"]
+    assert cited({"op": "topk", "k": 2, "normalise_over": "kept"}) == []
+    assert cited({"op": "topk", "k": 2, "allocation": "per_layer"}) == ["2609.04575", "2604.08133"]
+    assert cited({"op": "zero_experts"}, {"op": "zero_experts", "init": "tile"}) == ["2605.18643", "2406.13233"]
     assert cited() == []
 
 
 def test_citations_are_whole(report: dict[str, Any]) -> None:
     known = {*prune.CRITERIA.values(), prune.FAMILY, prune.SUPER_EXPERTS}
     known |= {*quantize.METHODS.values(), quantize.MIXTURE_COMPRESSOR}
+    known |= {skip.NAEE, skip.ODP, topk.K1_K2, topk.ALLOC_MOE, zero_experts.ZEDA, zero_experts.ADAMOE}
     assert BIBLIOGRAPHY.keys() == known
     assert len({paper.key for paper in BIBLIOGRAPHY.values()}) == len(BIBLIOGRAPHY)
     shown = re.search(r"```bibtex\n(.*?)```", card(report), re.DOTALL)

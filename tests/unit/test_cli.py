@@ -68,6 +68,7 @@ FACTS = {
     "moe_layers": list(range(8)),
     "num_experts": 16,
     "top_k": 4,
+    "experts_per_token": 4.0,
     "shared_experts": False,
     "params": {"routed_experts": 12_000_000, "router": 4096},
     "total_params": 13_000_000,

@@ -22,6 +22,7 @@ from moe_compress.preview import inspect
 from moe_compress.report.build import build_report
 from moe_compress.report.markdown import limits
 from moe_compress.report.tables import summary_rows
+from moe_compress.runtime.families import parsed_config, with_layers
 from tests.tiny_checkpoint import tiny_checkpoint
 
 COMMON: dict[str, Any] = {
@@ -254,3 +255,56 @@ def test_stored_bytes_by_part_are_those_on_disk(tmp_path: Path) -> None:
         assert found[part] == sum(info.nbytes for name, info in index.items() if text in name) > 0
     facts = inspect(str(folder))
     assert facts["bytes"] == found and facts["bytes_are"] == "measured"
+
+
+# -------------------------------------------------------------------------------------- tokens that skip some experts
+
+QWEN3_30B: dict[str, Any] = {
+    "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 1,
+    "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "max_position_embeddings": 40960,
+    "vocab_size": 64, "architectures": ["Qwen3MoeForCausalLM"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("context", "prefill", "decode"), [(1024, 1.403, 1.443), (8192, 1.178, 1.261)])
+def test_published_ratios_of_flops_at_a_skip_ratio_of_half(context: int, prefill: float, decode: float) -> None:
+    """Table of ZEDA (arXiv 2605.18643): Qwen3-30B-A3B, 64 zero experts, half of all slots skipped.
+
+    Its decode is of `context` tokens one after the other, so the mean of those with half the keys.
+    """
+    original = AutoConfig.for_model("qwen3_moe", **QWEN3_30B)
+    entry = {"zero_experts": 64, "experts_per_token": 4.0}
+    adapted = parsed_config(with_layers(original.to_dict(), 128, {0: entry}))
+    parts = ("attention_projections", "attention_scores", "routed_experts", "router")
+
+    def flops(config: PretrainedConfig) -> tuple[float, float]:
+        middle = [cost(config, keys).decode_flops for keys in (context // 2 - 1, context // 2)]
+        whole = cost(config, context).prefill_flops
+        return sum(whole[part] for part in parts), sum(found[part] for found in middle for part in parts) / 2
+
+    ratios = [before / after for before, after in zip(flops(original), flops(adapted), strict=True)]
+    assert [round(ratio, 3) for ratio in ratios] == [prefill, decode]
+
+
+def test_experts_that_tokens_skip_cost_nothing() -> None:
+    config = tiny("qwen3_moe").config
+    before = cost(config, PREFILL)
+    one = 3 * 64 * 32  # elements of an expert
+
+    def departed(*entries: dict[str, Any]) -> PretrainedConfig:
+        content = config.to_dict() | {"architectures": ["Qwen3MoeForCausalLM"]}
+        return parsed_config(with_layers(content, 8, dict(enumerate(entries))))
+
+    fewer = cost(departed({"top_k": 1, "normalise_over": 3}, {"skip": {"threshold": 0.5}, "experts_per_token": 2.25}))
+    assert fewer.experts_per_token == (1 + 2.25) / 2
+    assert fewer.prefill_flops["routed_experts"] == 2 * (1 + 2.25) * one
+    assert fewer.active_params == before.active_params - (2 + 0.75) * one
+    assert fewer.total_params == before.total_params and fewer.stored_bytes == before.stored_bytes
+    assert "how many routed experts a token uses was counted on calibration text" in fewer.notes
+
+    unknown = cost(departed({"zero_experts": 4}, {"zero_experts": 4}))
+    assert unknown.experts_per_token == pytest.approx(3 * 8 / 12)
+    assert unknown.params["router"] == before.params["router"] + 2 * 4 * 64
+    assert unknown.prefill_flops["router"] == 2 * unknown.params["router"]
+    assert any("was not measured" in note for note in unknown.notes)
+    assert cost(departed({"top_k": 2, "normalise_over": 3})).notes == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,8 @@ def test_every_table_and_every_result_has_its_place() -> None:
     texts = "".join(document.read_text(encoding="utf-8") for document in documents())
     assert {found["name"] for found in MARKS.finditer(texts)} == set(TABLES)
     scripts = re.findall(r"^## `(\w+)`", BENCHMARKS.read_text(encoding="utf-8"), re.MULTILINE)
-    assert {file.stem.partition("-")[0] for file in RESULTS.glob("*.json")} == set(scripts)
+    results = {file.stem.partition("-")[0] for file in RESULTS.glob("*.json")}
+    assert results == set(scripts), "give the results a section in benchmarks/README.md and a table in tables.py"
 
 
 def prune_claims() -> Iterator[str]:
@@ -120,14 +122,16 @@ def readme_claims() -> Iterator[str]:
     found, kills = load("streaming"), load("kill_resume")["kills"]
     run = found["runs"]["prune_75"][0]
     peak = max(run["peak_rss_bytes"], run["peak_rss_bytes_children"])
-    assert peak <= found["peak_rss_bytes"] <= 3.3e9
-    yield f"A checkpoint of {found['checkpoint_bytes'] / 1e9:.1f} GB was pruned with no process above 3.3 GB"
+    assert peak <= found["peak_rss_bytes"]
+    most = math.ceil(found["peak_rss_bytes"] / 1e8) / 10
+    yield f"checkpoint of {found['checkpoint_bytes'] / 1e9:.1f} GB was pruned with no process above {most:.1f} GB"
     assert all(kill["identical"] for kill in kills)
     yield f"so did all of {len(kills)} that were killed"
 
 
-def test_what_the_readme_says_is_so() -> None:
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+@pytest.mark.parametrize("document", ["README.md", "docs/faq.md"])
+def test_what_is_said_to_newcomers_is_so(document: str) -> None:
+    text = " ".join((ROOT / document).read_text(encoding="utf-8").split())
     assert not [claim for claim in readme_claims() if claim not in text]
 
 

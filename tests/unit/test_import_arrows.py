@@ -38,10 +38,14 @@ COMMON: dict[str, set[str]] = {
         "settings",
         "calibrate.config",
         "eval.config",
+        "compress.distill.config",
         "compress.merge.config",
         "compress.prune.config",
         "compress.quantize.config",
         "compress.tie.config",
+        "compress.skip.config",
+        "compress.topk.config",
+        "compress.zero_experts.config",
     },
 }
 RANK = {part: row for row, parts in enumerate(ROWS) for part in parts}

@@ -96,6 +96,35 @@ def test_search_keeps_the_best_of_its_ranges(symmetric: bool, weighted: bool, mo
         assert (found <= error(*tried) * 1.0001 + 1e-9).all()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_long_search_is_no_worse_than_trying_all_its_ranges(bits: int, symmetric: bool) -> None:
+    """Brute force in float64 over 20 ranges, summed over many groups; few are more than a tenth worse."""
+    weight = torch.randn(4, 50, 128, generator=torch.Generator().manual_seed(2))
+    importance = torch.rand(4, 1, 128, generator=torch.Generator().manual_seed(3)) ** 2 + 0.05
+    grid, steps = Grid(bits, 64, symmetric), 20
+    scale, zero = fit(weight, grid, scale_dtype=torch.bfloat16, search_steps=steps, importance=importance)
+    groups, weighing = weight.double().unflatten(-1, (2, 64)), importance.double().unflatten(-1, (2, 64))
+
+    def error(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        steps = (groups / scale[..., None] + zero[..., None]).round().clamp(grid.lowest, grid.highest)
+        return (((steps - zero[..., None]) * scale[..., None] - groups).square() * weighing).sum(-1)
+
+    found = error(scale.double(), torch.zeros(()).expand_as(scale) if zero is None else zero.double())
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    tried = []
+    for step in range(steps + 1):
+        share = 1 - 0.7 * step / steps
+        size = 2 * torch.maximum(-low, high) if symmetric else high - low
+        one = (size * share / (2**bits - 1)).to(torch.bfloat16).double()
+        shift = (grid.lowest - low * share / one).round().clamp(grid.lowest, grid.highest)
+        tried.append(error(one, torch.zeros_like(one) if symmetric else shift))
+    least = torch.stack(tried).amin(0)
+    assert found.sum() <= (1.002 if bits == 2 else 1) * least.sum()
+    assert (found > 1.1 * least).double().mean() < 0.01
+    assert found.sum() < 0.95 * tried[0].sum()
+
+
 def test_one_bit_takes_the_weighted_mean() -> None:
     weight, importance = weights(2, 8, 16), torch.rand(2, 16)
     plain = rtn(weight, Grid(1, 16, True), scale_dtype=torch.float32)
@@ -104,6 +133,15 @@ def test_one_bit_takes_the_weighted_mean() -> None:
     scale, _ = fit(weight, Grid(1, None, True), scale_dtype=torch.float32, importance=importance)
     expected = (weight.abs() * importance[:, None]).sum(-1) / importance.sum(-1)[:, None]
     torch.testing.assert_close(scale.squeeze(-1), expected)
+
+
+def test_split_gives_the_rows_of_each() -> None:
+    weight = weights(2, 12, 32)
+    for symmetric in (True, False):
+        whole = rtn(weight, Grid(3, 16, symmetric), scale_dtype=torch.bfloat16)
+        first, second = whole.split([4, 8])
+        assert torch.equal(torch.cat([first.dequantize(), second.dequantize()], dim=1), whole.dequantize())
+        assert first.codes.shape == (2, 4, 32) and second.scale.shape == (2, 8, 2)
 
 
 def test_any_float_dtype_and_leading_shape() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moe_compress.calibrate import sweep
-from moe_compress.calibrate.scores import LayerScores, Scores
+from moe_compress.calibrate.scores import RATIO_BINS, LayerScores, Scores
 from moe_compress.calibrate.sweep import collect
 from moe_compress.checkpoint.source import open_checkpoint
 from moe_compress.checkpoint.stream import LayerStream
@@ -147,7 +147,7 @@ def naive(folder: Path, tokens: Tensor) -> dict[int, LayerScores]:
         sums = {name: np.zeros(NUM_EXPERTS) for name in PER_EXPERT}
         sums |= {name: np.zeros((NUM_EXPERTS, HIDDEN)) for name in ("output_sum", "output_sq_sum", "gated_output_sum")}
         sums |= {name: np.zeros((NUM_EXPERTS, NUM_EXPERTS)) for name in ("coselection", "router_gram")}
-        cosines, trace = [], list[list[int]]()
+        ratios, cosines, trace = np.zeros((2, RATIO_BINS)), [], list[list[int]]()
         for entering, leaving, residual, x in zip(
             *(caught[name] for name in ("entering", "leaving", "residual", "block")), strict=True
         ):
@@ -158,6 +158,9 @@ def naive(folder: Path, tokens: Tensor) -> dict[int, LayerScores]:
             chosen = np.argsort(-probabilities)[:TOP_K]
             trace.append(chosen.tolist())
             gates = probabilities[chosen] / (probabilities[chosen].sum() if renormalise else 1.0)
+            for ratio in gates[1:] / gates[0]:
+                ratios[0, int(ratio * RATIO_BINS)] += 1
+            ratios[1, int(gates[1] / gates[0] * RATIO_BINS)] += 1
             outputs = []
             for expert in chosen:
                 up, gate, down = (
@@ -187,7 +190,8 @@ def naive(folder: Path, tokens: Tensor) -> dict[int, LayerScores]:
             naive_locality.cache_hits(traces, NUM_EXPERTS, size, 16) for size in (TOP_K, NUM_EXPERTS, NUM_EXPERTS)
         ]
         sums |= {"cache_lookups": sums["tokens"], "cache_hits": np.array(caches, float).T}
-        found[index] = LayerScores(index, NUM_EXPERTS, TOP_K, len(cosines), float(np.mean(cosines)), sums)
+        cosine_mean, tables = float(np.mean(cosines)), {"gate_ratios": ratios}
+        found[index] = LayerScores(index, NUM_EXPERTS, TOP_K, len(cosines), cosine_mean, sums, tables=tables)
     return found
 
 
@@ -216,6 +220,10 @@ def test_every_statistic_against_the_naive_computation(folder: Path, tokens: Ten
                 assert np.abs(values).max() > 1e-3, "the comparison means something"
                 np.testing.assert_allclose(found, values, rtol=1e-4, atol=1e-5 * np.abs(values).max(), err_msg=name)
         assert layer.statistics["tokens"].sum() == TOP_K * tokens.numel()
+        found, values = layer.tables["gate_ratios"], reference.tables["gate_ratios"]
+        assert found.sum(axis=1).tolist() == [tokens.numel() * (TOP_K - 1), tokens.numel()]
+        moved = np.abs(found.cumsum(axis=1) - values.cumsum(axis=1))
+        assert moved.max() <= 1 and moved.sum() <= 4, "rounding may put a ratio into the next bin"
 
 
 def test_batch_size_changes_no_count_and_sums_only_by_rounding(folder: Path, tokens: Tensor, tmp_path: Path) -> None:
@@ -316,9 +324,9 @@ def test_saved_scores_are_read_back_equal(folder: Path, tokens: Tensor, tmp_path
     loaded = Scores.load(tmp_path)
     assert (loaded.fingerprint, loaded.min_tokens_per_expert, loaded.starved) == (FINGERPRINT, 1, [])
     for one, other in zip(scores.layers, loaded.layers, strict=True):
-        assert replace(one, statistics={}) == replace(other, statistics={})
-        assert one.statistics.keys() == other.statistics.keys()
-        assert all(np.array_equal(one.statistics[name], other.statistics[name]) for name in one.statistics)
+        assert replace(one, statistics={}, tables={}) == replace(other, statistics={}, tables={})
+        for here, there in ((one.statistics, other.statistics), (one.tables, other.tables)):
+            assert here.keys() == there.keys() and all(np.array_equal(here[name], there[name]) for name in here)
     with pytest.raises(UsageError, match="moe-compress score"):
         Scores.load(tmp_path / "absent")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 from moe_compress.calibrate.scores import LayerScores, Scores
 from moe_compress.compress.quantize.plan import ExpertShapes
 from moe_compress.compress.tie.config import TieConfig
-from moe_compress.compress.tie.plan import cost_name, group_layers, plan_tie, stored_bytes
+from moe_compress.compress.tie.plan import cost_name, group_layers, loss_name, plan_tie, stored_bytes
 from moe_compress.errors import DataError, RecipeError, UsageError
 from moe_compress.recipe import load_recipe
 
@@ -108,13 +108,73 @@ def test_scores_without_costs_and_damaged_ones() -> None:
         plan_tie(config(), measured, shapes)
 
 
+def chosen(budget: int, losses: dict[int, dict[int, float]]) -> Any:
+    """A plan of three pairs of layers, for a checkpoint that holds nothing but experts and their routers."""
+    measured, shapes = scores(list(range(6))), [shape(layer) for layer in range(6)]
+    for leader, found in losses.items():
+        for rank, loss in found.items():
+            measured.layers[leader].statistics[loss_name(rank)] = np.full(EXPERTS, loss / EXPERTS)
+    options = list(next(iter(losses.values())))
+    asked = config(prelude=0, coda=0, choose="auto", stored_bytes=budget, rank_options=options)
+    return plan_tie(asked, measured, shapes, 6 * EXPERTS * (WEIGHTS * 2 + 48))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("share", [0.6, 0.75, 0.9])
+def test_the_choice_is_the_best_of_all(seed: int, share: float) -> None:
+    rng = np.random.default_rng(seed)
+    losses = {leader: {0: rng.random() + 1, 2: rng.random(), 5: rng.random() / 2} for leader in (0, 2, 4)}
+    whole, pair, routers = 6 * EXPERTS * WEIGHTS * 2, EXPERTS * WEIGHTS * 2, 6 * EXPERTS * 48
+    budget = int(share * (whole + routers))
+
+    def saved(rank: int | None) -> int:
+        own = 2 * EXPERTS * 3 * (rank * 40 + 1) * 2 if rank else 0
+        return 0 if rank is None else pair - own
+
+    possible = []
+    for ranks in product([None, 0, 2, 5], repeat=3):
+        if whole + routers - sum(map(saved, ranks)) <= budget:
+            possible.append((sum(losses[2 * g][r] for g, r in enumerate(ranks) if r is not None), ranks))
+    loss, best = min(possible, key=lambda found: found[0])
+    plan = chosen(budget, losses)
+    found = {group.leader: next(iter(group.ranks.values()), 0) for group in plan.groups}
+    assert found == {2 * g: rank for g, rank in enumerate(best) if rank is not None}
+    assert plan.allocation["loss"] == pytest.approx(loss) and plan.allocation["optimal"]
+    assert stored_bytes(plan, [shape(layer) for layer in range(6)]) <= budget
+
+
+def test_choices_that_cannot_be() -> None:
+    losses = {leader: {0: 1.0} for leader in (0, 2, 4)}
+    with pytest.raises(UsageError, match="no layer is tied; lower it"):
+        chosen(10**9, losses)
+    with pytest.raises(UsageError, match="stored_bytes"):
+        chosen(1000, losses)
+    with pytest.raises(UsageError, match="no losses of tying with rank 3"):
+        measured = scores(list(range(6)))
+        asked = config(choose="auto", stored_bytes=10, rank_options=[3])
+        plan_tie(asked, measured, [shape(layer) for layer in range(6)], 100)
+
+
 RECIPE: dict[str, Any] = {"model": "reference", "calibration": {"dataset": "reference"}}
 
 
-def test_settings_without_effect() -> None:
-    step = {"op": "tie", "fit": "average", "fit_steps": 5}
-    with pytest.raises(RecipeError, match=r"steps\.0\.fit_steps.*no effect"):
-        load_recipe(RECIPE | {"steps": [step]})
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"fit": "average", "fit_steps": 5}, "fit_steps"),
+        ({"stored_bytes": "1GB"}, "stored_bytes"),
+        ({"rank_options": [1]}, "rank_options"),
+        ({"choose": "auto", "stored_bytes": "1GB", "residual_rank": 4}, "residual_rank"),
+    ],
+)
+def test_settings_without_effect(settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(RecipeError, match=rf"steps\.0\.{key}.*no effect"):
+        load_recipe(RECIPE | {"steps": [{"op": "tie"} | settings]})
+
+
+def test_a_choice_needs_a_size() -> None:
+    with pytest.raises(RecipeError, match="choose: auto needs `stored_bytes`"):
+        load_recipe(RECIPE | {"steps": [{"op": "tie", "choose": "auto"}]})
 
 
 def test_only_quantization_follows() -> None:

@@ -1,9 +1,10 @@
 """Fitting what tells routed experts from the stored ones that run for them: a scale and a low-rank matrix, by matrix.
 
-Gate and up projections are fitted on the inputs that the router sends the member, weighted by the gate value squared.
-The down projection is then fitted to the member's true output on what the fitted ones give it: with h the true and h'
-the fitted activations, the matrix M with the least sum of g^2 |W h - M h'|^2 takes the place of W. The scale of the
-stored matrix is the best one without the low-rank part (in arXiv 2608.07814 it is 1).
+Gate and up projections are fitted on the inputs that the router sends the expert, each weighted by the square of its
+gate value and of what `weighting` says of the token. The down projection is then fitted to the expert's true output on
+what the fitted ones give it: with h the true and h' the fitted activations, the matrix M with the least sum of
+|W h - M h'|^2, so weighted, takes the place of W. The scale of the stored matrix is the best one without the low-rank
+part (in arXiv 2608.07814 it is 1).
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from moe_compress.checkpoint.rewrite import PROBES
-from moe_compress.compress.merge.low_rank import best_factors, damped
+from moe_compress.compress.merge.low_rank import best_factors, best_scale, best_successor
 from moe_compress.compress.merge.neurons import DOWN, Expert, inner_activations
+from moe_compress.compress.merge.weighting import token_weights
 from moe_compress.models.experts import routed_tokens
 from moe_compress.models.lockstep import Enough, Lockstep
 from moe_compress.runtime.banks import Bank, Differences, short
@@ -61,8 +63,8 @@ class Differ:
         device = self.experts.down_proj.device
         moments = {expert: torch.zeros(width, width, dtype=torch.float64, device=device) for expert in chunk}
 
-        def see(expert: int, hidden_NH: Tensor, gate_N: Tensor) -> None:
-            weighted_NH = gate_N[:, None] * hidden_NH
+        def see(expert: int, hidden_NH: Tensor, gate_N1: Tensor, true_NF: Tensor) -> None:
+            weighted_NH = gate_N1 * hidden_NH
             moments[expert] += (weighted_NH.T @ weighted_NH).double()
 
         self._observe(run, index, chunk, see)
@@ -77,34 +79,26 @@ class Differ:
         crosses = {expert: torch.zeros(shape, **kind) for expert in chunk}
         moments = {expert: torch.zeros(shape, **kind) for expert in chunk}
 
-        def see(expert: int, hidden_NH: Tensor, gate_N: Tensor) -> None:
-            true_NF = gate_N[:, None] * inner_activations(self.experts, self.members[expert], hidden_NH)
-            found_NF = gate_N[:, None] * inner_activations(self.experts, fitted[expert], hidden_NH)
-            crosses[expert] += (true_NF.T @ found_NF).double()
+        def see(expert: int, hidden_NH: Tensor, gate_N1: Tensor, true_NF: Tensor) -> None:
+            found_NF = gate_N1 * inner_activations(self.experts, fitted[expert], hidden_NH)
+            crosses[expert] += ((gate_N1 * true_NF).T @ found_NF).double()
             moments[expert] += (found_NF.T @ found_NF).double()
 
         self._observe(run, index, chunk, see)
         for expert in chunk:
-            own = self.members[expert].parts[DOWN].T.double()
-            moment = damped(moments[expert])
-            added = (moment - moments[expert]).diagonal().mean()  # where nothing was seen, the matrix stays W
-            cross = crosses[expert] + added * torch.eye(hidden, **kind)
-            best = torch.linalg.solve(moment, (own @ cross).T).T
+            own = self.members[expert].parts[DOWN].T
+            best = best_successor(own, crosses[expert], moments[expert])
             self._write(expert, DOWN, best, moments[expert])
 
-    def _write(self, expert: int, part: str, matrix: Tensor, moment_II: Tensor) -> None:
-        """Enter the scale and the factors of one matrix; for a down projection it is given as [out, in]."""
+    def _write(self, expert: int, part: str, matrix_OI: Tensor, moment_II: Tensor) -> None:
+        """Enter the scale and the factors of one matrix; that of a down projection is given as [out, in]."""
         lead = self.leads[expert].parts[part]
         lead_OI = (lead.T if part == DOWN else lead).double()
-        moment = damped(moment_II)
-        matrix_OI = matrix.double()
-        weighted = lead_OI @ moment
-        energy = (weighted * lead_OI).sum()
-        scale = (weighted * matrix_OI).sum() / energy if energy > 0 else torch.zeros_like(energy)
         scales = self.differences.get_parameter(f"{short(part)}_scale")
-        scales[expert] = scale
+        scales[expert] = best_scale(matrix_OI, lead_OI, moment_II)
         left, right = self.differences.factors(part, expert)
-        found, other = best_factors(matrix_OI - scales[expert].double() * lead_OI, moment_II, len(left))
+        rest_OI = matrix_OI.double() - scales[expert].double() * lead_OI
+        found, other = best_factors(rest_OI, moment_II, len(left))
         left[: found.shape[1]].copy_(found.T)
         right[: len(other)].copy_(other)
 
@@ -118,17 +112,24 @@ class Differ:
         return Expert(parts)
 
     def _observe(
-        self, run: Lockstep, index: int, wanted: list[int], see: Callable[[int, Tensor, Tensor], None]
+        self, run: Lockstep, index: int, wanted: list[int], see: Callable[[int, Tensor, Tensor, Tensor], None]
     ) -> None:
-        """Show `see` what the router sends these experts: inputs [N, H] and gate values [N]."""
+        """Show `see` what the router sends these experts: inputs [N, H], weights [N, 1], true activations [N, F].
+
+        The weights are gate values times those of `token_weights`.
+        """
 
         def enter(module: Any, inputs: Any) -> None:
             hidden_TH, index_TK, gate_TK = inputs
-            if run.batch >= PROBES:
-                for expert, pair_N in routed_tokens(index_TK, gate_TK, len(module.bank.slots)):
-                    if expert in wanted:
-                        gate_N = gate_TK.flatten()[pair_N].to(hidden_TH.dtype)
-                        see(expert, hidden_TH.index_select(0, pair_N // index_TK.shape[1]), gate_N)
+            if run.batch < PROBES:
+                raise Enough
+            for expert, pair_N in routed_tokens(index_TK, gate_TK, len(module.bank.slots)):
+                if expert in wanted:
+                    gate_N1 = gate_TK.flatten()[pair_N].to(hidden_TH.dtype)[:, None]
+                    hidden_NH = hidden_TH.index_select(0, pair_N // index_TK.shape[1])
+                    true_NF = inner_activations(module, self.members[expert], hidden_NH)
+                    output_NH = gate_N1 * (true_NF @ self.members[expert].parts[DOWN])
+                    see(expert, hidden_NH, token_weights(output_NH)[:, None] * gate_N1, true_NF)
             raise Enough
 
         handle = self.experts.register_forward_pre_hook(enter)

@@ -36,6 +36,25 @@ def best_factors(matrix_OI: Tensor, moment_II: Tensor, rank: int) -> tuple[Tenso
     return left, left.T @ matrix
 
 
+def best_scale(matrix_OI: Tensor, lead_OI: Tensor, moment_II: Tensor) -> Tensor:
+    """The number s with the least sum of |(M - s L) x|^2; 0 for a matrix L that gives nothing."""
+    weighted = lead_OI.double() @ damped(moment_II)
+    energy = (weighted * lead_OI.double()).sum()
+    return torch.where(energy > 0, (weighted * matrix_OI.double()).sum() / energy, torch.zeros_like(energy))
+
+
+def best_successor(matrix_OI: Tensor, cross_II: Tensor, moment_II: Tensor) -> Tensor:
+    """The matrix M with the least sum of |W h - M h'|^2, float64 [O, I]; W itself where nothing was seen.
+
+    `cross_II` is the sum of h h'^T, `moment_II` that of h' h'^T.
+    """
+    moment = damped(moment_II)
+    added = (moment - moment_II.double()).diagonal().mean()
+    cross = cross_II.double() + added * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+    solved: Tensor = torch.linalg.solve(moment, (matrix_OI.double() @ cross).T)
+    return solved.T
+
+
 def weighted_error(matrix_OI: Tensor, moment_II: Tensor) -> float:
     """Sum of |M x|^2 over inputs with this second moment."""
     matrix = matrix_OI.double()

@@ -76,6 +76,9 @@ class QuantizeChange(Change):
         """(layer, expert as numbered in the source) of those that few tokens reached."""
         return sorted((int(layer), expert) for layer, experts in self._pooled.items() for expert in experts)
 
+    def prepare(self, stream: LayerStream) -> None:
+        self.storage.prepare(stream)
+
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         counts = {layer: len(found.keep) for layer, found in self.layers.items()}
         if self.plan.num_dropped:

@@ -103,7 +103,8 @@ class QuantizeConfig(BaseModel):
         default={}, description='At least so many experts of every layer at a width, as {"3": 1, "2": 1} in PMQ.'
     )
     protect_super_experts: bool = Field(
-        default=True, description="Experts with extreme activations get 8 bits or stay as they are."
+        default=True,
+        description="Experts with extreme activations are never dropped, and get 8 bits where widths may differ.",
     )
     group_size: GroupSize = Field(
         default="auto",
@@ -143,6 +144,14 @@ class QuantizeConfig(BaseModel):
             raise ValueError(f"{unset[0]} needs `bits` of its own where the experts' are chosen by a budget")
         if self.allow_drop and self.granularity == "layer":
             raise ValueError("allow_drop needs `granularity: expert` or `projection`; a whole layer cannot be dropped")
+        return self
+
+    @model_validator(mode="after")
+    def _counts_are_of_experts(self) -> QuantizeConfig:
+        if self.minimum_counts and self.granularity != "expert":
+            raise ValueError("minimum_counts counts experts; it needs `granularity: expert`")
+        if self.allocation == "frequency" and self.granularity == "layer":
+            raise ValueError("allocation frequency ranks experts; it needs `granularity: expert` or `projection`")
         return self
 
     @model_validator(mode="after")

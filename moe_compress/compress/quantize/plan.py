@@ -127,6 +127,21 @@ class QuantizePlan:
             )
         return lines
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> QuantizePlan:
+        """What `to_json` gave."""
+        layers = tuple(
+            QuantizedLayer(
+                layer["layer"],
+                layer["num_experts"],
+                tuple(layer["keep"]),
+                {part: tuple(names) for part, names in layer["options"].items()},
+            )
+            for layer in content["layers"]
+        )
+        config = QuantizeConfig.model_validate(content["config"])
+        return cls(config, layers, content["average_bits"], content["expert_bytes"], content["allocation"])
+
     @property
     def num_dropped(self) -> int:
         """Experts of all layers that are dropped."""
@@ -157,10 +172,8 @@ def plan_quantize(
         return _plan(config, shapes, everywhere, None)
     assert scores is not None, "a budget needs measured costs"
     _require_same_measurement(config, scores)
-    if config.allow_drop and num_groups > 1:
-        raise UsageError(
-            f"allow_drop: the router limits its choice to {num_groups} groups, which must stay equal; prune first."
-        )
+    if config.allow_drop:
+        require_equal_groups(num_groups)
     protected = super_experts(scores, num_decoder_layers) if config.protect_super_experts else set()
     pins = [] if tier == "stock" else [str(SUPER_EXPERT_BITS)]
     noted = SHAPE_BYTES if tier == "stock" else 0
@@ -190,6 +203,14 @@ def plan_quantize(
             for names in tables[index].values():
                 names[expert] = pins[0]
     return _plan(config, shapes, tables, found)
+
+
+def require_equal_groups(num_groups: int) -> None:
+    """Raise `UsageError` for a router whose experts are in groups, from which single ones cannot be dropped."""
+    if num_groups > 1:
+        raise UsageError(
+            f"allow_drop: the router limits its choice to {num_groups} groups, which must stay equal; prune first."
+        )
 
 
 def measured_settings(config: QuantizeConfig) -> dict[str, Any]:
@@ -431,5 +452,5 @@ def _plan(
 def _described(found: Allocation) -> dict[str, Any]:
     described = asdict(found)
     described.pop("chosen")
-    described.pop("seconds")  # plans of the same numbers are the same
+    described.pop("seconds")
     return described

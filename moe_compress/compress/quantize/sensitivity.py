@@ -57,8 +57,8 @@ class Sensitivity:
         """Keep what came to an expert, as far as there is room."""
         room = max(0, self.config.max_tokens_per_expert - self.seen[expert])
         if room:
-            block_NH = block_input_NH[:room] if self.routers is not None else block_input_NH[:0]
-            self.kept[expert].append((input_NH[:room], block_NH, gate_N[:room]))
+            block_NH = block_input_NH[: room if self.routers is not None else 0]
+            self.kept[expert].append((input_NH[:room].clone(), block_NH.clone(), gate_N[:room].clone()))
         self.seen[expert] += len(gate_N)
 
     @torch.no_grad()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.gradients import channel_gradients
@@ -19,6 +21,7 @@ from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
 from moe_compress.compress.demand import Demand
 from moe_compress.compress.operation import Outlook, Step
+from moe_compress.compress.prune.apply import with_counts
 from moe_compress.compress.quantize.apply import QuantizeChange
 from moe_compress.compress.quantize.config import BITSANDBYTES, BUDGETS, QuantizeConfig
 from moe_compress.compress.quantize.demand import quantize_demands
@@ -27,16 +30,18 @@ from moe_compress.compress.quantize.plan import (
     check_shapes,
     measured_settings,
     plan_quantize,
+    require_equal_groups,
     with_group_size,
 )
 from moe_compress.compress.quantize.reach import reach
 from moe_compress.compress.quantize.sensitivity import ReducedRouters, Sensitivity
 from moe_compress.compress.quantize.shared import collect_moments, has_moments, joined
-from moe_compress.compress.quantize.sizes import Sizes
+from moe_compress.compress.quantize.sizes import Sizes, active_bytes
 from moe_compress.compress.quantize.storage import require_quantizable, scale_dtype_of
 from moe_compress.compress.surroundings import Surroundings
-from moe_compress.errors import UsageError
-from moe_compress.models.layers import MoELayer, owners, require_no_banks, routing_groups
+from moe_compress.errors import UnsupportedModelError, UsageError
+from moe_compress.models.layers import MoELayer, find_moe_layers, owners, require_no_banks, routing_groups
+from moe_compress.models.skeleton import build_skeleton
 from moe_compress.runtime.families import causal_model
 
 BUDGET_TOLERANCE = 0.02  # of the budget
@@ -57,7 +62,7 @@ class QuantizeStep(Step[QuantizeConfig]):
         if tier == "plugin":
             causal_model(before.config.to_dict())
         if self.config.allow_drop:
-            require_no_banks(before.config, "allow_drop")
+            require_droppable(before.config)
         sizes = Sizes.of_config(before.config, before.stored_bytes)
         entry: dict[str, Any] = self.config.model_dump(mode="json", exclude_unset=True)
         config = with_group_size(self.config, sizes.shapes)
@@ -70,7 +75,16 @@ class QuantizeStep(Step[QuantizeConfig]):
             stored = sizes.fixed_bytes(config, tier) + expected.expert_bytes
             return entry, self._smaller(before, sizes, tier, stored, expected.expert_bytes)
         plan = self.plan(before.scores, sizes, before.config, tier)
-        after = self._smaller(before, sizes, tier, sizes.bytes_after(plan, tier), plan.expert_bytes)
+        shares, changed = sizes.shares, before
+        if plan.num_dropped:
+            counts = {layer.layer: len(layer.keep) for layer in plan.layers}
+            content = with_counts(before.config.to_dict(), plan.layers[0].num_experts, counts)
+            changed = before.resized(CONFIG_MAPPING[content["model_type"]].from_dict(content))
+            shares = Sizes.of_config(changed.config, changed.stored_bytes).shares
+        outside = sizes.saved_outside(config, tier) - sizes.saved_unread(config)  # which every token reads
+        active = changed.active_bytes - outside - active_bytes(sizes.saved_in_experts(plan, tier), shares)
+        saved = sizes.saved_by_part(config, tier)
+        after = changed.of_size(stored_bytes=sizes.bytes_after(plan, tier), active_bytes=round(active), saved=saved)
         found = plan.to_json()
         shown = {key: found[key] for key in ("summary", "layers", "allocation")}
         return entry | shown | {"average_bits_chosen": plan.average_bits}, after
@@ -79,7 +93,8 @@ class QuantizeStep(Step[QuantizeConfig]):
         """The checkpoint in `stored_bytes`, of which the routed experts take `expert_bytes`."""
         config = with_group_size(self.config, sizes.shapes)
         outside = sizes.saved_outside(config, tier) - sizes.saved_unread(config)  # which every token reads
-        active = before.active_bytes - outside - sizes.active_share() * (sizes.expert_bytes - expert_bytes)
+        share = sum(sizes.shares.values()) / len(sizes.shares)
+        active = before.active_bytes - outside - share * (sizes.expert_bytes - expert_bytes)
         saved = sizes.saved_by_part(config, tier)
         return before.of_size(stored_bytes=stored_bytes, active_bytes=round(active), saved=saved)
 
@@ -155,8 +170,11 @@ class QuantizeStep(Step[QuantizeConfig]):
         require_quantizable(with_group_size(self.config, sizes.shapes), stream, around.tier)
         folder.mkdir(parents=True, exist_ok=True)
         scores = self.score(source, folder / "scores", around, title) if self.config.has_budget else None
-        plan = self.plan(scores, sizes, source.config, around.tier)
-        write_json(folder / "plan.json", plan.to_json())
+        if (folder / "plan.json").exists():  # a solver that ran out of time need not choose the same again
+            plan = QuantizePlan.from_json(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
+        else:
+            plan = self.plan(scores, sizes, source.config, around.tier)
+            write_json(folder / "plan.json", plan.to_json())
         data = scoring.calibration_data(source, around) if self.is_calibrated else None
         change = QuantizeChange(
             plan,
@@ -179,6 +197,8 @@ class QuantizeStep(Step[QuantizeConfig]):
                     stage=stage,
                 )
         stored = sizes.bytes_after(plan, around.tier)
+        starved = scores.starved if scores else []
+        kept = {(layer.layer, expert) for layer in plan.layers for expert in layer.keep}
         tokens = {"calibration_tokens": data.tokens.numel()} if data is not None else {}
         described = scoring.describe_data(source, data) if data is not None else {}
         return Record(
@@ -189,7 +209,8 @@ class QuantizeStep(Step[QuantizeConfig]):
             targets=targets(plan, stored),
             coverage=scores.summary() if scores else tokens,
             calibration=scores.fingerprint if scores else described,
-            pooled=change.pooled,
+            starved_dropped=[pair for pair in starved if pair not in kept],
+            pooled=sorted({*change.pooled, *(pair for pair in starved if pair in kept)}),
         )
 
     def _shared_moments(self, stream: LayerStream, folder: Path, around: Surroundings, title: str) -> Path | None:
@@ -213,6 +234,15 @@ class QuantizeStep(Step[QuantizeConfig]):
                 folder=folder,
                 stage=stage,
             )
+
+
+def require_droppable(config: Any) -> None:
+    """Raise what keeps experts of this model from being dropped one by one: `UsageError`, `UnsupportedModelError`."""
+    require_no_banks(config, "allow_drop")
+    require_equal_groups(routing_groups(config))
+    for moe in find_moe_layers(build_skeleton(config)):
+        if not moe.block_path:
+            raise UnsupportedModelError(f"allow_drop: the router of `{moe.block_name}` cannot be run by itself.")
 
 
 def targets(plan: QuantizePlan, stored_bytes: int) -> list[Target]:

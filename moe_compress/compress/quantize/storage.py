@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from moe_compress.compress.quantize.apply import QuantizeChange
 
 Stored = dict[str, Tensor]
+_DIGIT = r"\d"
 
 
 @dataclass
@@ -79,7 +80,10 @@ def embedding_tables(stream: LayerStream, config: QuantizeConfig) -> dict[str, T
     scheme, tables = embedding_scheme(config), {}
     scale_dtype = scale_dtype_of(stream)
     paths = {module: path for path, module in stream.model.named_modules()}
+    tied = stream.model.config.get_text_config().tie_word_embeddings
     for module, names in stream.end_names.items():
+        if tied and module is stream.model.get_output_embeddings():
+            continue  # a second copy of the same table, which nothing reads
         if type(module) not in (nn.Embedding, nn.Linear) or len(names) > 1:
             raise UnsupportedModelError(
                 f"embeddings of the class {type(module).__name__} cannot be packed; leave out `embeddings`."
@@ -173,6 +177,9 @@ class PluginStorage:
     def __init__(self, change: QuantizeChange) -> None:
         self.change = change
 
+    def prepare(self, stream: LayerStream) -> None:
+        """Nothing: the runtime's modules have the names that the model has."""
+
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         """`config.json` with the scheme of every packed matrix."""
         change = self.change
@@ -200,7 +207,7 @@ class PluginStorage:
             "experts": experts,
             "linears": linears,
         } | tables
-        section = config.get(SECTION) or plugin_section(change.plan.layers[0].num_experts)
+        section = config.get(SECTION) or plugin_section(len(change.plan.layers[0].keep))
         return plugin_config(config, section | {PACKED: packed})
 
     def pack(self, found: Quantized) -> list[Stored]:
@@ -257,16 +264,37 @@ class StockStorage:
 
     def __init__(self, change: QuantizeChange) -> None:
         self.change = change
+        self._experts: list[str] = []  # targets: what names the packed matrices and nothing else
+        self._linears: list[str] = []
+
+    def prepare(self, stream: LayerStream) -> None:
+        """Note how the Hub names what is packed, and the model the linear layers, by which transformers finds them."""
+        experts = [
+            name
+            for moe in stream.moe_layers.values()
+            for fused in fused_parts(stream, moe)
+            for name in _require_single(stream, moe.layer, fused)
+        ]
+        linears = [
+            name
+            for linear in self.change.linears
+            for name in (
+                f"{stream.layers_name}.{linear.layer}.{linear.path}.weight",
+                *_require_single(stream, linear.layer, f"{linear.path}.weight"),
+            )
+        ]
+        self._experts = exact_targets(name.removesuffix(".weight") for name in experts)
+        found = exact_targets(name.removesuffix(".weight") for name in linears)
+        # transformers takes a group whose targets spell `experts` for that of the routed ones
+        self._linears = [target.replace("experts", "expert[s]") for target in found]
 
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         """`config.json` with the `quantization_config` that compressed-tensors reads."""
         change = self.change
         option = next(iter(change.plan.layers[0].options.values()))[0]
-        groups = {"group_0": _group(scheme_of(option, change.settings), [r"re:.*\.experts\.\d+\..*"])}
+        groups = {"group_0": _group(scheme_of(option, change.settings), self._experts)}
         if change.linears:
-            paths = sorted({linear.path for linear in change.linears})
-            targets = [rf"re:.*\.{re.escape(path)}$" for path in paths]
-            groups["group_1"] = _group(change.linear_scheme(change.linears[0]), targets)
+            groups["group_1"] = _group(change.linear_scheme(change.linears[0]), self._linears)
         return config | {
             "quantization_config": {
                 "quant_method": "compressed-tensors",
@@ -348,6 +376,30 @@ def fused_parts(target: LayerStream, moe: MoELayer) -> dict[str, tuple[str, ...]
 def fused_names(target: LayerStream, moe: MoELayer) -> set[str]:
     """The fused matrices of a layer by name inside it."""
     return set(fused_parts(target, moe))
+
+
+def exact_targets(names: Iterable[str]) -> list[str]:
+    """Regular expressions, as compressed-tensors writes them, that match these modules and no other.
+
+    Modules whose names differ in the number of their layer, the first one in a name, share one; the experts of a layer,
+    numbered further on, are packed all or none.
+    """
+    layers: dict[tuple[str, str], set[int]] = {}
+    for name in names:
+        found = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
+        assert found is not None, "packed modules lie in a list of layers"
+        rest = r"\.\d+".join(re.escape(part) for part in re.split(r"\.\d+(?=\.)", found[3]))
+        layers.setdefault((found[1], rest), set()).add(int(found[2]))
+    return [f"re:{re.escape(prefix)}{numbers(found)}{rest}$" for (prefix, rest), found in layers.items()]
+
+
+def numbers(wanted: Iterable[int]) -> str:
+    """A regular expression for these whole numbers, written in full, and no others."""
+    digits: dict[str, str] = {}
+    for number in sorted(set(wanted)):
+        tens, last = str(number)[:-1], str(number)[-1]
+        digits[tens] = digits.get(tens, "") + last
+    return f"(?:{'|'.join(tens + (_DIGIT if len(last) == 10 else f'[{last}]') for tens, last in digits.items())})"
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class TieChange(Change):
 
     def __init__(self, plan: TiePlan, banks: Path, tokens: Tensor | None, batch_size: int) -> None:
         self.plan, self.banks = plan, banks
-        self.tokens = tokens if plan.config.residual_rank else None
+        self.tokens = tokens if any(group.ranks for group in plan.groups) else None
         self.batch_size = batch_size
         self._original: Any = None
 

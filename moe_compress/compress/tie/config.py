@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from moe_compress.settings import Size
 
 
 class TieConfig(BaseModel):
@@ -30,7 +32,7 @@ class TieConfig(BaseModel):
         default="weights", description="How the neurons of matched experts are matched; false takes them as they come."
     )
     fit: Literal["average", "closed_form", "gradient"] = Field(
-        default="gradient",
+        default="closed_form",
         description="average: by frequency. closed_form: its down projections then fitted to the outputs of all "
         "layers' experts by least squares. gradient: then all projections, by gradient descent on the same error.",
     )
@@ -39,6 +41,21 @@ class TieConfig(BaseModel):
     residual_rank: int = Field(
         default=0, ge=0, description="Rank of what each layer keeps of each expert's matrices beside the bank."
     )
+    choose: Literal["all", "auto"] = Field(
+        default="all",
+        description="all: every group is tied. auto: which ones, and with which rank of `rank_options`, is chosen by "
+        "the error that each would make, for `stored_bytes`.",
+    )
+    stored_bytes: Size | None = Field(default=None, description="`choose: auto`: bytes of the whole checkpoint.")
+    rank_options: list[Annotated[int, Field(ge=0)]] = Field(
+        default=[0, 4, 8, 16, 32], min_length=1, description="`choose: auto`: ranks to choose from."
+    )
+
+    @model_validator(mode="after")
+    def _a_choice_has_a_budget(self) -> TieConfig:
+        if self.choose == "auto" and self.stored_bytes is None:
+            raise ValueError("choose: auto needs `stored_bytes`, the size of the checkpoint to reach")
+        return self
 
 
 # Rules between settings, judged in the step as it is written (see `recipe.OperationSettings`).
@@ -53,8 +70,15 @@ def needs_tokens(step: Mapping[str, Any]) -> bool:
 
 
 def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if "fit_steps" in step and step.get("fit", "gradient") != "gradient":
+    if "fit_steps" in step and step.get("fit") != "gradient":
         yield "fit_steps", "only `fit: gradient` takes steps"
+    if step.get("choose") == "auto":
+        if "residual_rank" in step:
+            yield "residual_rank", "`choose: auto` takes ranks of `rank_options`"
+    else:
+        for key in ("stored_bytes", "rank_options"):
+            if step.get(key) is not None:
+                yield key, "only `choose: auto` chooses"
 
 
 def leaves_banks(step: Mapping[str, Any]) -> bool:

@@ -1,26 +1,52 @@
 """Fitting one expert to stand for several: an average, then least squares on their own tokens.
 
-The error is the sum over layers and sampled tokens of g^2 |f_bank(x) - f(x)|^2, f the layer's own expert. The down
-projection that minimises it for given gate and up projections is known in closed form; gradient descent (Adam, the
-learning rate falling to 0 along a half cosine) then changes all projections. Deterministic.
+The error is the sum over layers and sampled tokens of (w g)^2 |f_bank(x) - f(x)|^2, f the layer's own expert, g the
+token's gate value and w its weight (`merge.weighting`). The down projection that minimises it for given gate and up
+projections is known in closed form, with a penalty on its distance from the average; gradient descent (Adam, the
+learning rate falling to 0 along a half cosine) then changes all projections. An expert has far more weights than it has
+sampled tokens, so every eighth token is held out: penalty and step are those of the least error on these, and an
+average that is better than any of them stays. Deterministic.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_compress.compress.merge.average import average
-from moe_compress.compress.merge.low_rank import DAMPING
 from moe_compress.compress.merge.neurons import DOWN, Expert, inner_activations
+from moe_compress.compress.merge.weighting import token_weights
 from moe_compress.compress.tie.samples import Sample
 
-LEARNING_RATE = 0.05  # relative to the root mean square of a projection's weights
+HELD_OUT = 8  # one of so many tokens
+PENALTIES = (0.01, 0.1, 1.0, 10.0)  # of the mean squared activation, on the distance from the average
+LEARNING_RATE = 0.02  # relative to the root mean square of a projection's weights
 BETAS = (0.9, 0.98)
+CHECKED_STEPS = 5  # between looks at the held-out tokens
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Inputs [N, H], what multiplies an expert's output [N, 1], and the outputs [N, H], multiplied, that are wanted."""
+
+    input_NH: Tensor
+    gate_N1: Tensor
+    target_NH: Tensor
+
+    def error(self, experts: Any, expert: Expert) -> Tensor:
+        """Squared error over the squares that are wanted."""
+        found_NH = self.gate_N1 * _output(experts, expert, self.input_NH)
+        wanted = self.target_NH.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return (found_NH - self.target_NH).square().sum() / wanted
+
+    def rows(self, which: slice | Tensor) -> Tokens:
+        """Some of them."""
+        return Tokens(self.input_NH[which], self.gate_N1[which], self.target_NH[which])
 
 
 def fit_expert(
@@ -31,32 +57,35 @@ def fit_expert(
     `experts` is a fused experts module that knows the activation; `fit` and `steps` are settings of `op: tie`.
     """
     start = average(members, weights)
-    data = [
-        (sample.input_NH, sample.gate_N[:, None], sample.gate_N[:, None] * _output(experts, member, sample.input_NH))
-        for member, sample in zip(members, samples, strict=True)
-        if len(sample.gate_N)
-    ]
-    if fit == "average" or not data:
+    if fit == "average" or not any(len(sample.gate_N) for sample in samples):
         return start
-    input_NH, gate_N1, target_NH = (torch.cat(column) for column in zip(*data, strict=True))
-    closed = closed_form(experts, start, input_NH, gate_N1, target_NH)
-    return closed if fit == "closed_form" else descend(experts, closed, input_NH, gate_N1, target_NH, steps)
+    learned, held = _split(experts, members, samples)
+    closed = closed_form(experts, start, learned, held)
+    return closed if fit == "closed_form" else descend(experts, closed, learned, held, steps)
 
 
-def closed_form(experts: Any, expert: Expert, input_NH: Tensor, gate_N1: Tensor, target_NH: Tensor) -> Expert:
-    """The expert with the best down projection for what it has before it; a little is held by what it was."""
-    inner_NF = (gate_N1 * inner_activations(experts, expert, input_NH)).double()
-    target_NH = target_NH.double() if expert.offset is None else target_NH.double() - gate_N1 * expert.offset
-    moment = inner_NF.T @ inner_NF
-    hold = DAMPING * moment.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    right = inner_NF.T @ target_NH + hold * expert.parts[DOWN].double()
-    down = torch.linalg.solve(moment + hold * torch.eye(len(moment), dtype=torch.float64, device=moment.device), right)
-    return Expert(expert.parts | {DOWN: down.float()}, expert.offset)
+def closed_form(experts: Any, start: Expert, learned: Tokens, held: Tokens) -> Expert:
+    """`start` with the best down projection for what it has before it, or as it is."""
+    inner_NF = (learned.gate_N1 * inner_activations(experts, start, learned.input_NH)).double()
+    target_NH = learned.target_NH.double()
+    if start.offset is not None:
+        target_NH = target_NH - learned.gate_N1 * start.offset
+    moment, before = inner_NF.T @ inner_NF, start.parts[DOWN].double()
+    mean = moment.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    best, least = start, float(held.error(experts, start))
+    for penalty in PENALTIES:
+        hold = penalty * mean * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+        down = torch.linalg.solve(moment + hold, inner_NF.T @ target_NH + hold @ before)
+        expert = Expert(start.parts | {DOWN: down.float()}, start.offset)
+        error = float(held.error(experts, expert))
+        if error < least:
+            best, least = expert, error
+    return best
 
 
 @torch.enable_grad()
-def descend(experts: Any, start: Expert, input_NH: Tensor, gate_N1: Tensor, target_NH: Tensor, steps: int) -> Expert:
-    """The best expert that gradient descent finds from `start` in this many steps, never a worse one."""
+def descend(experts: Any, start: Expert, learned: Tokens, held: Tokens, steps: int) -> Expert:
+    """What gradient descent finds from `start` in this many steps, at its best on the held-out tokens."""
     parts = {name: part.clone().requires_grad_() for name, part in start.parts.items()}
     offset = None if start.offset is None else start.offset.clone().requires_grad_()
     tensors = [*parts.values(), *([offset] if offset is not None else [])]
@@ -64,21 +93,42 @@ def descend(experts: Any, start: Expert, input_NH: Tensor, gate_N1: Tensor, targ
     groups = [{"params": [tensor], "lr": rate} for tensor, rate in zip(tensors, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
-    scale = target_NH.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
     best, least = start, math.inf
     for step in range(steps + 1):
         expert = Expert(parts, offset)
-        loss = (gate_N1 * _output(experts, expert, input_NH) - target_NH).square().sum() / scale
-        if loss.item() < least:
-            least = loss.item()
-            found = {name: part.detach().clone() for name, part in parts.items()}
-            best = Expert(found, None if offset is None else offset.detach().clone())
+        if step % CHECKED_STEPS == 0 or step == steps:
+            with torch.no_grad():
+                error = float(held.error(experts, expert))
+            if error < least:
+                least = error
+                found = {name: part.detach().clone() for name, part in parts.items()}
+                best = Expert(found, None if offset is None else offset.detach().clone())
         if step < steps:
             optimizer.zero_grad()
-            loss.backward()
+            learned.error(experts, expert).backward()
             optimizer.step()
             schedule.step()
     return best
+
+
+def _split(experts: Any, members: Sequence[Expert], samples: Sequence[Sample]) -> tuple[Tokens, Tokens]:
+    """The tokens of all members: those that are learned from, and those that are held out."""
+    learned, held = [], []
+    for member, sample in zip(members, samples, strict=True):
+        if not len(sample.gate_N):
+            continue
+        true_NH = sample.gate_N[:, None] * _output(experts, member, sample.input_NH)
+        weight_N1 = token_weights(true_NH)[:, None]
+        tokens = Tokens(sample.input_NH, weight_N1 * sample.gate_N[:, None], weight_N1 * true_NH)
+        out = torch.arange(len(weight_N1)) % HELD_OUT == HELD_OUT - 1
+        learned.append(tokens.rows(~out))
+        held.append(tokens.rows(out))
+    return _joined(learned), _joined(held)
+
+
+def _joined(found: Sequence[Tokens]) -> Tokens:
+    columns = zip(*((one.input_NH, one.gate_N1, one.target_NH) for one in found), strict=True)
+    return Tokens(*(torch.cat(column) for column in columns))
 
 
 def _output(experts: Any, expert: Expert, input_NH: Tensor) -> Tensor:

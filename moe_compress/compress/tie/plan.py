@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from moe_compress.calibrate.scores import LayerScores, Scores
+from moe_compress.compress.allocate import solve
+from moe_compress.compress.allocate_problem import Budget, Item, Option, Rules
 from moe_compress.compress.quantize.plan import ExpertShapes
 from moe_compress.compress.tie.config import TieConfig
 from moe_compress.errors import DataError, UsageError
 
 FORMAT = 1
+KEEP = "keep"  # a group that is not tied
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class TiePlan:
     config: TieConfig
     groups: tuple[TiedGroup, ...]
     num_layers: int
+    allocation: dict[str, Any] | None = None  # how the groups were chosen
 
     @property
     def group_of(self) -> dict[int, TiedGroup]:
@@ -61,6 +65,7 @@ class TiePlan:
             "summary": self._summary(),
             "config": self.config.model_dump(mode="json"),
             "groups": [asdict(group) for group in self.groups],
+            "allocation": self.allocation,
             "maps": [self._map()],
         }
 
@@ -77,8 +82,13 @@ class TiePlan:
             f"{tied} of {self.num_layers} MoE layers share {len(self.groups)} banks (layers {names}); each keeps its "
             "router."
         ]
-        if self.config.residual_rank:
-            lines.append(f"Each layer keeps a difference of rank {self.config.residual_rank} for each expert's matrix.")
+        ranks = [next(iter(group.ranks.values()), 0) for group in self.groups]
+        if any(ranks):
+            shown = str(ranks[0]) if len(set(ranks)) == 1 else ", ".join(map(str, ranks)) + ", by group,"
+            lines.append(f"Each layer keeps a difference of rank {shown} for each expert's matrix.")
+        if self.allocation is not None:
+            proof = "proven optimal" if self.allocation["optimal"] else "not proven optimal"
+            lines.append(f"Chosen by {self.allocation['solver']} ({proof}): loss {self.allocation['loss']:.6g}.")
         return lines
 
 
@@ -105,12 +115,20 @@ def group_layers(config: TieConfig, shapes: Sequence[ExpertShapes]) -> list[list
     return found
 
 
-def plan_tie(config: TieConfig, scores: Scores, shapes: Sequence[ExpertShapes]) -> TiePlan:
-    """Match the experts of every group's layers.
+def plan_tie(config: TieConfig, scores: Scores, shapes: Sequence[ExpertShapes], total_bytes: int = 0) -> TiePlan:
+    """Match the experts of every group's layers and, with `choose: auto`, choose the groups.
 
-    Raises `UsageError` when nothing can be tied or the scores lack the costs of matching, `DataError` when costs are
-    not finite.
+    `total_bytes` is what the checkpoint holds as it is. Raises `UsageError` when nothing can be tied, the scores lack
+    costs, or the budget cannot be met, `DataError` when costs are not finite.
     """
+    groups = matched_groups(config, scores, shapes)
+    if config.choose == "all":
+        return TiePlan(config, tuple(groups), len(shapes))
+    return _chosen(config, scores, shapes, groups, total_bytes)
+
+
+def matched_groups(config: TieConfig, scores: Scores, shapes: Sequence[ExpertShapes]) -> list[TiedGroup]:
+    """All groups that are possible, their experts matched."""
     measured = {layer.layer: layer for layer in scores.layers}
     shape_of = {shape.layer: shape for shape in shapes}
     groups = []
@@ -127,13 +145,54 @@ def plan_tie(config: TieConfig, scores: Scores, shapes: Sequence[ExpertShapes]) 
             TiedLayer(layer, tuple(slots[layer].tolist()), tuple((tokens[layer] / total[slots[layer]]).tolist()))
             for layer in layers
         )
-        ranks = {}
-        if config.residual_rank:
-            matrices = shape_of[layers[0]].matrices
-            largest = min(min(matrix) for matrix in matrices.values())
-            ranks = dict.fromkeys(matrices, min(config.residual_rank, largest))
-        groups.append(TiedGroup(num_experts, tied, ranks))
-    return TiePlan(config, tuple(groups), len(shapes))
+        groups.append(TiedGroup(num_experts, tied, ranks_of(shape_of[layers[0]], config.residual_rank)))
+    return groups
+
+
+def ranks_of(shape: ExpertShapes, rank: int) -> dict[str, int]:
+    """The rank of differences by projection, no larger than a matrix; empty for rank 0."""
+    largest = min(min(matrix) for matrix in shape.matrices.values())
+    return dict.fromkeys(shape.matrices, min(rank, largest)) if rank else {}
+
+
+def _chosen(
+    config: TieConfig, scores: Scores, shapes: Sequence[ExpertShapes], groups: list[TiedGroup], total_bytes: int
+) -> TiePlan:
+    """The groups that are worth tying, each with its rank, by the allocation program."""
+    measured = {layer.layer: layer for layer in scores.layers}
+    shape_of = {shape.layer: shape for shape in shapes}
+    items, offered = [], {}
+    for group in groups:
+        own = [shape_of[tied.layer] for tied in group.layers]
+        alone = stored_bytes(TiePlan(config, (), len(own)), own)
+        options = [Option(KEEP, 0.0, alone, 0.0, 0.0)]
+        for rank in dict.fromkeys(config.rank_options):
+            ranked = replace(group, ranks=ranks_of(own[0], rank))
+            losses = measured[group.leader].statistics.get(loss_name(rank))
+            if losses is None:
+                raise UsageError(f"the scores hold no losses of tying with rank {rank}; score again with this recipe.")
+            nbytes = stored_bytes(TiePlan(config, (ranked,), len(own)), own)
+            options.append(Option(str(rank), 0.0, nbytes, 0.0, float(losses.sum())))
+            offered[group.leader, str(rank)] = ranked
+        items.append(Item(f"layer {group.leader}", group.leader, 1, tuple(options)))
+    rest = total_bytes - sum(item.options[0].stored_bytes for item in items)
+    items.append(Item("everything else", None, 1, (Option(KEEP, 0.0, rest, 0.0, 0.0),)))
+    found = solve(items, Budget(stored_bytes=config.stored_bytes), Rules())
+    taken = [offered[g.leader, name] for g, name in zip(groups, found.chosen, strict=False) if name != KEEP]
+    if not taken:
+        raise UsageError(
+            f"stored_bytes: {config.stored_bytes:,} is no less than the checkpoint has, so no layer is tied; lower it."
+        )
+    described = {"loss": found.loss, "relaxation_bound": found.relaxation_bound, "optimal": found.optimal}
+    return TiePlan(config, tuple(taken), len(shapes), described | {"solver": found.solver})
+
+
+def loss_name(rank: int) -> str:
+    """The statistic [E] of a leader: the error that its group makes when it is tied with differences of this rank.
+
+    By place in the bank, over the squared norm of the hidden states that leave each layer, summed over the layers.
+    """
+    return f"tie_loss.{rank}"
 
 
 def cost_name(leader: int) -> str:

@@ -24,13 +24,17 @@ from moe_compress.compress.tie.apply import ExpandChange, TieChange, banks_of
 from moe_compress.compress.tie.bank import make_banks
 from moe_compress.compress.tie.config import TieConfig
 from moe_compress.compress.tie.costs import by_output, by_weights
+from moe_compress.compress.tie.losses import group_losses
 from moe_compress.compress.tie.plan import (
     TiedGroup,
     TiedLayer,
     TiePlan,
     cost_name,
     group_layers,
+    loss_name,
+    matched_groups,
     plan_tie,
+    ranks_of,
     stored_bytes,
 )
 from moe_compress.compress.tie.samples import ExpertSamples, load_samples, sample_file
@@ -52,7 +56,11 @@ class TieStep(Step[TieConfig]):
         require_no_banks(before.config, "tie")
         causal_model(before.config.to_dict())
         sizes = Sizes.of_config(before.config, before.stored_bytes)
-        plan = self._outline(sizes) if before.scores is None else plan_tie(self.config, before.scores, sizes.shapes)
+        if before.scores is None and self.config.choose == "auto":
+            summary = ["Groups and ranks are chosen when their losses are measured."]
+            stored = before.stored_bytes if tier == "stock" else self.config.stored_bytes or before.stored_bytes
+            return {"op": "tie", "summary": summary}, before.of_size(stored_bytes=stored)
+        plan = self._outline(sizes) if before.scores is None else self.plan(before.scores, sizes)
         found = plan.to_json()
         entry: dict[str, Any] = {"op": "tie", "group_size": self.config.group_size, "summary": found["summary"]}
         if before.scores is not None:
@@ -76,17 +84,21 @@ class TieStep(Step[TieConfig]):
                     found[follower][cost_name(leader)] = self._costs(stream, leader, follower, folder / "samples")
                     stage.advance(f"{leader} and {follower}")
             scores.save(folder)
+        if self.config.choose == "auto":
+            self._add_losses(scores, stream, folder, around, title)
         return scores
 
     def score_settings(self) -> dict[str, Any]:
-        names = ("group_size", "prelude", "coda", "match", "fit_tokens")
+        names = ["group_size", "prelude", "coda", "match", "fit_tokens"]
+        if self.config.choose == "auto":
+            names += ["align", "fit", "fit_steps", "rank_options"]
         return {"tie": {name: getattr(self.config, name) for name in names}}
 
     def run(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Record:
         scores = self.score(source, folder / "scores", around, title)
         stream = LayerStream(source, around.device)
         sizes = Sizes.of_stream(stream)
-        plan = plan_tie(self.config, scores, sizes.shapes)
+        plan = self.plan(scores, sizes)
         stock = around.tier == "stock"
         content = plan.to_json()
         write_json(folder / "plan.json", content | ({"summary": [*content["summary"], GONE]} if stock else {}))
@@ -105,6 +117,10 @@ class TieStep(Step[TieConfig]):
                 self._rewrite(source, folder / "checkpoint", expand, around, f"{title}: expand")
                 shutil.rmtree(tied)
         return record
+
+    def plan(self, scores: Scores, sizes: Sizes) -> TiePlan:
+        """Match the experts of every group and, if asked to, choose the groups."""
+        return plan_tie(self.config, scores, sizes.shapes, sizes.stored_bytes)
 
     def _samples(self, source: Checkpoint, plan: TiePlan, folder: Path, around: Surroundings, title: str) -> Path:
         """The folder of every expert's sampled tokens; they are taken again where scores came without them."""
@@ -139,26 +155,47 @@ class TieStep(Step[TieConfig]):
             stream.release(layer)
         return costs
 
+    def _add_losses(self, scores: Scores, stream: LayerStream, folder: Path, around: Surroundings, title: str) -> None:
+        """Enter into each leader's statistics what its group would lose for every rank, and save them."""
+        measured = {layer.layer: layer for layer in scores.layers}
+        groups = matched_groups(self.config, scores, Sizes.of_stream(stream).shapes)
+        missing = [g for g in groups if loss_name(self.config.rank_options[0]) not in measured[g.leader].statistics]
+        if not missing:
+            return
+        with around.progress.stage(f"{title}: losses", len(missing), "group") as stage:
+            for group in missing:
+                for tied in group.layers:
+                    stream.load(tied.layer)
+                found = group_losses(self.config, group, stream, folder / "samples", measured)
+                measured[group.leader].statistics.update(found)
+                for tied in group.layers:
+                    stream.release(tied.layer)
+                stage.advance(f"of layer {group.leader}")
+        scores.save(folder)
+
     def _outline(self, sizes: Sizes) -> TiePlan:
         """The plan as far as it is known without scores."""
         groups = []
         for layers in group_layers(self.config, sizes.shapes):
             count = next(shape.num_experts for shape in sizes.shapes if shape.layer == layers[0])
             tied = tuple(TiedLayer(layer, tuple(range(count)), (1 / len(layers),) * count) for layer in layers)
-            matrices = sizes.shapes[0].matrices
-            ranks = dict.fromkeys(matrices, self.config.residual_rank) if self.config.residual_rank else {}
-            groups.append(TiedGroup(count, tied, ranks))
+            groups.append(TiedGroup(count, tied, ranks_of(sizes.shapes[0], self.config.residual_rank)))
         return TiePlan(self.config, tuple(groups), len(sizes.shapes))
 
     def _record(self, plan: TiePlan, scores: Scores, sizes: Sizes, stock: bool) -> Record:
-        asked = sum(map(len, group_layers(self.config, sizes.shapes)))
-        tied = plan.group_of
+        tied, dropped = plan.group_of, sizes.expert_bytes - stored_bytes(plan, sizes.shapes)
+        if self.config.stored_bytes is not None:
+            reached = sizes.stored_bytes - dropped
+            targets = [Target("stored_bytes", self.config.stored_bytes, reached, 0, at_most=True)]
+        else:
+            asked = sum(map(len, group_layers(self.config, sizes.shapes)))
+            targets = [Target("tied layers", asked, len(tied), 0, shown="g")]
         return Record(
             op="tie",
             config=self.config.model_dump(mode="json"),
             label=label(self.config),
-            dropped_bytes=0 if stock else sizes.expert_bytes - stored_bytes(plan, sizes.shapes),
-            targets=[Target("tied layers", asked, len(tied), 0, shown="g")],
+            dropped_bytes=0 if stock else dropped,
+            targets=targets,
             coverage=scores.summary(),
             calibration=scores.fingerprint,
             pooled=[pair for pair in scores.starved if pair[0] in tied],
@@ -168,4 +205,5 @@ class TieStep(Step[TieConfig]):
 def label(config: TieConfig) -> str:
     """What is shared and how it is fitted, in a few words."""
     residual = f", rank {config.residual_rank}" if config.residual_rank else ""
+    residual = f", {config.stored_bytes:,} bytes" if config.choose == "auto" else residual
     return f"groups of {config.group_size}, {config.fit}{residual}"

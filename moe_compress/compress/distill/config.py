@@ -1,0 +1,166 @@
+"""The settings of `op: distill`, and the rules between them. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from moe_compress.calibrate.config import CalibrationConfig
+
+Part = Literal["routers", "norms", "experts", "residuals", "all"]
+
+
+class DistillConfig(BaseModel):
+    """Heal a changed checkpoint by learning from the checkpoint the recipe began with (self-distillation).
+
+    `full` is Hinton's distillation on the logits (arXiv 1503.02531) through the whole model; `layerwise` fits each
+    layer to the original layer's output, one streamed layer of each model in memory.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    op: Literal["distill"] = Field(description="Heal by learning from the original model.")
+    mode: Literal["full", "layerwise"] = Field(
+        default="full",
+        description="full: the whole model learns from logits. layerwise: each layer by itself, streamed, from the "
+        "original layer's output.",
+    )
+    trainable: list[Part] = Field(
+        default=["routers", "norms", "experts"],
+        min_length=1,
+        description="What is trained: routers, norms, experts, residuals (the low-rank differences of tied or merged "
+        "experts), or all. Everything else keeps its bytes.",
+    )
+    data: CalibrationConfig | None = Field(
+        default=None, description="The texts to learn from; those of `calibration` when not given."
+    )
+    epochs: int = Field(default=1, ge=1, description="Times that every sequence is learnt from.")
+    batch_size: int = Field(default=8, ge=1, description="Sequences in one update, over all processes.")
+    micro_batch_size: int = Field(default=1, ge=1, description="Sequences in one forward pass of one process.")
+    learning_rate: float = Field(
+        default=1e-4,
+        gt=0,
+        allow_inf_nan=False,
+        description="Largest learning rate of AdamW; it falls to 0 by a cosine.",
+    )
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="Share of the updates in which the rate rises.")
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="Weight decay of AdamW.")
+    max_gradient_norm: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="Gradients of a larger norm are scaled down to it."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the order of the sequences.")
+    teacher_model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Hub id or folder of another model to learn from, with the same tokenizer; the recipe's `model` "
+        "when not given.",
+    )
+
+    teacher: Literal["online", "cached"] = Field(
+        default="online",
+        description="online: the teacher is in memory too. cached: its largest logits are written to disk first, by a "
+        "sweep that holds one layer in memory.",
+    )
+    top_logits: int = Field(
+        default=64, ge=1, description="Logits per token that the cached teacher keeps; the rest is one sum."
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="Divides the logits of both models before the divergence."
+    )
+    nll_share: float = Field(
+        default=0.0, ge=0, le=1, description="Share of the next token's negative log-likelihood in the loss on logits."
+    )
+    hidden_weight: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight of the hidden states' relative squared error, mean over layers.",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Of products in the passes; weights are trained in float32. auto: bfloat16 on a GPU that has it.",
+    )
+    processes: int = Field(default=1, ge=1, description="Processes that share a batch, one per GPU or CPU group.")
+    save_every: int = Field(default=25, ge=1, description="Updates between two saves of the training state.")
+
+    inputs: Literal["teacher", "student"] = Field(
+        default="student",
+        description="What enters a layer in `layerwise`: the original's hidden states, or those that the healed layers "
+        "before it give, so that later layers make up for what earlier ones miss.",
+    )
+
+    @field_validator("trainable")
+    @classmethod
+    def _no_part_twice(cls, trainable: list[Part]) -> list[Part]:
+        if len(set(trainable)) < len(trainable) or ("all" in trainable and len(trainable) > 1):
+            raise ValueError("should name each part once, or `all` alone")
+        return trainable
+
+    @model_validator(mode="after")
+    def _fits(self) -> DistillConfig:
+        per_pass = self.micro_batch_size * self.processes
+        if self.batch_size % per_pass:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) should be a multiple of micro_batch_size x processes ({per_pass})"
+            )
+        if self.mode == "full" and self.hidden_weight and self.teacher == "cached":
+            raise ValueError("hidden_weight needs `teacher: online`: the cache holds logits, no hidden states")
+        return self
+
+    @property
+    def uses_teacher_logits(self) -> bool:
+        """Whether the divergence from the teacher's logits is part of the loss."""
+        return self.nll_share < 1
+
+
+LAST: str | None = None
+RELATION: str | None = "finetune"
+HINTON = "1503.02531"
+
+_LOGITS = "in `mode: layerwise` there are no logits"
+_FULL_ONLY = {
+    "teacher": "`mode: layerwise` streams the original model",
+    "top_logits": _LOGITS,
+    "temperature": _LOGITS,
+    "nll_share": _LOGITS,
+    "hidden_weight": "`mode: layerwise` regresses hidden states alone",
+    "precision": "`mode: layerwise` computes in float32",
+    "processes": "`mode: layerwise` is one process",
+    "save_every": "`mode: layerwise` saves every layer",
+}
+
+
+def needs_tokens(step: Mapping[str, Any]) -> bool:
+    return step.get("data") is None
+
+
+def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if step.get("mode") == "layerwise":
+        for key, why in _FULL_ONLY.items():
+            if key in step:
+                yield key, why
+        return
+    if "inputs" in step:
+        yield "inputs", "only `mode: layerwise` chooses what enters a layer"
+    if "top_logits" in step and step.get("teacher", "online") != "cached":
+        yield "top_logits", "only `teacher: cached` keeps a few logits"
+    if "temperature" in step and step.get("nll_share") == 1:
+        yield "temperature", "`nll_share: 1` leaves no divergence"
+
+
+def leaves_banks(step: Mapping[str, Any]) -> bool:
+    return False  # those that were there stay
+
+
+def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield from ()
+
+
+def tags(step: Mapping[str, Any], tier: str) -> list[str]:
+    return ["distilled"]
+
+
+def papers(step: Mapping[str, Any]) -> list[str]:
+    return [HINTON] if step["mode"] == "full" else []

@@ -1,0 +1,263 @@
+"""`op: distill` as a step: say what it needs, train, apply."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from moe_compress.calibrate.data import Calibration
+from moe_compress.checkpoint.record import Record
+from moe_compress.checkpoint.rewrite import LEDGER_FILE, rewrite
+from moe_compress.checkpoint.source import Checkpoint, open_checkpoint, open_config, small_files
+from moe_compress.checkpoint.stream import LayerStream
+from moe_compress.checkpoint.writer import write_json
+from moe_compress.compress import scoring
+from moe_compress.compress.distill import parts
+from moe_compress.compress.distill.apply import DistillChange, Readers
+from moe_compress.compress.distill.config import DistillConfig
+from moe_compress.compress.distill.layerwise import heal_layers, trained_names, trained_readers
+from moe_compress.compress.distill.plan import Schedule, full_memory, layerwise_memory, plan_json, thinned
+from moe_compress.compress.distill.state import load_parameters, read_metrics, state_update
+from moe_compress.compress.distill.teacher import cache_bytes, write_cache
+from moe_compress.compress.distill.train import CACHE, TOKENS_FILE, Job, train
+from moe_compress.compress.distill.worker import train_in_processes
+from moe_compress.compress.operation import Outlook, Step
+from moe_compress.compress.surroundings import Surroundings
+from moe_compress.errors import CheckpointError, UsageError
+from moe_compress.manifest import describe_source
+from moe_compress.models.layers import find_moe_layers
+from moe_compress.models.skeleton import build_skeleton
+from moe_compress.progress import Stage
+from moe_compress.workspace import require_space
+
+Watch = Callable[[dict[str, Any]], None]
+
+
+class DistillStep(Step[DistillConfig]):
+    """Trains what the earlier steps left, with the recipe's own model as the teacher."""
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.config.data is None
+
+    @property
+    def uses_scores(self) -> bool:
+        return False
+
+    def preview(self, before: Outlook, tier: str) -> tuple[dict[str, Any], Outlook]:
+        entry: dict[str, Any] = self.config.model_dump(mode="json", exclude_unset=True)
+        trained = ", ".join(self.config.trainable)
+        how = "layer by layer" if self.config.mode == "layerwise" else f"{self.config.teacher} teacher"
+        return entry | {"summary": [f"Trained on the original's outputs ({how}): {trained}."]}, before
+
+    def check_inputs(self, folder: Path, config: Any) -> None:
+        if self.config.teacher_model is not None:
+            require_same_language(self.config, folder, config)
+        if self.config.data is not None:
+            scoring.read_calibration(folder, config, self.config.data)
+
+    def run(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Record:
+        folder.mkdir(parents=True, exist_ok=True)
+        teacher = self._teacher(around)
+        data = self._data(source, around)
+        schedule = Schedule(self.config, *data.tokens.shape)
+        work = folder / "training"
+        work.mkdir(exist_ok=True)
+        layerwise = self.config.mode == "layerwise"
+        if not (folder / "checkpoint" / LEDGER_FILE).exists():
+            trained = (self._train_layers if layerwise else self._train_whole)(
+                source, teacher, data, work, around, title
+            )
+            self._apply(source, trained, folder / "checkpoint", around, title)
+        lines = read_metrics(work)
+        write_json(folder / "plan.json", plan_json(self.config, schedule, outcome(lines), summary(self.config, lines)))
+        return Record(
+            op="distill",
+            config=self.config.model_dump(mode="json"),
+            label=f"{self.config.mode}, {' + '.join(self.config.trainable)}",
+            dropped_bytes=0,
+            coverage={"calibration_tokens": data.tokens.numel()},
+            calibration=scoring.describe_data(source, data),
+        )
+
+    def _teacher(self, around: Surroundings) -> Checkpoint:
+        if self.config.teacher_model is not None:
+            return open_checkpoint(self.config.teacher_model)
+        assert around.original is not None
+        return around.original
+
+    def _data(self, source: Checkpoint, around: Surroundings) -> Calibration:
+        if self.config.data is None:
+            return scoring.calibration_data(source, around)
+        return scoring.read_calibration(source.folder, source.config, self.config.data)
+
+    def _train_whole(
+        self, source: Checkpoint, teacher: Checkpoint, data: Calibration, work: Path, around: Surroundings, title: str
+    ) -> Readers:
+        """Train end to end; the trained tensors."""
+        skeleton = build_skeleton(source.config)
+        schedule = Schedule(self.config, *data.tokens.shape)
+        first = state_update(work)
+        if first < schedule.num_updates:
+            self._require_memory(skeleton, teacher, schedule, around.device)
+            identity = fingerprint(self.config, source, teacher, data)
+            if self.config.teacher == "cached" and self.config.uses_teacher_logits:
+                vocabulary = source.config.get_text_config().vocab_size
+                if not (work / CACHE).exists():
+                    require_space(work, cache_bytes(self.config, data.tokens.numel(), vocabulary))
+                write_cache(
+                    teacher, data.tokens, work / CACHE, self.config, identity, around.device, around.progress, title
+                )
+            save_file({"tokens": data.tokens.contiguous()}, work / TOKENS_FILE)
+            job = Job(self.config, source.folder, teacher.folder, work, around.device, identity)
+            with around.progress.stage(f"{title}: train", schedule.num_updates, "update") as stage:
+                for _ in range(first):
+                    stage.advance("done before")
+                watch = watcher(stage, schedule)
+                if self.config.processes > 1:
+                    train_in_processes(job, first, watch)
+                else:
+                    train(job, watch)
+        found = load_parameters(work)
+        aliases = parts.aliases(skeleton)
+        return {name: partial(found.__getitem__, first) for name, first in aliases.items() if first in found}
+
+    def _train_layers(
+        self, source: Checkpoint, teacher: Checkpoint, data: Calibration, work: Path, around: Surroundings, title: str
+    ) -> Readers:
+        """Train layer by layer; the trained tensors."""
+        student, original = LayerStream(source, around.device), LayerStream(teacher, around.device)
+        self._require_layer_memory(student, original, data.tokens.numel())
+        with around.progress.stage(f"{title}: layers", len(student.layers)) as stage:
+            heal_layers(original, student, data.tokens, self.config, work, stage)
+        return trained_readers(work, parts.aliases(build_skeleton(source.config)))
+
+    def _apply(self, source: Checkpoint, trained: Readers, folder: Path, around: Surroundings, title: str) -> None:
+        stream = LayerStream(source, around.device)
+        with around.progress.stage(f"{title}: apply", len(stream.layers)) as stage:
+            rewrite(
+                source,
+                folder,
+                DistillChange(stream, trained),
+                max_shard_bytes=around.max_shard_bytes,
+                device=around.device,
+                stage=stage,
+            )
+
+    def _require_memory(self, skeleton: Any, teacher: Checkpoint, schedule: Schedule, device: str) -> None:
+        parameters = dict(skeleton.named_parameters())
+        chosen = parts.chosen(parts.parts(parameters, find_moe_layers(skeleton)), self.config.trainable)
+        needed = full_memory(
+            self.config,
+            student=sum(parameter.numel() for parameter in parameters.values()),
+            trained=sum(parameters[name].numel() for name in chosen),
+            teacher=sum(parameter.numel() for parameter in build_skeleton(teacher.config).parameters()),
+            vocabulary=skeleton.config.get_text_config().vocab_size,
+            sequence_length=schedule.sequence_length,
+        )
+        if device.startswith("cuda"):
+            needed //= self.config.processes  # each has a GPU of its own
+        require_memory(needed, device, "train fewer parts, take `teacher: cached`, or use `mode: layerwise`")
+
+    def _require_layer_memory(self, student: LayerStream, original: LayerStream, num_tokens: int) -> None:
+        def sizes(stream: LayerStream) -> list[int]:
+            return [sum(parameter.numel() for parameter in layer.parameters()) for layer in stream.layers]
+
+        names = trained_names(student, self.config)
+        trained = [
+            sum(dict(layer.named_parameters())[name].numel() for name in names[index])
+            for index, layer in enumerate(student.layers)
+        ]
+        outside = sum(parameter.numel() for parameter in original.model.parameters()) - sum(sizes(original))
+        needed = layerwise_memory(
+            layer=max(sizes(student)),
+            trained=max(trained),
+            teacher_layer=max(sizes(original)),
+            outside=outside,
+            tokens=num_tokens,
+            width=student.model.config.get_text_config().hidden_size,
+        )
+        require_memory(needed, str(student.device), "train fewer parts, or on fewer tokens")
+
+
+def require_same_language(config: DistillConfig, folder: Path, model_config: Any) -> None:
+    """Raise `UsageError` when the teacher that is named does not have the tokens, or the layers, of the student."""
+    assert config.teacher_model is not None
+    other, _ = open_config(config.teacher_model)
+    theirs = AutoTokenizer.from_pretrained(small_files(config.teacher_model)[0]).get_vocab()
+    own = AutoTokenizer.from_pretrained(folder).get_vocab()
+    text, other_text = model_config.get_text_config(), other.get_text_config()
+    if theirs != own or text.vocab_size != other_text.vocab_size:
+        raise UsageError(
+            f"the teacher {config.teacher_model} has another tokenizer than the model; its logits are of other tokens, "
+            "so name a model of the same family."
+        )
+    shapes = [(found.num_hidden_layers, found.hidden_size) for found in (text, other_text)]
+    if (config.mode == "layerwise" or config.hidden_weight) and shapes[0] != shapes[1]:
+        raise UsageError(
+            f"the teacher {config.teacher_model} has {shapes[1][0]} layers of width {shapes[1][1]}, the model "
+            f"{shapes[0][0]} of width {shapes[0][1]}, so hidden states cannot be compared; use `mode: full` without "
+            "`hidden_weight`."
+        )
+
+
+def require_memory(needed: int, device: str, advice: str) -> None:
+    """Raise `CheckpointError` when `needed` bytes are more than the device has free."""
+    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+    if needed > free:
+        raise CheckpointError(
+            f"distillation needs about {needed / 1e9:.1f} GB of memory besides activations, but {free / 1e9:.1f} GB "
+            f"are free; {advice}."
+        )
+
+
+def fingerprint(config: DistillConfig, source: Checkpoint, teacher: Checkpoint, data: Calibration) -> str:
+    """A hash of everything that decides the losses."""
+    decided = {
+        "config": config.model_dump(mode="json", exclude={"save_every", "processes"}),
+        "student": describe_source(source),
+        "teacher": describe_source(teacher),
+        "tokens": data.fingerprint,
+    }
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+
+
+def watcher(stage: Stage, schedule: Schedule) -> Watch:
+    """Shows a line of metrics as progress."""
+
+    def watch(line: dict[str, Any]) -> None:
+        tokens = len(schedule.sequences(line["update"])) * schedule.sequence_length
+        stage.advance(f"loss {line['loss']:.4f}, {tokens / max(line['seconds'], 1e-3):,.0f} tokens/s")
+
+    return watch
+
+
+def outcome(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `plan.json` says of a finished training."""
+    return {"seconds": round(sum(line["seconds"] for line in lines), 1), "curve": thinned(lines)}
+
+
+def summary(config: DistillConfig, lines: list[dict[str, Any]]) -> list[str]:
+    """What was learnt, in sentences."""
+    seconds = sum(line["seconds"] for line in lines)
+    if config.mode == "layerwise":
+        before, after = (sum(line[key] for line in lines) / len(lines) for key in ("before", "loss"))
+        return [
+            f"{len(lines)} layers were fitted to the original's in {seconds / 60:.1f} minutes.",
+            f"Mean relative squared error of a layer's output: {before:.4g} before, {after:.4g} after.",
+        ]
+    tenth = max(1, len(lines) // 10)
+    first, last = (sum(line["loss"] for line in part) / tenth for part in (lines[:tenth], lines[-tenth:]))
+    return [
+        f"{len(lines)} updates on {lines[-1]['tokens']:,} tokens in {seconds / 60:.1f} minutes.",
+        f"Loss: {first:.4f} over the first tenth of the updates, {last:.4f} over the last.",
+    ]

@@ -1,0 +1,223 @@
+"""The training loop of whole-model distillation, on accelerate: one process, or several that share every batch.
+
+The loop is deterministic: an update is a function of the parameters, the optimizer's state and its number, and all
+three are saved together. Several processes take turns at the passes of one batch, and their gradients are added up
+before each update, so their number changes no loss beyond the rounding of that sum.
+
+Not covered: parameters or optimizer states divided among processes (FSDP); each process holds all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from moe_compress.compress.distill import losses, parts
+from moe_compress.compress.distill.config import DistillConfig
+from moe_compress.compress.distill.plan import Schedule
+from moe_compress.compress.distill.state import Metrics, load_state, save_state
+from moe_compress.compress.distill.teacher import CachedTeacher, Lesson, OnlineTeacher
+from moe_compress.errors import TrainingError
+from moe_compress.models.layers import find_moe_layers
+from moe_compress.models.skeleton import model_class
+
+BETAS = (0.9, 0.98)
+TOKENS_FILE = "tokens.safetensors"
+CACHE = "teacher"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training: where the models lie, and the folder with the tokens, the teacher's cache, the state and the metrics.
+
+    `identity` is a hash of everything that decides the losses.
+    """
+
+    config: DistillConfig
+    student: Path
+    teacher: Path
+    folder: Path
+    device: str
+    identity: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        paths = {name: str(getattr(self, name)) for name in ("student", "teacher", "folder")}
+        config = self.config.model_dump(mode="json")
+        return paths | {"config": config, "device": self.device, "identity": self.identity}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Job:
+        """What `to_json` gave."""
+        paths = {name: Path(content[name]) for name in ("student", "teacher", "folder")}
+        config = DistillConfig.model_validate(content["config"])
+        return cls(config, device=content["device"], identity=content["identity"], **paths)
+
+
+def train(job: Job, on_update: Callable[[dict[str, Any]], None]) -> None:
+    """Train the student from where the state in the folder is, to the end; `on_update` sees every line of metrics.
+
+    The last state holds the result. Raises `TrainingError` when a loss or a gradient is not finite.
+    """
+    accelerator = Accelerator(cpu=job.device == "cpu")
+    device = accelerator.device if accelerator.num_processes > 1 else torch.device(job.device)
+    tokens_NS = load_file(job.folder / TOKENS_FILE)["tokens"]
+    schedule = Schedule(job.config, *tokens_NS.shape)
+    student = load_model(job.student, device)
+    moe_layers, every = find_moe_layers(student), dict(student.named_parameters())
+    by_part = parts.parts(every, moe_layers)
+    trained = {name: every[name].requires_grad_() for name in parts.chosen(by_part, job.config.trainable)}
+    groups = parts.groups(trained, by_part, parts.users(student), job.config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=job.config.learning_rate, betas=BETAS)
+    first = load_state(job.folder, trained, optimizer, job.identity)
+    run = _Run(job, schedule, student, trained, optimizer, make_teacher(job, device), accelerator, device)
+    metrics = Metrics(job.folder, first) if accelerator.is_main_process else None
+    for update in range(first, schedule.num_updates):
+        started = time.monotonic()
+        line = run.update(update, tokens_NS)
+        line["seconds"] = round(time.monotonic() - started, 3)
+        if metrics is not None:
+            metrics.add(line)
+            if (update + 1) % job.config.save_every == 0 and update + 1 < schedule.num_updates:
+                run.save(update + 1)
+        on_update(line)
+    if accelerator.is_main_process:
+        run.save(schedule.num_updates)
+    accelerator.wait_for_everyone()
+
+
+def load_model(folder: Path, device: torch.device | str) -> Any:
+    """The model in float32, in evaluation mode (no dropout, no router noise), nothing of it trainable."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    model = model_class(config).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def make_teacher(job: Job, device: torch.device) -> Callable[[Sequence[int], Tensor], Lesson]:
+    """What the losses compare with; without need of one, an empty lesson."""
+    hidden = job.config.hidden_weight > 0
+    if not job.config.uses_teacher_logits and not hidden:
+        return lambda sequences, tokens_BS: Lesson(None)
+    if job.config.teacher == "cached":
+        return CachedTeacher(job.folder / CACHE, device)
+    return OnlineTeacher(load_model(job.teacher, device), logits=job.config.uses_teacher_logits, hidden=hidden)
+
+
+def loss_terms(config: DistillConfig, output: Any, lesson: Lesson, tokens_BS: Tensor) -> dict[str, Tensor]:
+    """The parts of the loss, each a mean over tokens, by the names they have in the metrics."""
+    terms: dict[str, Tensor] = {}
+    if lesson.logits is not None:
+        total = losses.divergence(output.logits.flatten(0, 1), lesson.logits, config.temperature)
+        terms["kl"] = total / tokens_BS.numel()
+    if config.nll_share:
+        terms["nll"] = losses.next_token_loss(output.logits, tokens_BS)
+    if config.hidden_weight:
+        terms["hidden"] = losses.hidden_loss(tuple(output.hidden_states[1:]), lesson.hidden)
+    return terms
+
+
+def weights(config: DistillConfig) -> dict[str, float]:
+    """What each term is multiplied with."""
+    return {"kl": 1 - config.nll_share, "nll": config.nll_share, "hidden": config.hidden_weight}
+
+
+def computes_bfloat16(config: DistillConfig, device: torch.device) -> bool:
+    """Whether products are computed in bfloat16."""
+    if config.precision != "auto":
+        return config.precision == "bfloat16"
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+@dataclass
+class _Run:
+    """One process's view of a training."""
+
+    job: Job
+    schedule: Schedule
+    student: Any
+    trained: dict[str, Any]
+    optimizer: torch.optim.Optimizer
+    teacher: Callable[[Sequence[int], Tensor], Lesson]
+    accelerator: Accelerator
+    device: torch.device
+
+    def update(self, update: int, tokens_NS: Tensor) -> dict[str, Any]:
+        """One step of the optimizer; returns its line of metrics. Nothing is changed when it raises."""
+        config, sequences = self.job.config, self.schedule.sequences(update)
+        rate = config.learning_rate * self.schedule.factor(update)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        terms = self._passes(sequences, tokens_NS)
+        norm = self._gradient_norm()
+        factors = weights(config)
+        loss = sum(factors[name] * value for name, value in terms.items())
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            if self.accelerator.is_main_process:
+                self.save(update)
+            raise TrainingError(
+                f"the loss is {loss} with gradients of norm {norm} at update {update + 1} of "
+                f"{self.schedule.num_updates}; lower `learning_rate` and start again (the weights as they were before "
+                f"are kept in {self.job.folder})."
+            )
+        torch.nn.utils.clip_grad_norm_(list(self.trained.values()), config.max_gradient_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        seen = min((update + 1) * config.batch_size, self.schedule.num_sequences * config.epochs)
+        line: dict[str, Any] = {"update": update, "tokens": seen * self.schedule.sequence_length, "loss": loss}
+        return line | terms | {"gradient_norm": norm, "learning_rate": rate}
+
+    def save(self, update: int) -> None:
+        """Keep the state before an update."""
+        save_state(self.job.folder, update, self.trained, self.optimizer, self.job.identity)
+
+    def _passes(self, sequences: Sequence[int], tokens_NS: Tensor) -> dict[str, float]:
+        """This process's share of a batch, forward and back; the terms of the whole batch."""
+        config, world = self.job.config, self.accelerator.num_processes
+        size = config.micro_batch_size
+        factors = weights(config)
+        bfloat16 = computes_bfloat16(config, self.device)
+        sums: dict[str, Tensor] = {}
+        micros = [sequences[start : start + size] for start in range(0, len(sequences), size)]
+        for micro in micros[self.accelerator.process_index :: world]:
+            tokens_BS = tokens_NS[list(micro)].to(self.device)
+            share = len(micro) / len(sequences)
+            with torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
+                lesson = self.teacher(micro, tokens_BS)
+                output = self.student(
+                    input_ids=tokens_BS, use_cache=False, output_hidden_states=config.hidden_weight > 0
+                )
+                terms = loss_terms(config, output, lesson, tokens_BS)
+            loss = torch.stack([share * factors[name] * term.double() for name, term in terms.items()]).sum()
+            loss.backward()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + share * term.detach().double()
+        return self._over_processes(sums)
+
+    def _over_processes(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Add up terms and gradients of all processes; one that had nothing to do gives zeros."""
+        names = [name for name, factor in weights(self.job.config).items() if factor]
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        found = torch.stack([sums.get(name, zero) for name in names])
+        for parameter in self.trained.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.accelerator.num_processes > 1:
+            found = self.accelerator.reduce(found, "sum")
+            for parameter in self.trained.values():
+                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+        return dict(zip(names, found.tolist(), strict=True))
+
+    def _gradient_norm(self) -> float:
+        gradients = [parameter.grad for parameter in self.trained.values()]
+        return float(torch.nn.utils.get_total_norm(gradients))
