@@ -19,6 +19,7 @@ from moe_compress.compress.operation import Outlook
 from moe_compress.console import print_plan
 from moe_compress.estimate import Machine, Stage, look_at_machine, peaks, seconds
 from moe_compress.eval.cost import stored_by_part
+from moe_compress.models.skeleton import build_skeleton
 from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
 
 
@@ -109,6 +110,17 @@ def test_more_tokens_and_larger_models_take_more(plain: Path) -> None:
         assert names == [stage["stage"] for stage in large["memory"]["stages"]] and names[-2:] == ["verify", "speed"]
         assert all(a["process"] <= b["process"] for a, b in zip(small, large["memory"]["stages"], strict=True))
         assert any(a["process"] < b["process"] for a, b in zip(small, large["memory"]["stages"], strict=True))
+
+
+def test_training_is_a_stage_of_its_own(plain: Path) -> None:
+    """Weights in float32, and of what is trained the gradient and two moments."""
+    recipe = {"model": str(plain), "calibration": {"dataset": "reference", "num_samples": 4, "sequence_length": 64}}
+    recipe |= {"steps": [{"op": "prune", "criterion": "reap", "keep": 0.5}, {"op": "distill", "trainable": ["all"]}]}
+    stages = {stage["stage"]: stage["process"] for stage in moe_compress.plan(recipe)["memory"]["stages"]}
+    pruned = open_checkpoint(str(plain)).config
+    pruned.num_experts = 4
+    count = sum(parameter.numel() for parameter in build_skeleton(pruned).parameters())
+    assert stages["step 2/2 distill: train"] - estimate.PROGRAM_BYTES > 4 * 4 * count
 
 
 def test_a_600b_model_from_its_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
