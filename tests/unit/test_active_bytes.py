@@ -27,6 +27,7 @@ DROPS = {
 CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "stock": ("stock", [W4]),
     "unequal layers": ("plugin", [UNEVEN, W4 | {"embeddings": {}}]),
+    "fewer slots": ("plugin", [{"op": "topk", "k": 1}, W4]),
     "drops": ("plugin", [DROPS]),
 }
 
@@ -46,8 +47,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read_per_token(folder: Path) -> float:
-    """All that is stored but the prediction head: k of a layer's experts, one row of the embeddings, the rest whole."""
+def read_per_token(folder: Path, top_k: int) -> float:
+    """All that is stored but the prediction head: top-k of a layer, one row of the embeddings, the rest."""
     experts: Counter[str] = Counter()
     counts: dict[str, set[str]] = {}
     total = 0.0
@@ -60,7 +61,7 @@ def read_per_token(folder: Path) -> float:
             total += HIDDEN * 2 if name.endswith(("weight_packed", ".weight")) else 0
         elif not name.startswith("mtp."):
             total += info.nbytes
-    return total + sum(nbytes * min(1, TOP_K / len(counts[layer])) for layer, nbytes in experts.items())
+    return total + sum(nbytes * min(1, top_k / len(counts[layer])) for layer, nbytes in experts.items())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -76,11 +77,13 @@ def test_active_bytes_as_measured_and_predicted(
         moe_compress.score(recipe, scores)
     report = moe_compress.run(recipe, tmp_path / "out", scores=scores)
     found = report["compressed"]
-    assert found["active_bytes_per_token"] == pytest.approx(read_per_token(tmp_path / "out"), abs=1)
+    assert found["active_bytes_per_token"] == pytest.approx(
+        read_per_token(tmp_path / "out", 1 if name == "fewer slots" else TOP_K), abs=1
+    )
     counts = {
-        len(layer["keep"]) for layer in json.loads((tmp_path / "out/plan.json").read_text())["steps"][0]["layers"]
+        len(layer["keep"]) for layer in json.loads((tmp_path / "out/plan.json").read_text())["steps"][-1]["layers"]
     }
-    assert (len(counts) > 1) == (name != "stock")
+    assert (len(counts) > 1) == (name in ("unequal layers", "drops"))
     if name == "unequal layers":  # which experts these keep is not known before they are measured
         return
     predicted = moe_compress.plan(recipe, scores=scores)["predicted"]

@@ -43,7 +43,7 @@ def test_verbs_reach_the_pipeline_with_loaded_recipes(calls: dict[str, Any], tmp
     moe_compress.score({"model": "a"}, "work", force=True)
     assert (calls["score"][0][1], calls["score"][1]["force"]) == (Path("work"), True)
     moe_compress.plan("demo", scores="work", overrides=["steps.0.scope=global"])
-    assert calls["plan"][1] == {"scores": Path("work")}
+    assert calls["plan"][1] == {"scores": Path("work"), "device": "auto", "clocked_at": None}
     moe_compress.inspect("reference", scores="work")
     assert calls["inspect"] == (("reference",), {"revision": None, "scores": Path("work")})
     moe_compress.verify("out")

@@ -17,10 +17,13 @@ from typer.testing import CliRunner
 
 from moe_compress import pipeline
 from moe_compress.cli import app
+from moe_compress.compress.distill import config as distill
+from moe_compress.compress.merge import config as merge
 from moe_compress.compress.prune import config as prune
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.quantize import config as quantize
 from moe_compress.compress.skip import config as skip
+from moe_compress.compress.tie import config as tie
 from moe_compress.compress.topk import config as topk
 from moe_compress.compress.zero_experts import config as zero_experts
 from moe_compress.eval.config import EvalConfig
@@ -354,7 +357,7 @@ def test_figures_of_the_card_follow_the_report(report: dict[str, Any]) -> None:
 
 def test_papers_are_those_that_the_documentation_names() -> None:
     pruning = (ROOT / "docs" / "pruning.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(\w+)` \|.*\|([^|]*)\|$", pruning, re.MULTILINE))
+    rows = dict(reversed(re.findall(r"^\| `(\w+)` \|.*\|([^|]*)\|$", pruning, re.MULTILINE)))  # the first of each
     assert {"reap", "random", "frequency"} <= rows.keys()
     named = {name: re.findall(r"arXiv (\d{4}\.\d{5})", source) for name, source in rows.items()}
     assert {name: [number] for name, number in prune.CRITERIA.items()} == {k: v for k, v in named.items() if v}
@@ -397,6 +400,7 @@ def test_citations_are_whole(report: dict[str, Any]) -> None:
     known = {*prune.CRITERIA.values(), prune.FAMILY, prune.SUPER_EXPERTS}
     known |= {*quantize.METHODS.values(), quantize.MIXTURE_COMPRESSOR}
     known |= {skip.NAEE, skip.ODP, topk.K1_K2, topk.ALLOC_MOE, zero_experts.ZEDA, zero_experts.ADAMOE}
+    known |= {*merge.GROUPINGS.values(), merge.DIFFERENCES, tie.TYING, distill.HINTON}
     assert BIBLIOGRAPHY.keys() == known
     assert len({paper.key for paper in BIBLIOGRAPHY.values()}) == len(BIBLIOGRAPHY)
     shown = re.search(r"```bibtex\n(.*?)```", card(report), re.DOTALL)

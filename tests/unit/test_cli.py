@@ -23,6 +23,7 @@ from moe_compress.errors import CheckpointError, ResumeError, UsageError, Verifi
 
 HELP_SECONDS = 0.5
 FIGURES = {"total_params": 1000, "active_params": 500, "stored_bytes": 2000}
+PARTS = {"params_by_part": {"routed_experts": 700}, "bytes_by_part": {"routed_experts": 1400}}
 CHECKS = {"keys": {"passed": True, "detail": "12 tensors"}, "target": {"passed": True, "detail": "12 of 16"}}
 REPORT = {
     "baseline": FIGURES | {"tasks": {"code": {"bpb": {"value": 1.5, "higher_is_better": False}}}},
@@ -54,9 +55,18 @@ PLAN = {
             "layers": [{"layer": 1, "num_experts": 3, "keep": [0, 2]}],
         },
     ],
-    "baseline": FIGURES,
-    "predicted": FIGURES | {"stored_bytes": 1500},
+    "baseline": FIGURES | PARTS,
+    "predicted": FIGURES | PARTS | {"stored_bytes": 1500},
+    "tier": "stock",
     "disk_needed": 3_000_000,
+    "memory": {
+        "process": 2e9,
+        "process_stage": "apply",
+        "host": 3e9,
+        "host_stage": "verify",
+        "evaluation": 0,
+        "device": 0,
+    },
     "warnings": ["the scores are old."],
 }
 FACTS = {
@@ -259,7 +269,7 @@ def test_plan(pipeline: Fakes, tmp_path: Path) -> None:
     calls = pipeline(plan=PLAN)
     done = invoke("plan", "demo", "steps.0.scope=global", "--scores", str(tmp_path))
     (recipe,), options = calls["plan"]
-    assert (recipe.steps[0].scope, options) == ("global", {"scores": tmp_path})
+    assert (recipe.steps[0].scope, options) == ("global", {"scores": tmp_path, "device": "auto", "clocked_at": None})
     for text in (
         "steps.1: prune, criterion reap, keep 2",
         "0 2",
@@ -271,7 +281,7 @@ def test_plan(pipeline: Fakes, tmp_path: Path) -> None:
     ):
         assert text in done.stdout
     assert json.loads(invoke("plan", "demo", "--json").stdout) == PLAN
-    assert calls["plan"][1] == {"scores": None}
+    assert calls["plan"][1] == {"scores": None, "device": "auto", "clocked_at": None}
 
 
 def test_run_passes_everything_on_and_prints_the_table(pipeline: Fakes, tmp_path: Path) -> None:
@@ -296,6 +306,7 @@ def test_a_dry_run_plans_and_writes_nothing(pipeline: Fakes, tmp_path: Path) -> 
     assert (done.exit_code, list(calls), list(tmp_path.iterdir())) == (0, ["dry_run"], [])
     (_, out), options = calls["dry_run"]
     given = {"resume": False, "force": False, "keep_steps": True, "work": tmp_path / "work", "scores": None}
+    given |= {"device": "auto", "hours": False}
     assert (out, options) == (tmp_path / "out", given)
     assert "nothing was written" in done.stdout and "disk needed while it runs: 3 MB" in done.stdout
     assert invoke("run", "demo", str(tmp_path / "out"), "--dry-run", "steps.0.scope=global").exit_code == 2

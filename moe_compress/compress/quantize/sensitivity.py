@@ -24,12 +24,13 @@ from transformers import PretrainedConfig
 
 from moe_compress.compress.quantize.config import QuantizeConfig
 from moe_compress.compress.quantize.gptq import POOL_BELOW, Hessians, gptq
-from moe_compress.compress.quantize.plan import DROP, SUPER_EXPERT_BITS, WHOLE
+from moe_compress.compress.quantize.plan import DROP, SUPER_EXPERT_BITS, WHOLE, require_equal_groups
 from moe_compress.compress.quantize.rtn import rtn
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.models.experts import expert_inner, expert_output, expert_weight, matrix_shape, projections
-from moe_compress.models.layers import MoELayer
+from moe_compress.models.layers import MoELayer, find_moe_layers, require_no_banks, routing_groups
 from moe_compress.models.reduced import ReducedBlocks, lending
+from moe_compress.models.skeleton import build_skeleton
 from moe_compress.runtime.grid import Grid
 
 Array = NDArray[np.float64]
@@ -166,16 +167,24 @@ class _Rounded:
         return torch.cat([new if part == self._part else old for part, new, old in pieces])
 
 
+def require_droppable(config: PretrainedConfig) -> None:
+    """Raise what keeps experts of this model from being dropped one by one: `UsageError`, `UnsupportedModelError`."""
+    require_no_banks(config, "allow_drop")
+    require_equal_groups(routing_groups(config))
+    for moe in find_moe_layers(build_skeleton(config)):
+        if not moe.block_path:
+            raise UnsupportedModelError(f"allow_drop: the router of `{moe.block_name}` cannot be run by itself.")
+
+
 class ReducedRouters:
     """What the routed output of MoE blocks becomes when their router loses an expert."""
 
     def __init__(self, config: PretrainedConfig) -> None:
+        require_droppable(config)
         self._blocks = ReducedBlocks(config)
 
     def change(self, moe: MoELayer, expert: int, block_input_NH: Tensor) -> Tensor:
         """Routed output of the block [N, H] without `expert` less that with it, for the same inputs [N, H]."""
-        if not moe.block_path:
-            raise UnsupportedModelError(f"allow_drop: the router of `{moe.block_name}` cannot be run by itself.")
         reduced, numbers = self._blocks.borrow(moe, expert)
         own, found = torch.arange(moe.num_experts + 1), list[Tensor]()
         with lending(reduced.experts, moe.experts, numbers, found):

@@ -30,18 +30,16 @@ from moe_compress.compress.quantize.plan import (
     check_shapes,
     measured_settings,
     plan_quantize,
-    require_equal_groups,
     with_group_size,
 )
 from moe_compress.compress.quantize.reach import reach
-from moe_compress.compress.quantize.sensitivity import ReducedRouters, Sensitivity
+from moe_compress.compress.quantize.sensitivity import ReducedRouters, Sensitivity, require_droppable
 from moe_compress.compress.quantize.shared import collect_moments, has_moments, joined
 from moe_compress.compress.quantize.sizes import Sizes, active_bytes
 from moe_compress.compress.quantize.storage import require_quantizable, scale_dtype_of
 from moe_compress.compress.surroundings import Surroundings
-from moe_compress.errors import UnsupportedModelError, UsageError
-from moe_compress.models.layers import MoELayer, find_moe_layers, owners, require_no_banks, routing_groups
-from moe_compress.models.skeleton import build_skeleton
+from moe_compress.errors import UsageError
+from moe_compress.models.layers import MoELayer, owners, routing_groups
 from moe_compress.runtime.families import causal_model
 
 BUDGET_TOLERANCE = 0.02  # of the budget
@@ -234,15 +232,6 @@ class QuantizeStep(Step[QuantizeConfig]):
                 folder=folder,
                 stage=stage,
             )
-
-
-def require_droppable(config: Any) -> None:
-    """Raise what keeps experts of this model from being dropped one by one: `UsageError`, `UnsupportedModelError`."""
-    require_no_banks(config, "allow_drop")
-    require_equal_groups(routing_groups(config))
-    for moe in find_moe_layers(build_skeleton(config)):
-        if not moe.block_path:
-            raise UnsupportedModelError(f"allow_drop: the router of `{moe.block_name}` cannot be run by itself.")
 
 
 def targets(plan: QuantizePlan, stored_bytes: int) -> list[Target]:
