@@ -371,7 +371,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for made in (
         prune_reference, prune_criteria, prune_readme, merge_reference, skip_reference, skip_speed, distill_reference,
         quantize_allocations, quantize_sizes, quantize_readme, quantize_frontier, streaming, kill_resume, allocation,
-        lm_eval_reference, gptq_speed, audit_reference,
+        lm_eval_reference, gptq_speed, plan_accuracy, audit_reference,
     )
 }  # fmt: skip
 

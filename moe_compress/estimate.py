@@ -40,6 +40,7 @@ CUDA_BYTES = 800 << 20  # of a CUDA context
 LOGITS_BYTES = 1 << 30  # of the logits of a batch of evaluation (`eval.harness`)
 CONVERSION, RELOADING = 2.8, 2.0
 START_SECONDS = 10.0
+SPARE_DISK = 1.05  # of the weights, for what lies beside them
 PROBE_SECONDS = 1.0  # for each measurement
 PROBE_BYTES = 64 << 20
 
@@ -55,6 +56,7 @@ class Stage:
     copied: float = 0.0  # bytes, at the rate of copying
     flops: float = 0.0
     starts: int = 0  # programs
+    scratch: int = 0  # bytes on disk besides checkpoints
     whole_models: bool = False  # it is left out, and the report says so, where there is no memory for it
 
 
@@ -109,6 +111,28 @@ def peaks(found: Sequence[Stage]) -> dict[str, Any]:
     }
 
 
+def disk_needed(
+    recipe: Recipe,
+    outlooks: Sequence[Outlook],
+    found: Sequence[Stage],
+    *,
+    source_bytes: int | None = None,
+    keep_steps: bool = False,
+) -> int:
+    """Bytes on disk at the worst moment; `source_bytes` are those of the source where they are known.
+
+    A step needs the checkpoint before it (all of them with `keep_steps`), unless that is the source, and its own; a
+    random baseline has one for each step, beside the result. What stages keep besides lies there too.
+    """
+    scale = 1.0 if source_bytes is None else source_bytes / outlooks[0].stored_bytes
+    written = [scale * outlook.stored_bytes for outlook in outlooks[1:] or outlooks]
+    kept = sum(written) if keep_steps else written[-1]
+    at_once = kept if keep_steps else max(map(sum, zip([0.0, *written], written, strict=False)))
+    if recipe.eval.random_baselines:
+        at_once = max(at_once, kept + sum(written))
+    return round(at_once * SPARE_DISK) + max(stage.scratch for stage in found)
+
+
 def seconds(found: Sequence[Stage], machine: Machine) -> dict[str, Any]:
     """How long the stages take on this machine, evaluation left out."""
     each = {
@@ -139,6 +163,7 @@ def _stage(title: str, demand: Demand, device: str) -> Stage:
         device=demand.computed if on_device else 0,
         copied=demand.moved / 2 * CONVERSION,
         flops=demand.flops,
+        scratch=demand.scratch,
     )
 
 

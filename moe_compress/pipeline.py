@@ -21,16 +21,17 @@ from moe_compress.checkpoint.record import Record
 from moe_compress.checkpoint.rewrite import PROBE_FILE
 from moe_compress.checkpoint.source import REFERENCE, Checkpoint, open_checkpoint, open_config, small_files
 from moe_compress.checkpoint.writer import write_json
+from moe_compress.compress.operation import Outlook
 from moe_compress.compress.scoring import read_calibration
 from moe_compress.compress.scoring import score as measure_all
 from moe_compress.compress.surroundings import Surroundings, resolved
 from moe_compress.errors import CheckpointError, MeasurementError, UsageError, VerificationError
+from moe_compress.estimate import disk_needed, stages
 from moe_compress.eval.config import EvalConfig
 from moe_compress.manifest import FORMAT, describe_source, file_hashes, hardware, identity_digest, library_versions
 from moe_compress.measure import measure, model_figures, random_baselines
 from moe_compress.preview import (
     calibration_differences,
-    disk_needed,
     inspect,
     look_ahead,
     plan,
@@ -78,7 +79,7 @@ def score(
     An interrupted measurement is continued, unless `force` starts it over.
     """
     around = surroundings(recipe, device, progress)
-    config, folder = look(recipe, {"WORK": work})
+    config, folder, _ = look(recipe, {"WORK": work})
     if force or not (work / "scores.json").exists():
         around = replace(around, data=read_calibration(folder, config, recipe.calibration))
     source = open_checkpoint(recipe.model, recipe.revision)
@@ -120,7 +121,7 @@ def run(
         refuse_existing(out, force)
     around = surroundings(recipe, device, progress)
     folders = {"OUT": out, "the work folder": work} | ({"--scores": scores} if scores else {})
-    config, folder = look(recipe, folders)
+    config, folder, outlooks = look(recipe, folders)
     if resume and out.exists():
         report = _finished(recipe, out)
         if report is not None:
@@ -147,7 +148,9 @@ def run(
         require_same_model(given, identity["source"]["revision"], identity["source"]["fingerprint"], scores)
         require_same_calibration(given, around, scores)
     if not work.exists():
-        require_space(work, disk_needed(recipe, source.config, source.index.nbytes, keep_steps=keep_steps))
+        stored = source.index.nbytes
+        foreseen = stages(recipe, outlooks, around.device)
+        require_space(work, disk_needed(recipe, outlooks, foreseen, source_bytes=stored, keep_steps=keep_steps))
         if not same_disk(work, out):
             require_space(out, source.index.nbytes)
     # What is evaluated changes no bit of the checkpoint, so another evaluation goes on from the same state.
@@ -291,12 +294,15 @@ def _places(out: Path, work: Path | None) -> tuple[Path, Path]:
     return out, (work or out.with_name(f"{out.name}.work")).absolute()
 
 
-def look(recipe: Recipe, folders: dict[str, Path]) -> tuple[PretrainedConfig, Path]:
-    """The model's configuration and the folder of its tokenizer, and all refusals that need no weights."""
+def look(recipe: Recipe, folders: dict[str, Path]) -> tuple[PretrainedConfig, Path, list[Outlook]]:
+    """The model's configuration, the folder of its tokenizer, and what each step leads to.
+
+    Raises all refusals that need no weights.
+    """
     refuse_overlap(folders | _folder_of("the model", recipe.model))
-    config, _ = open_config(recipe.model, recipe.revision)
-    look_ahead(recipe, config)
-    return config, small_files(recipe.model, recipe.revision)[0]
+    config, index = open_config(recipe.model, recipe.revision)
+    _, outlooks = look_ahead(recipe, config, index)
+    return config, small_files(recipe.model, recipe.revision)[0], outlooks
 
 
 def _folder_of(name: str, model: str) -> dict[str, Path]:

@@ -16,7 +16,7 @@ from moe_compress.compress.operation import Outlook
 from moe_compress.compress.quantize.step import QuantizeStep
 from moe_compress.compress.surroundings import resolved
 from moe_compress.errors import RecipeError, UsageError
-from moe_compress.estimate import look_at_machine, peaks, seconds, stages
+from moe_compress.estimate import disk_needed, look_at_machine, peaks, seconds, stages
 from moe_compress.eval.cost import cost, stored_by_part
 from moe_compress.health import NEEDED, routing_health
 from moe_compress.manifest import describe_source
@@ -25,8 +25,6 @@ from moe_compress.models.layers import find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.recipe import Recipe, check_tier
 from moe_compress.steps import make_step
-
-SPARE_DISK = 1.05  # of the weights, for what lies beside them
 
 
 def inspect(model: str, *, revision: str | None = None, scores: Path | None = None) -> dict[str, Any]:
@@ -119,7 +117,7 @@ def plan(
         "steps": planned,
         "baseline": figures[0] | {"bytes_by_part": dict(outlooks[0].parts)},
         "predicted": figures[1] | {"bytes_by_part": dict(after.parts)},
-        "disk_needed": disk_needed(recipe, config, before.stored_bytes, keep_steps=keep_steps),
+        "disk_needed": disk_needed(recipe, outlooks, found, keep_steps=keep_steps),
         "warnings": warnings,
     } | taken
 
@@ -162,23 +160,6 @@ def sweep(recipe: Recipe, scores: Path, setting: str, values: Sequence[float]) -
     require_same_model(measured, *_revision_of(recipe.model, recipe.revision, config, index), scores)
     before = Outlook(config, figures.stored_bytes, figures.active_bytes_per_token, measured)
     return step.sweep(before, recipe.export.tier, setting, values)
-
-
-def disk_needed(recipe: Recipe, config: Any, source_bytes: int, *, keep_steps: bool = False) -> int:
-    """Bytes on disk at the worst moment, every checkpoint taken for as large as the source.
-
-    A step needs the checkpoint before it (all of them with `keep_steps`) and its own; a random baseline has one for
-    each step, beside the result. The float32 hidden states of all calibration tokens lie there twice, entering and
-    leaving a layer.
-    """
-    steps = len(recipe.steps)
-    copies = max(1, steps if keep_steps else min(steps, 2))
-    if recipe.eval.random_baselines:
-        copies = max(copies, (steps if keep_steps else 1) + steps)
-    calibration = recipe.calibration
-    tokens = calibration.num_samples * calibration.sequence_length if recipe.steps else 0
-    hidden_size: int = config.get_text_config().hidden_size
-    return round(source_bytes * copies * SPARE_DISK) + 2 * 4 * tokens * hidden_size
 
 
 def _revision_of(

@@ -27,6 +27,7 @@ from moe_compress.checkpoint.durable import replace_durably
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.errors import ResumeError, UsageError
+from moe_compress.models.layers import require_no_banks
 from moe_compress.models.lockstep import Lockstep
 from moe_compress.models.reduced import Removal
 from moe_compress.progress import Stage
@@ -73,6 +74,7 @@ class Ablation:
         folder: Path,
         fingerprint: Mapping[str, Any],
     ) -> None:
+        require_no_banks(stream.checkpoint.config, "ablation")
         _require_spare(stream, experts)
         folder.mkdir(parents=True, exist_ok=True)
         self.stream = stream

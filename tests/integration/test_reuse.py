@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 import moe_compress
 from moe_compress import measure, pipeline
 from moe_compress.checkpoint.record import Record
+from moe_compress.checkpoint.source import open_checkpoint
 from moe_compress.cli import app
 from moe_compress.compress import scoring
 from moe_compress.errors import CheckpointError, DataError, ResumeError, UsageError, VerificationError
+from moe_compress.estimate import disk_needed, stages
 from moe_compress.eval import harness
-from moe_compress.preview import disk_needed
+from moe_compress.preview import look_ahead
 from moe_compress.progress import SilentProgress
 from moe_compress.recipe import load_recipe
 from moe_compress.verification import checks
@@ -163,9 +165,25 @@ def test_disk_holds_every_checkpoint_of_the_worst_moment(
         "steps": [{"op": "prune", "criterion": "reap", "keep": 1.0}] * steps,
         "eval": {"tasks": ["a"], "random_baselines": random_baselines} if random_baselines else {},
     })  # fmt: skip
-    config: Any = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=10))
-    hidden = 2 * 4 * 2 * 10 if steps else 0
-    assert disk_needed(recipe, config, 1_000_000, keep_steps=keep_steps) == copies * 1_050_000 + hidden
+    config = open_checkpoint(str(source)).config
+    _, outlooks = look_ahead(recipe, config)
+    hidden = 2 * 4 * 2 * config.hidden_size if steps else 0
+    needed = disk_needed(
+        recipe, outlooks, stages(recipe, outlooks, "cpu"), source_bytes=1_000_000, keep_steps=keep_steps
+    )
+    assert needed == copies * 1_050_000 + hidden
+
+
+def test_disk_holds_checkpoints_as_small_as_they_get(source: Path) -> None:
+    """The second step's beside the first's; the source is there already."""
+    steps = [{"op": "prune", "criterion": "reap", "keep": keep} for keep in (0.75, 0.5)]
+    recipe = load_recipe({"model": str(source), "calibration": {"dataset": "a", "num_samples": 1, "sequence_length": 2},
+                          "steps": steps})  # fmt: skip
+    _, outlooks = look_ahead(recipe, open_checkpoint(str(source)).config)
+    sizes = [outlook.stored_bytes for outlook in outlooks]
+    assert sizes[0] > sizes[1] > sizes[2]
+    needed = disk_needed(recipe, outlooks, stages(recipe, outlooks, "cpu"))
+    assert needed == pytest.approx(1.05 * (sizes[1] + sizes[2]), rel=0.01)
 
 
 @pytest.mark.usefixtures("no_reload")

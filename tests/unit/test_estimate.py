@@ -19,12 +19,18 @@ from moe_compress.compress.operation import Outlook
 from moe_compress.console import print_plan
 from moe_compress.estimate import Machine, Stage, look_at_machine, peaks, seconds
 from moe_compress.eval.cost import stored_by_part
+from moe_compress.models.skeleton import build_skeleton
 from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "olmoe"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("model") / request.param, request.param, num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("plain") / "model")
 
 
 def test_a_resident_layer_is_as_large_as_said(model: Path) -> None:
@@ -79,16 +85,16 @@ def test_hours_are_bytes_and_arithmetic_at_the_measured_rates() -> None:
     assert found["seconds"] == 24 + 2 * estimate.START_SECONDS
 
 
-def test_the_machine_is_looked_at(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machine_is_looked_at(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "PROBE_SECONDS", 0.05)
     monkeypatch.setattr(estimate, "PROBE_BYTES", 1 << 20)
-    size = ModelSize.of(open_checkpoint(str(model)).config, 0)
+    size = ModelSize.of(open_checkpoint(str(plain)).config, 0)
     found = look_at_machine(tmp_path / "not" / "yet", size, 512, "cpu")
     assert found.copy_rate > 1e5 and found.flop_rate > 1e6
     assert list(tmp_path.iterdir()) == [], "nothing is left on the disk"
 
 
-def test_more_tokens_and_larger_models_take_more(model: Path) -> None:
+def test_more_tokens_and_larger_models_take_more(plain: Path) -> None:
     """No figure falls when the work grows."""
     texts = {"calibration": {"dataset": "reference", "num_samples": 4, "sequence_length": 64}}
     for step in (
@@ -97,13 +103,24 @@ def test_more_tokens_and_larger_models_take_more(model: Path) -> None:
         {"op": "quantize", "bits": 4},
         {"op": "quantize", "average_bits": 2.5, "options": [2, 3], "cost": "fisher"},
     ):
-        recipe = texts | {"model": str(model), "steps": [step], "export": {"tier": "plugin"}}
+        recipe = texts | {"model": str(plain), "steps": [step], "export": {"tier": "plugin"}}
         small = moe_compress.plan(recipe)["memory"]["stages"]
         large = moe_compress.plan(recipe, overrides=["calibration.num_samples=4000", "calibration.batch_size=8"])
         names = [stage["stage"] for stage in small]
         assert names == [stage["stage"] for stage in large["memory"]["stages"]] and names[-2:] == ["verify", "speed"]
         assert all(a["process"] <= b["process"] for a, b in zip(small, large["memory"]["stages"], strict=True))
         assert any(a["process"] < b["process"] for a, b in zip(small, large["memory"]["stages"], strict=True))
+
+
+def test_training_is_a_stage_of_its_own(plain: Path) -> None:
+    """Weights in float32, and of what is trained the gradient and two moments."""
+    recipe = {"model": str(plain), "calibration": {"dataset": "reference", "num_samples": 4, "sequence_length": 64}}
+    recipe |= {"steps": [{"op": "prune", "criterion": "reap", "keep": 0.5}, {"op": "distill", "trainable": ["all"]}]}
+    stages = {stage["stage"]: stage["process"] for stage in moe_compress.plan(recipe)["memory"]["stages"]}
+    pruned = open_checkpoint(str(plain)).config
+    pruned.num_experts = 4
+    count = sum(parameter.numel() for parameter in build_skeleton(pruned).parameters())
+    assert stages["step 2/2 distill: train"] - estimate.PROGRAM_BYTES > 4 * 4 * count
 
 
 def test_a_600b_model_from_its_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,8 +152,8 @@ def test_a_600b_model_from_its_config_alone(tmp_path: Path, capsys: pytest.Captu
         {"op": "quantize", "method": "rtn", "bits": 4, "group_size": 16, "embeddings": {"bits": 8}},
     ],
 )
-def test_bytes_by_part_are_those_of_the_result(step: dict[str, Any], model: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(model, write_texts(tmp_path / "texts.txt"))
+def test_bytes_by_part_are_those_of_the_result(step: dict[str, Any], plain: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(plain, write_texts(tmp_path / "texts.txt"))
     recipe |= {"steps": [step], "export": {"tier": "plugin" if "embeddings" in step else "stock"}}
     if step["op"] != "prune":
         del recipe["calibration"]
@@ -148,7 +165,7 @@ def test_bytes_by_part_are_those_of_the_result(step: dict[str, Any], model: Path
     index = TensorIndex.from_folder(tmp_path / "out")
     for part, word in (("attention", ".self_attn."), ("routed_experts", ".experts."), ("embeddings", "embed_tokens")):
         assert parts[part] == sum(info.nbytes for name, info in index.items() if word in name), part
-    before = open_checkpoint(str(model))
+    before = open_checkpoint(str(plain))
     assert planned["baseline"]["bytes_by_part"] == stored_by_part(before.config, before.index)
 
 
@@ -160,13 +177,13 @@ def test_parts_follow_the_bytes() -> None:
     assert not Outlook(None, 100, 10).of_size(stored_bytes=60).parts
 
 
-def test_a_recipe_beyond_its_tier_is_planned_with_a_warning(model: Path) -> None:
-    recipe = {"model": str(model), "calibration": {"dataset": "reference"}, "steps": [
+def test_a_recipe_beyond_its_tier_is_planned_with_a_warning(plain: Path) -> None:
+    recipe = {"model": str(plain), "calibration": {"dataset": "reference"}, "steps": [
         {"op": "prune", "criterion": "reap", "keep": 0.5, "scope": "global"}]}  # fmt: skip
     assert any("the tier `stock` cannot hold" in warning for warning in moe_compress.plan(recipe)["warnings"])
 
 
-def test_no_steps(model: Path) -> None:
-    planned = moe_compress.plan({"model": str(model), "steps": []})
+def test_no_steps(plain: Path) -> None:
+    planned = moe_compress.plan({"model": str(plain), "steps": []})
     assert [stage["stage"] for stage in planned["memory"]["stages"]] == ["identity: apply", "verify", "speed"]
     assert planned["predicted"]["bytes_by_part"] == planned["baseline"]["bytes_by_part"]

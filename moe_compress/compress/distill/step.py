@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import Calibration
 from moe_compress.checkpoint.record import Record
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, rewrite
@@ -21,6 +22,7 @@ from moe_compress.checkpoint.source import Checkpoint, open_checkpoint, open_con
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
+from moe_compress.compress.demand import Demand, apply_demand, num_tokens
 from moe_compress.compress.distill import parts
 from moe_compress.compress.distill.apply import DistillChange, Readers
 from moe_compress.compress.distill.config import DistillConfig
@@ -94,6 +96,41 @@ class DistillStep(Step[DistillConfig]):
             return open_checkpoint(self.config.teacher_model)
         assert around.original is not None
         return around.original
+
+    def demands(self, before: Outlook, after: Outlook, calibration: CalibrationConfig) -> list[Demand]:
+        """The original is taken for as large as what is trained."""
+        data = self.config.data or calibration
+        skeleton = build_skeleton(before.config)
+        parameters = dict(skeleton.named_parameters())
+        chosen = parts.chosen(parts.parts(parameters, find_moe_layers(skeleton)), self.config.trainable)
+        count = sum(parameter.numel() for parameter in parameters.values())
+        trained = sum(parameters[name].numel() for name in chosen)
+        if self.config.mode == "layerwise":
+            layers = [sum(layer.experts) + layer.others for layer in before.size.layers]
+            needed = layerwise_memory(
+                layer=max(layers),
+                trained=round(trained / sum(layers) * max(layers)),
+                teacher_layer=max(layers),
+                outside=count - sum(layers),
+                tokens=num_tokens(data),
+                width=before.size.hidden_size,
+            )
+        else:
+            needed = full_memory(
+                self.config,
+                student=count,
+                trained=trained,
+                teacher=count,
+                vocabulary=before.config.get_text_config().vocab_size,
+                sequence_length=data.sequence_length,
+            )
+        # forward, and twice that backward; the original forward once
+        flops = before.size.flops_per_token * num_tokens(data) * (3 * self.config.epochs + 1)
+        cached = self.config.mode == "full" and self.config.teacher == "cached" and self.config.uses_teacher_logits
+        vocabulary = before.config.get_text_config().vocab_size
+        scratch = cache_bytes(self.config, num_tokens(data), vocabulary) if cached else 0
+        training = Demand("train", 0, needed, scratch=scratch, moved=2 * before.stored_bytes, flops=flops)
+        return [training, apply_demand(before.size, after.size, 0, 0)]
 
     def _data(self, source: Checkpoint, around: Surroundings) -> Calibration:
         if self.config.data is None:
