@@ -281,6 +281,13 @@ def with_expert_counts(config: Any, before: int, num_experts: int, counts: Mappi
     return changed
 
 
+def with_count_everywhere(config: Any, num_experts: int) -> Any:
+    """A copy of the configuration with `num_experts` experts in every MoE layer."""
+    model = build_skeleton(config)
+    counts = {layer.layer: num_experts for layer in find_moe_layers(model)}
+    return with_expert_counts(config, family_num_experts(model), num_experts, counts)
+
+
 def family_num_experts(model: PreTrainedModel) -> int:
     """Experts per layer as the family's own setting has it; a compressed family's layers may have fewer."""
     section = getattr(model.config, SECTION, None)

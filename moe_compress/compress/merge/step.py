@@ -21,7 +21,7 @@ from moe_compress.compress.prune.step import routing_limits
 from moe_compress.compress.quantize.plan import ExpertShapes
 from moe_compress.compress.quantize.sizes import Sizes
 from moe_compress.compress.surroundings import Surroundings
-from moe_compress.models.layers import require_no_banks, set_num_experts
+from moe_compress.models.layers import require_no_banks, with_count_everywhere
 from moe_compress.runtime.banks import Bank
 from moe_compress.runtime.families import banked, causal_model
 from moe_compress.verification.checks import require_coverage
@@ -100,10 +100,7 @@ class MergeStep(Step[MergeConfig]):
         """What the step leads to, from the plan or from the number of groups alone."""
         shape = sizes.shapes[0]
         if not self.config.keeps_router:
-            smaller = type(before.config).from_dict(before.config.to_dict())
-            if count != shape.num_experts:
-                set_num_experts(smaller, shape.num_experts, count)
-            return before.resized(smaller)
+            return before.resized(with_count_everywhere(before.config, count))
         if plan is not None:
             banks = {layer.layer: bank_of(layer) for layer in plan.layers}
         else:

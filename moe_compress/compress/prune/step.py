@@ -23,13 +23,7 @@ from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.prune.plan import PrunePlan, keep_count, plan_prune
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.eval.cost import cost
-from moe_compress.models.layers import (
-    family_num_experts,
-    find_moe_layers,
-    require_no_banks,
-    routing_groups,
-    with_expert_counts,
-)
+from moe_compress.models.layers import find_moe_layers, require_no_banks, routing_groups, with_count_everywhere
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.runtime.banks import Bank
 from moe_compress.runtime.families import banked, causal_model
@@ -129,13 +123,11 @@ class PruneStep(Step[PruneConfig]):
 
     def _outlook(self, before: Outlook, num_experts: int, count: int) -> Outlook:
         """What the step leads to when each layer keeps `count` experts."""
-        model = build_skeleton(before.config)
-        layers = [layer.layer for layer in find_moe_layers(model)]
         if self.config.replace is not None:
+            layers = [layer.layer for layer in find_moe_layers(build_skeleton(before.config))]
             slots = tuple(expert if expert < count else None for expert in range(num_experts))
             return before.resized(banked(before.config, num_experts, dict.fromkeys(layers, Bank(count, slots))))
-        counts = dict.fromkeys(layers, count)
-        return before.resized(with_expert_counts(before.config, family_num_experts(model), count, counts))
+        return before.resized(with_count_everywhere(before.config, count))
 
     def _record(self, plan: PrunePlan, scores: Scores, dropped: int) -> Record:
         largest = max(layer.num_experts for layer in plan.layers)
