@@ -39,6 +39,9 @@ class LayerwiseModel:
     def __init__(self, model_class: Any, folder: Path, config: Any) -> None:
         with init_empty_weights(include_buffers=False):
             self.model = model_class._from_config(config, dtype=torch.float32)
+        shared = list(shared_tensors(self.model))
+        for module in self.model.modules():
+            empty_buffers(module)
         self.mapping: list[Any] = get_model_conversion_mapping(self.model)
         self.files: dict[str, Path] = {}
         for shard in sorted(folder.glob("*.safetensors")):
@@ -53,14 +56,20 @@ class LayerwiseModel:
             if target in known or key in known:
                 self.sources[target if target in known else key].append(key)
         experts = [name for name, parameter in self.model.named_parameters() if parameter.ndim == 3]
-        for name in experts:  # converted in the type they are stored in, then upcast: half the memory
+        for name in filter(
+            self.sources.get, experts
+        ):  # converted in the type they are stored in, then upcast: half the memory
             path, _, leaf = name.rpartition(".")
             with safe_open(self.files[self.sources[name][0]], "pt") as stored:
                 dtype = stored.get_slice(self.sources[name][0])[:1].dtype
             owner = self.model.get_submodule(path)
             owner._parameters[leaf] = torch.nn.Parameter(owner._parameters[leaf].to(dtype), requires_grad=False)
-        lists = {name: found for name, found in self.model.named_modules() if isinstance(found, torch.nn.ModuleList)}
-        name, layers = next((name, found) for name, found in lists.items() if any(e.startswith(name) for e in experts))
+        # experts whose weights another layer stores, with that layer's name of them
+        self.shared = {name: stored for name, stored in shared if stored in self.sources}
+        modules = dict(self.model.named_modules())
+        found = [name for name, module in modules.items() if hasattr(module, "is_transposed")]  # fused experts
+        lists = {name: module for name, module in modules.items() if isinstance(module, torch.nn.ModuleList)}
+        name, layers = next((name, each) for name, each in lists.items() if any(e.startswith(name) for e in found))
         ends = {self.model.get_input_embeddings(), self.model.get_output_embeddings()}
         turns = {f"{name}.{index}": layer for index, layer in enumerate(layers)}
         turns |= {path: module for path, module in self.model.named_modules() if module in ends}
@@ -80,6 +89,10 @@ class LayerwiseModel:
     def enter(self, path: str, module: torch.nn.Module) -> None:
         """Fill a module; a tensor the checkpoint lacks is an error."""
         self.fill([target for target in self.sources if target.startswith(f"{path}.")])
+        for name, stored in self.shared.items():
+            if name.startswith(f"{path}."):
+                self.fill([stored])
+                self.move(stored, name)
         missing = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
         if missing:
             raise ValueError(f"the checkpoint holds no weights for {path}.{missing[0]}")
@@ -90,6 +103,17 @@ class LayerwiseModel:
             for name, parameter in child._parameters.items():
                 if parameter is not None:
                     child._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+            empty_buffers(child)
+
+    def move(self, source: str, target: str) -> None:
+        """Take a tensor out of the module that stores it, which is empty otherwise, and put it where it is used."""
+        (owner, leaf), (user, own) = ((self.model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2])
+                                      for n in (source, target))  # fmt: skip
+        held = "_parameters" if leaf in owner._parameters else "_buffers"
+        tensor = getattr(owner, held)[leaf]
+        if user is not owner:
+            getattr(owner, held)[leaf] = torch.nn.Parameter(tensor.to("meta"), requires_grad=False)
+        getattr(user, held)[own] = tensor
 
     def fill(self, targets: list[str]) -> None:
         """Read the tensors of these parameters, one parameter at a time."""
@@ -103,6 +127,23 @@ class LayerwiseModel:
             owner = self.model.get_submodule(path)
             if leaf in owner._parameters and owner._parameters[leaf].dtype != torch.float32:
                 owner._parameters[leaf] = torch.nn.Parameter(owner._parameters[leaf].float(), requires_grad=False)
+
+
+def shared_tensors(model: Any) -> Iterable[tuple[str, str]]:
+    """Each tensor of experts that another layer stores, and the name it is stored under."""
+    yield from ((name, stored) for name, stored in model.all_tied_weights_keys.items() if ".experts." in name)
+    first: dict[int, str] = {}
+    for name, buffer in model.named_buffers(remove_duplicate=False):  # packed ones are in modules of several layers
+        stored = first.setdefault(id(buffer), name)
+        if stored != name and ".experts." in name:
+            yield name, stored
+
+
+def empty_buffers(module: torch.nn.Module) -> None:
+    """Give back the memory of what a checkpoint holds in buffers."""
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            module._buffers[name] = buffer.to("meta")
 
 
 def require_all(missing: Iterable[str], unexpected: Iterable[str]) -> None:
