@@ -112,6 +112,40 @@ def merge_reference() -> str:
     )
 
 
+def merge_short() -> str:
+    """The rows of the documentation: pruning, every grouping as its paper merges, and differences."""
+    names = ["original"]
+    for keep in (12, 8):
+        names += [f"{keep}: prune reap", *(f"{keep}: prune random {seed}" for seed in range(3))]
+        names += [f"{keep}: merge {grouping}, align weights" for grouping in ("hc", "router", "ream")]
+    names += [f"8: differences from {keep}" for keep in (1, 2, 4)]
+    rows = {row["name"]: row for row in load("merge_reference")["rows"]}
+    chosen = [rows[name] for name in names if name in rows]
+    whole = rows["original"]["expert_bytes"]
+    return table(
+        ["", "bytes of routed experts", *TASKS],
+        [[row["name"], format_percent(row["expert_bytes"] / whole), *scores(row["tasks"])] for row in chosen],
+    )
+
+
+def tie_reference() -> str:
+    """Every part of tying, and whole models at 60 % of their experts' bytes."""
+    rows = load("tie_reference")["rows"]
+    whole = rows[0]["expert_bytes"]
+    return table(
+        ["", "bytes of routed experts", "stored", *TASKS],
+        [
+            [
+                row["name"],
+                format_percent(row["expert_bytes"] / whole),
+                format_bytes(row["stored_bytes"]),
+                *scores(row["tasks"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
 def skip_reference() -> str:
     """Every untrained way to run fewer experts per token."""
     rows = load("skip_reference")["rows"]
@@ -369,9 +403,9 @@ def _head_and_rows(rows: Sequence[Sequence[str]]) -> tuple[Sequence[str], Rows]:
 TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
-        prune_reference, prune_criteria, prune_readme, merge_reference, skip_reference, skip_speed, distill_reference,
-        quantize_allocations, quantize_sizes, quantize_readme, quantize_frontier, streaming, kill_resume, allocation,
-        lm_eval_reference, gptq_speed, plan_accuracy, audit_reference,
+        prune_reference, prune_criteria, prune_readme, merge_reference, merge_short, tie_reference, skip_reference,
+        skip_speed, distill_reference, quantize_allocations, quantize_sizes, quantize_readme, quantize_frontier,
+        streaming, kill_resume, allocation, lm_eval_reference, gptq_speed, plan_accuracy, audit_reference,
     )
 }  # fmt: skip
 

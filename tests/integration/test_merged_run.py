@@ -11,16 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import moe_compress
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.errors import UnsupportedModelError, UsageError
 from moe_compress.runtime.banks import Bank
 from moe_compress.runtime.families import banked
-from moe_compress.verification import checks
+from moe_compress.verification import checks, reload
 from tests.integration.test_run import content, interrupted_at
 from tests.tiny_checkpoint import tiny_checkpoint, tiny_model, tiny_recipe, write_texts
 
@@ -214,6 +215,25 @@ def test_a_bank_is_in_memory_once(source: Path, tmp_path: Path) -> None:
         assert pointers == (1 if name == "tied" else LAYERS)
     assert taken["tied"] < 1.3 * bank
     assert taken["dense"] > 3.5 * bank
+
+
+@pytest.mark.parametrize("name", ["differences", "constants", "tie", "tie, 4 bits", "tie, bits by budget"])
+def test_layer_by_layer_a_reload_gives_the_same_logits(
+    name: str, source: Path, texts: Path, tmp_path: Path, no_reload: None
+) -> None:
+    """As `verify` does it with checkpoints that are larger than memory; nothing of a layer stays."""
+    tier, steps = STEPS[name]
+    moe_compress.run(recipe(source, texts, *steps, tier=tier), tmp_path / "out")
+    reload.main(tmp_path / "out", str(tmp_path / "found.npy"), "layers")
+    with np.load(tmp_path / "out" / "probe.npz") as probe:
+        expected = probe["logits"]
+    assert np.abs(np.load(tmp_path / "found.npy") - expected).max() < 1e-4 * expected.std()
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    model = reload.LayerwiseModel(AutoModelForCausalLM._model_mapping[type(config)], tmp_path / "out", config).model
+    with torch.no_grad():
+        model.eval()(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+    held = [key for key, tensor in model.model.layers.state_dict().items() if not tensor.is_meta]
+    assert held == []
 
 
 def test_saving_a_loaded_model_again_keeps_the_bank_shared(

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from moe_compress.compress.merge.low_rank import best_scale, best_successor, weighted_error
 from moe_compress.compress.merge.neurons import Expert, inner_activations, read_expert, write_expert
-from moe_compress.compress.merge.weighting import token_weights
 from moe_compress.compress.sampling import EvenSample
 from moe_compress.compress.tie.costs import by_output, by_weights
 from moe_compress.compress.tie.fit import PENALTIES, Tokens, closed_form, fit_expert
 from moe_compress.compress.tie.losses import rank_errors
 from moe_compress.compress.tie.samples import ExpertSamples, Sample, load_samples
+from moe_compress.compress.tie.weighting import token_weights
 from moe_compress.models.experts import whole_expert
 from tests.unit.test_merge_neurons import EXPERTS, HIDDEN, LAYOUTS, NEURONS, make_experts
 
@@ -112,13 +112,13 @@ def test_costs_by_weights(layout: str) -> None:
 
 
 def judged(experts: Any, expert: Expert, members: list[Expert], tokens: list[Sample]) -> float:
-    """Squared error of gated outputs, each token's divided by 1 + its square over the median square."""
+    """Squared error of gated outputs, by the weights of the fit."""
     total = 0.0
     for member, sample in zip(members, tokens, strict=True):
         true = sample.gate_N[:, None] * outputs(experts, member, sample.input_NH)
         squares = true.square().sum(1)
         change = sample.gate_N[:, None] * outputs(experts, expert, sample.input_NH) - true
-        total += float((change.square().sum(1) / (1 + squares / squares.median())).sum())
+        total += float((change.square().sum(1) * (1 / squares.mean() + 1 / (squares + squares.median()))).sum())
     return total
 
 
@@ -147,7 +147,7 @@ def test_few_tokens_do_no_harm(fit: str) -> None:
         average = fit_expert(experts, members, (0.5, 0.5), tokens, "average", 1)
         fitted = fit_expert(experts, members, (0.5, 0.5), tokens, fit, 30)
         weights = [
-            (1 + s / s.median()).rsqrt()
+            (1 / s.mean() + 1 / (s + s.median())).sqrt()
             for m, o in zip(members, tokens, strict=True)
             for s in [(o.gate_N[:, None] * outputs(experts, m, o.input_NH)).square().sum(1)]
         ]
@@ -178,11 +178,11 @@ def test_the_closed_form_is_penalised_least_squares(layout: str) -> None:
 
 
 def test_token_weights() -> None:
-    squares = torch.tensor([4.0, 1.0, 9.0, 1e8])
+    squares = torch.tensor([4.0, 1.0, 9.0, 1e4])
     rows = torch.zeros(4, 3)
     rows[:, 1] = squares.sqrt()
-    typical = 4.0  # the median, the lower one of two
-    torch.testing.assert_close(token_weights(rows), (1 + squares / typical) ** -0.5)
+    expected = 1 / squares.mean() + 1 / (squares + 4.0)  # the median, the lower one of two
+    torch.testing.assert_close(token_weights(rows), expected.sqrt())
     assert token_weights(torch.zeros(5, 3)).tolist() == [1.0] * 5 and token_weights(torch.zeros(0, 3)).shape == (0,)
 
 

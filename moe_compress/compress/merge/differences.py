@@ -1,7 +1,7 @@
 """Fitting what tells routed experts from the stored ones that run for them: a scale and a low-rank matrix, by matrix.
 
 Gate and up projections are fitted on the inputs that the router sends the expert, each weighted by the square of its
-gate value and of what `weighting` says of the token. The down projection is then fitted to the expert's true output on
+gate value. The down projection is then fitted to the expert's true output on
 what the fitted ones give it: with h the true and h' the fitted activations, the matrix M with the least sum of
 |W h - M h'|^2, so weighted, takes the place of W. The scale of the stored matrix is the best one without the low-rank
 part (in arXiv 2608.07814 it is 1).
@@ -18,7 +18,6 @@ from torch import Tensor
 from moe_compress.checkpoint.rewrite import PROBES
 from moe_compress.compress.merge.low_rank import best_factors, best_scale, best_successor
 from moe_compress.compress.merge.neurons import DOWN, Expert, inner_activations
-from moe_compress.compress.merge.weighting import token_weights
 from moe_compress.models.experts import routed_tokens
 from moe_compress.models.lockstep import Enough, Lockstep
 from moe_compress.runtime.banks import Bank, Differences, short
@@ -63,7 +62,7 @@ class Differ:
         device = self.experts.down_proj.device
         moments = {expert: torch.zeros(width, width, dtype=torch.float64, device=device) for expert in chunk}
 
-        def see(expert: int, hidden_NH: Tensor, gate_N1: Tensor, true_NF: Tensor) -> None:
+        def see(expert: int, hidden_NH: Tensor, gate_N1: Tensor) -> None:
             weighted_NH = gate_N1 * hidden_NH
             moments[expert] += (weighted_NH.T @ weighted_NH).double()
 
@@ -79,9 +78,10 @@ class Differ:
         crosses = {expert: torch.zeros(shape, **kind) for expert in chunk}
         moments = {expert: torch.zeros(shape, **kind) for expert in chunk}
 
-        def see(expert: int, hidden_NH: Tensor, gate_N1: Tensor, true_NF: Tensor) -> None:
+        def see(expert: int, hidden_NH: Tensor, gate_N1: Tensor) -> None:
+            true_NF = gate_N1 * inner_activations(self.experts, self.members[expert], hidden_NH)
             found_NF = gate_N1 * inner_activations(self.experts, fitted[expert], hidden_NH)
-            crosses[expert] += ((gate_N1 * true_NF).T @ found_NF).double()
+            crosses[expert] += (true_NF.T @ found_NF).double()
             moments[expert] += (found_NF.T @ found_NF).double()
 
         self._observe(run, index, chunk, see)
@@ -112,12 +112,9 @@ class Differ:
         return Expert(parts)
 
     def _observe(
-        self, run: Lockstep, index: int, wanted: list[int], see: Callable[[int, Tensor, Tensor, Tensor], None]
+        self, run: Lockstep, index: int, wanted: list[int], see: Callable[[int, Tensor, Tensor], None]
     ) -> None:
-        """Show `see` what the router sends these experts: inputs [N, H], weights [N, 1], true activations [N, F].
-
-        The weights are gate values times those of `token_weights`.
-        """
+        """Show `see` what the router sends these experts: inputs [N, H] and gate values [N, 1]."""
 
         def enter(module: Any, inputs: Any) -> None:
             hidden_TH, index_TK, gate_TK = inputs
@@ -126,10 +123,7 @@ class Differ:
             for expert, pair_N in routed_tokens(index_TK, gate_TK, len(module.bank.slots)):
                 if expert in wanted:
                     gate_N1 = gate_TK.flatten()[pair_N].to(hidden_TH.dtype)[:, None]
-                    hidden_NH = hidden_TH.index_select(0, pair_N // index_TK.shape[1])
-                    true_NF = inner_activations(module, self.members[expert], hidden_NH)
-                    output_NH = gate_N1 * (true_NF @ self.members[expert].parts[DOWN])
-                    see(expert, hidden_NH, token_weights(output_NH)[:, None] * gate_N1, true_NF)
+                    see(expert, hidden_TH.index_select(0, pair_N // index_TK.shape[1]), gate_N1)
             raise Enough
 
         handle = self.experts.register_forward_pre_hook(enter)

@@ -1,7 +1,7 @@
 """Fitting one expert to stand for several: an average, then least squares on their own tokens.
 
 The error is the sum over layers and sampled tokens of (w g)^2 |f_bank(x) - f(x)|^2, f the layer's own expert, g the
-token's gate value and w its weight (`merge.weighting`). The down projection that minimises it for given gate and up
+token's gate value and w its weight (`weighting`). The down projection that minimises it for given gate and up
 projections is known in closed form, with a penalty on its distance from the average; gradient descent (Adam, the
 learning rate falling to 0 along a half cosine) then changes all projections. An expert has far more weights than it has
 sampled tokens, so every eighth token is held out: penalty and step are those of the least error on these, and an
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from moe_compress.compress.merge.average import average
 from moe_compress.compress.merge.neurons import DOWN, Expert, inner_activations
-from moe_compress.compress.merge.weighting import token_weights
 from moe_compress.compress.tie.samples import Sample
+from moe_compress.compress.tie.weighting import token_weights
 
 HELD_OUT = 8  # one of so many tokens
 PENALTIES = (0.01, 0.1, 1.0, 10.0)  # of the mean squared activation, on the distance from the average
