@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import Calibration
 from moe_compress.checkpoint.record import Record
-from moe_compress.checkpoint.rewrite import LEDGER_FILE, rewrite
+from moe_compress.checkpoint.rewrite import LEDGER_FILE, open_rewritten, rewrite
 from moe_compress.checkpoint.source import Checkpoint, open_checkpoint, open_config, small_files
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
@@ -27,21 +28,27 @@ from moe_compress.compress.distill import parts
 from moe_compress.compress.distill.apply import DistillChange, Readers
 from moe_compress.compress.distill.config import DistillConfig
 from moe_compress.compress.distill.layerwise import heal_layers, trained_names, trained_readers
-from moe_compress.compress.distill.plan import Schedule, full_memory, layerwise_memory, plan_json, thinned
+from moe_compress.compress.distill.plan import NF4_SHARE, Schedule, full_memory, layerwise_memory, plan_json, thinned
 from moe_compress.compress.distill.state import load_parameters, read_metrics, state_update
 from moe_compress.compress.distill.teacher import cache_bytes, write_cache
 from moe_compress.compress.distill.train import CACHE, TOKENS_FILE, Job, train
 from moe_compress.compress.distill.worker import train_in_processes
 from moe_compress.compress.operation import Outlook, Step
+from moe_compress.compress.quantize.config import PartConfig, QuantizeConfig
+from moe_compress.compress.quantize.step import QuantizeStep
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import CheckpointError, UsageError
 from moe_compress.manifest import describe_source
-from moe_compress.models.layers import find_moe_layers
+from moe_compress.models.layers import decoder_layers, find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.progress import Stage
 from moe_compress.workspace import require_space
 
 Watch = Callable[[dict[str, Any]], None]
+PACKED_TEACHER = "packed-teacher"
+NF4 = QuantizeConfig(
+    op="quantize", method="nf4", attention=PartConfig(), shared_experts=PartConfig(), dense_mlp=PartConfig()
+)
 
 
 class DistillStep(Step[DistillConfig]):
@@ -120,7 +127,7 @@ class DistillStep(Step[DistillConfig]):
                 self.config,
                 student=count,
                 trained=trained,
-                teacher=count,
+                teacher=teacher_floats(self.config, skeleton),
                 vocabulary=before.config.get_text_config().vocab_size,
                 sequence_length=data.sequence_length,
             )
@@ -155,7 +162,11 @@ class DistillStep(Step[DistillConfig]):
                     teacher, data.tokens, work / CACHE, self.config, identity, around.device, around.progress, title
                 )
             save_file({"tokens": data.tokens.contiguous()}, work / TOKENS_FILE)
-            job = Job(self.config, source.folder, teacher.folder, work, around.device, identity)
+            taught_by = teacher.folder
+            if self.config.teacher == "nf4" and self.config.asks_teacher:
+                QuantizeStep(NF4).run(teacher, work / PACKED_TEACHER, replace(around, tier="plugin"), title)
+                taught_by = open_rewritten(work / PACKED_TEACHER / "checkpoint", teacher).folder
+            job = Job(self.config, source.folder, taught_by, work, around.device, identity)
             with around.progress.stage(f"{title}: train", schedule.num_updates, "update") as stage:
                 for _ in range(first):
                     stage.advance("done before")
@@ -197,7 +208,7 @@ class DistillStep(Step[DistillConfig]):
             self.config,
             student=sum(parameter.numel() for parameter in parameters.values()),
             trained=sum(parameters[name].numel() for name in chosen),
-            teacher=sum(parameter.numel() for parameter in build_skeleton(teacher.config).parameters()),
+            teacher=teacher_floats(self.config, build_skeleton(teacher.config)),
             vocabulary=skeleton.config.get_text_config().vocab_size,
             sequence_length=schedule.sequence_length,
         )
@@ -245,6 +256,16 @@ def require_same_language(config: DistillConfig, folder: Path, model_config: Any
             f"{shapes[0][0]} of width {shapes[0][1]}, so hidden states cannot be compared; use `mode: full` without "
             "`hidden_weight`."
         )
+
+
+def teacher_floats(config: DistillConfig, skeleton: Any) -> float:
+    """How many float32 take the memory of the original in memory; `skeleton` is a model of its sizes."""
+    whole: int = sum(parameter.numel() for parameter in skeleton.parameters())
+    if config.teacher != "nf4":
+        return whole
+    inside = [parameter for layer in decoder_layers(skeleton)[1] for parameter in layer.parameters()]
+    packed: int = sum(parameter.numel() for parameter in inside if parameter.ndim > 1)
+    return whole - packed * (1 - NF4_SHARE)
 
 
 def require_memory(needed: int, device: str, advice: str) -> None:
