@@ -30,7 +30,7 @@ STEPS: list[dict[str, Any]] = [
     {"op": "prune", "criterion": "reap", "keep": 0.5},
     {"op": "distill", "mode": "layerwise", "trainable": ["routers", "norms", "experts"], "batch_size": 2},
 ]
-CALIBRATION = {"num_samples": 4, "sequence_length": 128, "min_tokens_per_expert": 0}
+CALIBRATION = {"num_samples": 4, "sequence_length": 64, "min_tokens_per_expert": 0}
 
 
 def main() -> None:
