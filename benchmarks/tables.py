@@ -119,6 +119,8 @@ def merge_short() -> str:
         names += [f"{keep}: prune reap", *(f"{keep}: prune random {seed}" for seed in range(3))]
         names += [f"{keep}: merge {grouping}, align weights" for grouping in ("hc", "router", "ream")]
     names += [f"8: differences from {keep}" for keep in (1, 2, 4)]
+    again = ("prune reap", "merge ream, align weights", "differences from 2", "differences from 4")
+    names += [f"8: {name}, more text" for name in again]
     rows = {row["name"]: row for row in load("merge_reference")["rows"]}
     chosen = [rows[name] for name in names if name in rows]
     whole = rows["original"]["expert_bytes"]
@@ -412,7 +414,8 @@ TABLES: dict[str, Callable[[], str]] = {
     for made in (
         prune_reference, prune_criteria, prune_readme, merge_reference, merge_short, tie_reference, skip_reference,
         skip_speed, distill_reference, quantize_allocations, quantize_sizes, quantize_readme, quantize_frontier,
-        streaming, layerwise_memory, kill_resume, allocation, lm_eval_reference, gptq_speed, plan_accuracy, audit_reference,
+        streaming, layerwise_memory, kill_resume, allocation, lm_eval_reference, gptq_speed, plan_accuracy,
+        audit_reference,
     )
 }  # fmt: skip
 
