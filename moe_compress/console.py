@@ -17,8 +17,6 @@ from rich.text import Text
 
 from moe_compress.text import listed
 
-# The settings of a quantize step that a plan shows.
-
 TIERS = {
     "stock": "plain transformers loads the result",
     "plugin": "the result needs this package to load",
