@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from moe_compress.recipe import random_word
+
 FORMAT = 1
 MEASURED = frozenset({"stored_bytes", "peak_rss_bytes", "peak_gpu_bytes", "speed", "tasks"})
 # The metric that stands for a task, the first that it has; lm-eval appends a filter after a comma.
@@ -34,7 +36,7 @@ def build_report(
 ) -> dict[str, Any]:
     """The content of `report.json`, free of NaN and infinity (they become null).
 
-    `random` are the M of random prunings, each with its `seed`. `provenance` says of every key of M whether it is
+    `random` are the M of random baselines, each with its `seed`. `provenance` says of every key of M whether it is
     "measured" (`MEASURED`) or "derived" (all else). `ratio` is compressed / baseline. `recovery` is, per task and for
     its headline metric, compressed / baseline where higher is better and baseline / compressed where lower is; null
     where the divisor is 0 or the direction unknown. Its standard error follows from the two by first-order
@@ -76,6 +78,12 @@ def headline_metric(metrics: Mapping[str, Any]) -> str:
             if metric.partition(",")[0] == name:
                 return metric
     return next(iter(metrics))
+
+
+def random_name(report: Mapping[str, Any], count: int = 1) -> str:
+    """What the random baselines of these steps are called: `random pruning`, `random bit allocations`."""
+    word = random_word(report["settings"].get("steps") or ()) or "choice"
+    return f"random {word}{'s' if count != 1 else ''}"
 
 
 def recovery(baseline: Mapping[str, Any], compressed: Mapping[str, Any]) -> dict[str, float | None]:
@@ -123,7 +131,7 @@ def _ratios(baseline: Mapping[str, Any], compressed: Mapping[str, Any]) -> dict[
 
 
 def _random_summary(compressed: Mapping[str, Any], draws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Per task and metric: the random prunings' mean, spread (standard deviation over seeds) and best, and who wins."""
+    """Per task and metric: the random baselines' mean, spread (standard deviation over seeds), best, and who wins."""
     summary: dict[str, Any] = {}
     for task, metrics in compressed.get("tasks", {}).items():
         for metric, chosen in metrics.items():
