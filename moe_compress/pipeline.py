@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from moe_compress import __version__, preview
 from moe_compress.calibrate.scores import Scores
+from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.checkpoint.memory import give_back
 from moe_compress.checkpoint.record import Record
 from moe_compress.checkpoint.rewrite import PROBE_FILE
@@ -199,7 +200,7 @@ def _run(
             _report(recipe, source, finished, records, measured, randoms, checks, manifest)
         )
         _write_report(finished.folder, report, recipe, plans, source, audit)
-        manifest |= {"files": file_hashes(finished.folder)}
+        manifest |= {"files": file_hashes(finished.folder), "card": sha256_of(finished.folder / "README.md")}
         write_json(finished.folder / verification.MANIFEST_FILE, manifest)
         write_page([finished.folder])
         try:

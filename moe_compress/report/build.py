@@ -22,6 +22,7 @@ from typing import Any
 from moe_compress.recipe import random_word
 
 FORMAT = 1
+SETTINGS = frozenset({"not_measured", "context", "speed_settings"})  # no figures, but what those hold for
 MEASURED = frozenset({"stored_bytes", "peak_rss_bytes", "peak_gpu_bytes", "speed", "tasks"})
 # The metric that stands for a task, the first that it has; lm-eval appends a filter after a comma.
 HEADLINE_METRICS = ("exact_match", "pass@1", "acc", "acc_norm", "f1", "bits_per_byte", "byte_perplexity")
@@ -119,11 +120,11 @@ def _ratios(baseline: Mapping[str, Any], compressed: Mapping[str, Any]) -> dict[
     ratios: dict[str, Any] = {}
     for key, value in compressed.items():
         other = baseline.get(key)
-        if key == "context":
+        if key in SETTINGS:
             continue
         if _is_number(value) and _is_number(other):
             ratios[key] = value / other if other else None
-        elif key not in ("tasks", "speed_settings") and isinstance(value, dict) and isinstance(other, dict):
+        elif key != "tasks" and isinstance(value, dict) and isinstance(other, dict):
             inner = _ratios(other, value)
             if inner:
                 ratios[key] = inner
@@ -158,9 +159,7 @@ def _provenance(report: Mapping[str, Any]) -> dict[str, str]:
     kinds: dict[str, str] = {}
     for figures in (report["baseline"], report["compressed"]):
         for key, value in figures.items():
-            if key in ("not_measured", "context"):
-                continue
-            if _is_number(value) or (isinstance(value, dict) and value):
+            if key not in SETTINGS and (_is_number(value) or (isinstance(value, dict) and value)):
                 kinds[key] = "measured" if key in MEASURED else "derived"
     computed = ("ratio", "recovery", "recovery_by_metric", "random_summary")
     return (

@@ -285,7 +285,7 @@ def all_figures(report: Report) -> list[dict[str, Any]]:
         values = [side.get(path) for side in sides] + [ratio.get(path, left.get(path))]
         values += [draw.get(path) for draw in draws]
         if path != ("seed",) and any(is_figure(value) for value in values):
-            kind = report["provenance"].get(path[0], "") if path[0] != "speed_settings" else "a setting"
+            kind = report["provenance"].get(path[0], "a setting")
             rows.append({"path": path, "kind": kind, "cells": values})
     return rows
 
