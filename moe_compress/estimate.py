@@ -79,7 +79,7 @@ def stages(recipe: Recipe, outlooks: Sequence[Outlook], device: str) -> list[Sta
     if not recipe.steps:
         largest = max(before.size.loading(layer) for layer in before.size.layers)
         found.append(_stage("identity", Demand("apply", 0, largest, moved=2 * before.stored_bytes), device))
-    found.append(_verification(after))
+    found.append(_verification(after, recipe.export.tier))
     if recipe.eval.tasks:
         models = [after] + ([before] if recipe.eval.baseline else [])
         found.append(_evaluation(models, device))
@@ -167,12 +167,18 @@ def _stage(title: str, demand: Demand, device: str) -> Stage:
     )
 
 
-def _verification(after: Outlook) -> Stage:
-    """Hashing, while a fresh process loads the result: whole in float32, or a layer at a time where that is large."""
+def _verification(after: Outlook, tier: str) -> Stage:
+    """Hashing, while a fresh process loads the result: whole in float32, or a layer at a time where that is large.
+
+    transformers reads all tensors, and casts them, before it puts together those of single experts: beside the whole
+    model lies what its tensors took before. In the tier `plugin` packed weights stay so.
+    """
     size = after.size
     elements = sum(sum(layer.experts) + layer.others for layer in size.layers) + size.embedding + size.head
-    if elements * FLOAT <= WHOLE_MODEL_BYTES:
-        loaded = elements * FLOAT + after.stored_bytes
+    read = min(elements * FLOAT, after.stored_bytes * FLOAT // size.stored)
+    held = read if tier == "plugin" else elements * FLOAT
+    if held <= WHOLE_MODEL_BYTES:
+        loaded = held + read + after.stored_bytes
     else:
         loaded = max(2 * FLOAT * max(layer.experts, default=0) + FLOAT * layer.others for layer in size.layers)
         loaded += size.tables_loading()
