@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ import torch
 
 from moe_compress.compress.demand import FLOAT, Demand, ModelSize
 from moe_compress.compress.operation import Outlook
+from moe_compress.eval.memory import free_bytes
 from moe_compress.eval.precision import compute_dtype
 from moe_compress.recipe import Recipe
+from moe_compress.report.tables import format_bytes
 from moe_compress.steps import make_step
 from moe_compress.verification.checks import WHOLE_MODEL_BYTES
 
@@ -109,6 +111,18 @@ def peaks(found: Sequence[Stage]) -> dict[str, Any]:
             for stage in found
         ],
     }
+
+
+def memory_warnings(memory: Mapping[str, Any], device: str) -> list[str]:
+    """Where less memory is free on this machine than `peaks` found, a sentence each."""
+    needed = {"memory": (memory["host"], free_bytes("cpu"))}
+    if device.startswith("cuda"):
+        needed["the device's memory"] = memory["device"], free_bytes(device)
+    return [
+        f"the run takes about {format_bytes(takes)} of {what}, and {format_bytes(free)} are free on this machine now."
+        for what, (takes, free) in needed.items()
+        if takes > free
+    ]
 
 
 def disk_needed(

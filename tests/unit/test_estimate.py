@@ -157,7 +157,9 @@ def test_disk_holds_what_a_training_keeps(plain: Path, tmp_path: Path) -> None:
         assert 2 * streams * hidden < found <= 4 * layers + 2 * streams * hidden
 
 
-def test_a_600b_model_from_its_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_600b_model_from_its_config_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """DeepSeek-V3's shape: 671 billion parameters in its report (arXiv 2412.19437), prediction heads not counted."""
     DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"], dtype="bfloat16").save_pretrained(tmp_path)
     planned = moe_compress.plan("prune-reap-25", model=str(tmp_path), device="cpu")
@@ -171,6 +173,10 @@ def test_a_600b_model_from_its_config_alone(tmp_path: Path, capsys: pytest.Captu
     print_plan(planned)
     shown = capsys.readouterr().out
     assert "memory: about" in shown and "tier: stock, plain transformers" in shown and "time:" not in shown
+    monkeypatch.setattr(estimate, "free_bytes", lambda device: planned["memory"]["host"] + above)
+    for above in (-1, 0):
+        warnings = moe_compress.plan("prune-reap-25", model=str(tmp_path), device="cpu")["warnings"]
+        assert any("are free on this machine" in warning for warning in warnings) == (above < 0)
     quantized = moe_compress.plan(
         "mc-2.5bit", model=str(tmp_path), overrides=["steps.0.average_bits=null", "steps.0.stored_bytes=250GB"]
     )
