@@ -17,8 +17,6 @@ from rich.text import Text
 
 from moe_compress.text import listed
 
-# The settings of a quantize step that a plan shows.
-
 TIERS = {
     "stock": "plain transformers loads the result",
     "plugin": "the result needs this package to load",
@@ -195,7 +193,7 @@ def _duration(seconds: float) -> str:
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """A report's comparison, the random prunings beside it, and its checks, as far as it has them."""
+    """A report's comparison, the random baselines beside it, and its checks, as far as it has them."""
     from moe_compress.report.tables import summary_rows
 
     rows = [[row.label, row.baseline, row.compressed, row.ratio, row.recovery] for row in summary_rows(report)]
@@ -242,7 +240,7 @@ def print_push(planned: Mapping[str, Any], hub: str) -> None:
 
 
 def _random_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """The chosen criterion beside the random prunings: their mean and the best of them."""
+    """The chosen criterion beside the random baselines: their mean and the best of them."""
     from moe_compress.report.tables import NOTHING, format_metric, format_number, metric_label
 
     rows = [["", "compressed", "random: mean", "random: best", "seeds"]]

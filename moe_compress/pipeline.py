@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from moe_compress import __version__, preview
 from moe_compress.calibrate.scores import Scores
+from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.checkpoint.memory import give_back
 from moe_compress.checkpoint.record import Record
 from moe_compress.checkpoint.rewrite import PROBE_FILE
@@ -26,7 +27,7 @@ from moe_compress.compress.scoring import read_calibration
 from moe_compress.compress.scoring import score as measure_all
 from moe_compress.compress.surroundings import Surroundings, resolved
 from moe_compress.errors import CheckpointError, MeasurementError, UsageError, VerificationError
-from moe_compress.estimate import disk_needed, stages
+from moe_compress.estimate import disk_needed, memory_warnings, peaks, stages
 from moe_compress.eval.config import EvalConfig
 from moe_compress.manifest import FORMAT, describe_source, file_hashes, hardware, identity_digest, library_versions
 from moe_compress.measure import measure, model_figures, random_baselines
@@ -129,7 +130,8 @@ def run(
             return report
     refuse_existing(out, force)
     given = _given_scores(recipe, scores)
-    for warning in task_warnings(recipe):
+    foreseen = stages(recipe, outlooks, around.device)
+    for warning in task_warnings(recipe) + memory_warnings(peaks(foreseen), around.device):
         around.progress.note(f"warning: {warning}")
     if recipe.eval.tasks:
         from moe_compress.eval.harness import check_tasks
@@ -149,7 +151,6 @@ def run(
         require_same_calibration(given, around, scores)
     if not work.exists():
         stored = source.index.nbytes
-        foreseen = stages(recipe, outlooks, around.device)
         require_space(work, disk_needed(recipe, outlooks, foreseen, source_bytes=stored, keep_steps=keep_steps))
         if not same_disk(work, out):
             require_space(out, source.index.nbytes)
@@ -199,7 +200,7 @@ def _run(
             _report(recipe, source, finished, records, measured, randoms, checks, manifest)
         )
         _write_report(finished.folder, report, recipe, plans, source, audit)
-        manifest |= {"files": file_hashes(finished.folder)}
+        manifest |= {"files": file_hashes(finished.folder), "card": sha256_of(finished.folder / "README.md")}
         write_json(finished.folder / verification.MANIFEST_FILE, manifest)
         write_page([finished.folder])
         try:

@@ -16,7 +16,7 @@ from moe_compress.compress.operation import Outlook
 from moe_compress.compress.quantize.step import QuantizeStep
 from moe_compress.compress.surroundings import resolved
 from moe_compress.errors import RecipeError, UsageError
-from moe_compress.estimate import disk_needed, look_at_machine, peaks, seconds, stages
+from moe_compress.estimate import disk_needed, look_at_machine, memory_warnings, peaks, seconds, stages
 from moe_compress.eval.cost import cost, stored_by_part
 from moe_compress.health import NEEDED, routing_health
 from moe_compress.manifest import describe_source
@@ -108,6 +108,7 @@ def plan(
     device = resolved(device)
     found = stages(recipe, outlooks, device)
     taken = {"memory": peaks(found)}
+    warnings += memory_warnings(taken["memory"], device)
     if clocked_at is not None:
         batch = recipe.calibration.batch_size * recipe.calibration.sequence_length
         taken["time"] = seconds(found, look_at_machine(clocked_at, outlooks[0].size, batch, device))

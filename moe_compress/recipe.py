@@ -53,6 +53,10 @@ class OperationSettings(Protocol):
         """Whether routers choose among more experts than are stored afterwards; then only `distill` and
         `quantize` may follow."""
 
+    def chance(self, step: Mapping[str, Any]) -> str | None:
+        """What the step would be with its choice drawn at random (`Step.at_random`), such as `pruning`; None where
+        nothing is drawn."""
+
     def needs_tokens(self, step: Mapping[str, Any]) -> bool:
         """Whether calibration tokens pass through the model."""
 
@@ -79,6 +83,12 @@ OPERATIONS: dict[str, OperationSettings] = {
     "topk": topk,
     "zero_experts": zero_experts,
 }
+
+
+def random_word(steps: Sequence[Mapping[str, Any]]) -> str | None:
+    """What these steps are with their choices drawn at random, such as `pruning`; None where nothing is drawn."""
+    found = dict.fromkeys(operation.chance(step) for step in steps if (operation := _operation(step)) is not None)
+    return " and ".join(word for word in found if word is not None) or None
 
 
 class ExportConfig(BaseModel):
@@ -157,7 +167,7 @@ def load_eval_config(settings: Mapping[str, Any], overrides: Sequence[str] = ())
     """An `EvalConfig` of `settings` with `key=value` overrides on top; `RecipeError` with every mistake."""
     document = Document(plain(settings))
     document.override(overrides)
-    for path, why in _idle_evaluation(document.values, prunes=False):
+    for path, why in _idle_evaluation(document.values, can_draw=False):
         document.problem(path[1:], f"has no effect: {why}")
     config = document.validate(EvalConfig)
     document.check()
@@ -257,10 +267,7 @@ def _idle(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
         )
         yield ("steps", 0, "op"), why + "`teacher_model`"
     if isinstance(evaluation, dict):
-        others = [
-            step["op"] for step, found in zip(_steps(values), operations, strict=True) if found not in (None, prune)
-        ]
-        yield from _idle_evaluation(evaluation, prune in operations, others)
+        yield from _idle_evaluation(evaluation, None in operations or random_word(_steps(values)) is not None)
 
 
 def _idle_calibration(calibration: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
@@ -274,9 +281,7 @@ def _idle_calibration(calibration: Mapping[str, Any]) -> Iterator[tuple[Location
         yield ("calibration", "dataset", 0, "weight"), "there is one data set only"
 
 
-def _idle_evaluation(
-    evaluation: Mapping[str, Any], prunes: bool, others: Sequence[str] = ()
-) -> Iterator[tuple[Location, str]]:
+def _idle_evaluation(evaluation: Mapping[str, Any], can_draw: bool) -> Iterator[tuple[Location, str]]:
     draws = evaluation.get("random_baselines")
     draws_some = isinstance(draws, int) and draws > 0
     misspelt = set(evaluation) - set(EvalConfig.model_fields)  # perhaps `tasks` itself
@@ -286,11 +291,8 @@ def _idle_evaluation(
                 yield ("eval", key), "`eval.tasks` is empty"
         if draws_some:
             yield ("eval", "random_baselines"), "`eval.tasks` is empty"
-    if draws_some and others:
-        why = f"random prunings are no match for what `{others[0]}` makes; prune alone to compare"
-        yield ("eval", "random_baselines"), why
-    elif draws_some and not prunes:
-        yield ("eval", "random_baselines"), "there is no prune step to compare with random ones"
+    if draws_some and not can_draw:
+        yield ("eval", "random_baselines"), "no step chooses what could be drawn at random, such as experts to drop"
 
 
 def _uncalibrated(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:

@@ -85,6 +85,10 @@ class Step(ABC, Generic[Settings]):
         """Whether what happens to an expert is decided by scores."""
         return True
 
+    def at_random(self, seed: int) -> Step[Settings] | None:
+        """The same step with its choice drawn at random, to compare with; None where it has none."""
+        return None
+
     @abstractmethod
     def preview(self, before: Outlook, tier: str) -> tuple[dict[str, Any], Outlook]:
         """What the step would do, and what it leads to; no weights are read.

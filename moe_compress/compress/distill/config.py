@@ -132,6 +132,10 @@ _FULL_ONLY = {
 }
 
 
+def chance(step: Mapping[str, Any]) -> str | None:
+    return None
+
+
 def needs_tokens(step: Mapping[str, Any]) -> bool:
     return step.get("data") is None
 

@@ -81,6 +81,11 @@ def layerwise_memory(*, layer: int, trained: int, teacher_layer: int, outside: i
     return FLOAT * (max(layer + 3 * trained, teacher_layer + layer) + outside + 3 * tokens * width)
 
 
+def state_bytes(trained: int) -> int:
+    """Bytes on disk while a training of so many parameters is saved: they and AdamW's moments, old beside new."""
+    return 2 * 3 * FLOAT * trained
+
+
 def plan_json(
     config: DistillConfig, schedule: Schedule, found: Mapping[str, Any], sentences: list[str]
 ) -> dict[str, Any]:

@@ -22,12 +22,12 @@ from moe_compress.checkpoint.source import Checkpoint, open_checkpoint, open_con
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
-from moe_compress.compress.demand import Demand, apply_demand, num_tokens
+from moe_compress.compress.demand import FLOAT, Demand, apply_demand, hidden_bytes, num_tokens
 from moe_compress.compress.distill import parts
 from moe_compress.compress.distill.apply import DistillChange, Readers
 from moe_compress.compress.distill.config import DistillConfig
 from moe_compress.compress.distill.layerwise import heal_layers, trained_names, trained_readers
-from moe_compress.compress.distill.plan import Schedule, full_memory, layerwise_memory, plan_json, thinned
+from moe_compress.compress.distill.plan import Schedule, full_memory, layerwise_memory, plan_json, state_bytes, thinned
 from moe_compress.compress.distill.state import load_parameters, read_metrics, state_update
 from moe_compress.compress.distill.teacher import cache_bytes, write_cache
 from moe_compress.compress.distill.train import CACHE, TOKENS_FILE, Job, train
@@ -105,6 +105,7 @@ class DistillStep(Step[DistillConfig]):
         chosen = parts.chosen(parts.parts(parameters, find_moe_layers(skeleton)), self.config.trainable)
         count = sum(parameter.numel() for parameter in parameters.values())
         trained = sum(parameters[name].numel() for name in chosen)
+        vocabulary = before.config.get_text_config().vocab_size
         if self.config.mode == "layerwise":
             layers = [sum(layer.experts) + layer.others for layer in before.size.layers]
             needed = layerwise_memory(
@@ -115,20 +116,22 @@ class DistillStep(Step[DistillConfig]):
                 tokens=num_tokens(data),
                 width=before.size.hidden_size,
             )
+            streams = 2 if self.config.inputs == "student" else 1  # the last layer's hidden states beside the next's
+            scratch = FLOAT * trained + 2 * streams * hidden_bytes(before.size, num_tokens(data))
         else:
             needed = full_memory(
                 self.config,
                 student=count,
                 trained=trained,
                 teacher=count,
-                vocabulary=before.config.get_text_config().vocab_size,
+                vocabulary=vocabulary,
                 sequence_length=data.sequence_length,
             )
+            scratch = state_bytes(trained)
+            if self.config.teacher == "cached" and self.config.uses_teacher_logits:
+                scratch += cache_bytes(self.config, num_tokens(data), vocabulary)
         # forward, and twice that backward; the original forward once
         flops = before.size.flops_per_token * num_tokens(data) * (3 * self.config.epochs + 1)
-        cached = self.config.mode == "full" and self.config.teacher == "cached" and self.config.uses_teacher_logits
-        vocabulary = before.config.get_text_config().vocab_size
-        scratch = cache_bytes(self.config, num_tokens(data), vocabulary) if cached else 0
         training = Demand("train", 0, needed, scratch=scratch, moved=2 * before.stored_bytes, flops=flops)
         return [training, apply_demand(before.size, after.size, 0, 0)]
 

@@ -196,6 +196,10 @@ def leaves_banks(step: Mapping[str, Any]) -> bool:
     return False
 
 
+def chance(step: Mapping[str, Any]) -> str | None:
+    return "bit allocation" if any(step.get(name) is not None for name in BUDGETS) else None
+
+
 def needs_tokens(step: Mapping[str, Any]) -> bool:
     return step.get("method", "gptq") == "gptq" or any(step.get(name) is not None for name in BUDGETS)
 

@@ -56,6 +56,10 @@ class QuantizeStep(Step[QuantizeConfig]):
     def uses_scores(self) -> bool:
         return self.config.has_budget
 
+    def at_random(self, seed: int) -> QuantizeStep | None:
+        drawn = {"allocation": "random", "seed": seed}
+        return QuantizeStep(self.config.model_copy(update=drawn)) if self.config.has_budget else None
+
     def preview(self, before: Outlook, tier: str) -> tuple[dict[str, Any], Outlook]:
         if tier == "plugin":
             causal_model(before.config.to_dict())
