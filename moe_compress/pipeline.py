@@ -5,6 +5,7 @@ checkpoint -> step -> checkpoint -> ... -> verify -> eval -> report -> OUT
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Sequence
@@ -239,9 +240,15 @@ def dry_run(
 
 
 def sweep(recipe: Recipe, scores: Path, setting: str, values: Sequence[float], output: Path) -> list[dict[str, Any]]:
-    """The frontier of a quantize step (see `preview.sweep`), kept in the file `output`."""
+    """The frontier of a quantize step (see `preview.sweep`), kept in the file `output`, as CSV if its name says so."""
     found = preview.sweep(recipe, scores, setting, values)
-    write_json(output, found)
+    if output.suffix == ".csv":
+        with output.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(found[0]))
+            writer.writeheader()
+            writer.writerows(found)
+    else:
+        write_json(output, found)
     return found
 
 

@@ -13,6 +13,7 @@ from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.rewrite import dense_config
 from moe_compress.checkpoint.source import Checkpoint, open_config, small_files
 from moe_compress.compress.operation import Outlook
+from moe_compress.compress.quantize.config import BUDGETS
 from moe_compress.compress.quantize.step import QuantizeStep
 from moe_compress.compress.surroundings import resolved
 from moe_compress.errors import RecipeError, UsageError
@@ -23,7 +24,7 @@ from moe_compress.manifest import describe_source
 from moe_compress.measure import cost_figures
 from moe_compress.models.layers import find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
-from moe_compress.recipe import Recipe, check_tier
+from moe_compress.recipe import Recipe, check_tier, load_recipe
 from moe_compress.steps import make_step
 
 
@@ -147,19 +148,34 @@ def look_ahead(
 def sweep(recipe: Recipe, scores: Path, setting: str, values: Sequence[float]) -> list[dict[str, Any]]:
     """The frontier of the recipe's quantize step: its best allocation for each value of the budget `setting`.
 
-    Only the scores decide, nothing is read of the weights. Each entry has the budget, the bits and bytes it leads to,
-    and the predicted loss with the bound that proves it. Raises `UsageError` when the recipe's first step is no
-    quantize step, or a budget cannot be met.
+    Whatever the recipe says of bits and budgets gives way to it. Only the scores decide, nothing is read of the
+    weights. Each entry has the budget, the bits and bytes it leads to, and the predicted loss with the bound that
+    proves it, or why it cannot be met. Raises `UsageError` when the recipe's first step is no quantize step.
     """
-    step = make_step(recipe.steps[0]) if recipe.steps else None
-    if not isinstance(step, QuantizeStep):
+    if not recipe.steps or recipe.steps[0].op != "quantize":
         raise UsageError("--sweep needs a recipe whose first step is `quantize`.")
+    if setting not in BUDGETS:
+        raise UsageError(f"--sweep needs one of the budgets of `quantize`: {', '.join(BUDGETS)}.")
     config, index = open_config(recipe.model, recipe.revision)
     figures = cost(config, stored_bytes=index.nbytes if index is not None else None)
     measured = Scores.load(scores)
     require_same_model(measured, *_revision_of(recipe.model, recipe.revision, config, index), scores)
     before = Outlook(config, figures.stored_bytes, figures.active_bytes_per_token, measured)
-    return step.sweep(before, recipe.export.tier, setting, values)
+    found = []
+    for value in values:
+        step = make_step(_with_budget(recipe, setting, value).steps[0])
+        assert isinstance(step, QuantizeStep)
+        found.append({setting: value} | step.point(before, recipe.export.tier))
+    return found
+
+
+def _with_budget(recipe: Recipe, setting: str, value: float) -> Recipe:
+    """The recipe with this budget and no other in its first step."""
+    given = recipe.model_dump(exclude_unset=True)
+    first, *rest = given["steps"]
+    kept = {key: value for key, value in first.items() if key not in ("bits", *BUDGETS)}
+    budget = value if setting == "average_bits" else int(value)
+    return load_recipe(given | {"steps": [kept | {setting: budget}, *rest]})
 
 
 def _revision_of(

@@ -143,7 +143,7 @@ def load_recipe(
     for path, why in _idle(document.values):
         document.problem(path, f"has no effect: {why}")
     if runnable:
-        for path, why in _beyond_tier(document.values):
+        for path, why in [*_beyond_tier(document.values), *_impossible(document.values)]:
             document.problem(path, why)
         for path, why in _uncalibrated(document.values):
             document.problem(path, f"has no effect: {why}")
@@ -166,9 +166,9 @@ def load_eval_config(settings: Mapping[str, Any], overrides: Sequence[str] = ())
 
 
 def check_tier(recipe: Recipe) -> None:
-    """Raise `RecipeError` when a step makes what the recipe's export tier may not hold (nothing is read for it)."""
+    """Raise `RecipeError` when a step makes what the recipe's export tier may not hold, or cannot be run at all."""
     document = Document(recipe.model_dump())
-    for path, why in _beyond_tier(document.values):
+    for path, why in [*_beyond_tier(document.values), *_impossible(document.values)]:
         document.problem(path, why)
     document.check()
 
@@ -297,6 +297,14 @@ def _uncalibrated(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
     """The calibration of a run that measures nothing; `score` needs no steps."""
     if "calibration" in values and not values.get("steps") and not set(values) - set(Recipe.model_fields):
         yield ("calibration",), "there are no steps, so no expert is measured"
+
+
+def _impossible(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
+    """Every step that no model could be run through, with the reason."""
+    for index, step in enumerate(_steps(values)):
+        if _operation(step) is quantize:
+            for key, why in quantize.impossible(step):
+                yield ("steps", index, *([key] if key else [])), why
 
 
 def _beyond_tier(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:

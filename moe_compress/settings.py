@@ -6,6 +6,7 @@ It knows pydantic models, but no recipe: which settings there are and how they d
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -284,6 +285,16 @@ def shown_size(size: float, *, up: bool = False) -> str:
     value = Decimal(size * (1 - 1e-12) if up and isinstance(size, float) else size) / _UNITS[unit]
     step = Decimal(1).scaleb(value.adjusted() - 3) if unit != "B" and value else Decimal(1)
     return f"{value.quantize(step, ROUND_CEILING if up else ROUND_FLOOR).normalize():f}{unit}"
+
+
+def shown_budget(name: str, value: float, *, up: bool = False) -> str:
+    """A budget as a person writes it: bits in four digits, all else in bytes; with `up` never less than it is."""
+    if name != "average_bits":
+        return shown_size(value, up=up)
+    if not up or value == 0:
+        return f"{value:.6g}"
+    step = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return f"{math.ceil(value / step - 1e-6) * step:.4g}"
 
 
 Size = Annotated[

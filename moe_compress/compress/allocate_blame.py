@@ -11,7 +11,7 @@ import numpy as np
 from moe_compress.compress.allocate_model import Model
 from moe_compress.compress.allocate_problem import Budget, Item, Rules, ceiling, total
 from moe_compress.compress.allocate_program import ROUNDING, OutOfTimeError, minimise
-from moe_compress.settings import shown_size
+from moe_compress.settings import shown_budget
 
 NO_RULES = Rules()
 SECONDS_PER_QUESTION = 20.0
@@ -51,7 +51,7 @@ def explain(items: Sequence[Item], budget: Budget, rules: Rules) -> str:
             if least.misses(name, limit):
                 return _missed(items, rules, name, limit, least, held)
             judged = judged and least.keeps(name, limit)
-    asked = " and ".join(f"{name}: {_number(name, limit)}" for name, limit in limits.items())
+    asked = " and ".join(f"{name}: {shown_budget(name, limit)}" for name, limit in limits.items())
     if judged:
         return f"{asked} is at the very edge of what is possible; raise it a little."
     rest = " or ".join(_words(rules, name) for name in _set_rules(rules))
@@ -71,11 +71,11 @@ def _contradiction(items: Sequence[Item], rules: Rules) -> str:
 def _missed(
     items: Sequence[Item], rules: Rules, metric: str, limit: float, least: _Least, held: Mapping[str, float]
 ) -> str:
-    kept = " and ".join(f"{name}: {_number(name, value)}" for name, value in held.items())
+    kept = " and ".join(f"{name}: {shown_budget(name, value)}" for name, value in held.items())
     beside = f" together with {kept}" if held else ""
     said = (
-        f"{metric}: {_number(metric, limit)} cannot be reached{beside}: "
-        f"the least possible is {_number(metric, least.low, up=True)}"
+        f"{metric}: {shown_budget(metric, limit)} cannot be reached{beside}: "
+        f"the least possible is {shown_budget(metric, least.low, up=True)}"
     )
     found = list(_without_each(items, rules, metric, held))
     culprits = [name for name, without in found if without.keeps(metric, limit)]
@@ -90,7 +90,9 @@ def _missed(
         return f"{said}; raise it, or loosen at least two of {', '.join(names)}."
     reason = ", and no pin or rule is to blame"
     if free.low < least.low:
-        reason = "" if free.low < 0 else f", and without any pin or rule it is {_number(metric, free.low, up=True)}"
+        reason = (
+            "" if free.low < 0 else f", and without any pin or rule it is {shown_budget(metric, free.low, up=True)}"
+        )
     return f"{said}{reason}; raise it, or offer smaller options."
 
 
@@ -162,13 +164,3 @@ def _least(items: Sequence[Item], rules: Rules, metric: str, limits: Mapping[str
 
 def _set_rules(rules: Rules) -> list[str]:
     return [rule.name for rule in fields(rules) if rule.name != "pinned_by" and getattr(rules, rule.name)]
-
-
-def _number(metric: str, value: float, *, up: bool = False) -> str:
-    """A budget as a person writes it; rounded up where it tells what to ask for."""
-    if metric != "average_bits":
-        return shown_size(value, up=up)
-    if not up or value == 0:
-        return f"{value:.6g}"
-    step = 10.0 ** (math.floor(math.log10(value)) - 3)
-    return f"{math.ceil(value / step - 1e-6) * step:.4g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import signal
@@ -422,10 +423,26 @@ def test_a_resumed_run_keeps_its_plan(
     assert json.loads((out / "plan.json").read_text())["steps"] == [chosen]
 
 
-def test_a_sweep_takes_scores_of_this_model_alone(source: Path, texts: Path, tmp_path: Path) -> None:
-    settings = recipe(source, texts, DROPS)
+def test_a_sweep_needs_no_budget_and_goes_on_where_one_cannot_be_met(source: Path, texts: Path, tmp_path: Path) -> None:
+    settings = recipe(source, texts, {key: value for key, value in DROPS.items() if key != "average_bits"})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    words = ["plan", str(tmp_path / "recipe.yaml")]
+    assert "a budget can be average_bits 1 to 4 or stored_bytes" in CliRunner().invoke(app, words).output
     moe_compress.score(settings, tmp_path / "scores")
-    assert sweep(load_recipe(settings), tmp_path / "scores", "average_bits", [2.0, 4.0])
+    words += ["--scores", str(tmp_path / "scores")]
+    frontier = tmp_path / "frontier.csv"
+    done = CliRunner().invoke(app, [*words, "--sweep", "average_bits=0.5:4:1.75", "--output", str(frontier)])
+    assert done.exit_code == 0, done.output
+    first, *others = csv.DictReader(frontier.open())
+    assert "0.5 cannot be reached: the least possible is 1" in first["infeasible"] and first["stored"] == ""
+    assert first["infeasible"][:40] in done.output
+    assert [float(entry["bits"]) for entry in others] == [4 * 13 / 24, 4.0]  # 13 of 24 experts stay
+    assert not any(entry["infeasible"] for entry in others)
+    for other in (2.25, 4):  # the same as of the budget in the recipe
+        planned = moe_compress.plan(settings, scores=tmp_path / "scores", overrides=[f"steps.0.average_bits={other}"])
+        assert f"{planned['predicted']['stored_bytes']}" in [entry["stored"] for entry in others]
+    done = CliRunner().invoke(app, [*words, "--sweep", "stored_bytes=1KB:2KB:1KB"])
+    assert done.exit_code == 2 and "no budget of the sweep can be met" in done.output
     twin = tiny_checkpoint(tmp_path / "twin", seed=1)
     with pytest.raises(UsageError, match="measured on another model"):
         sweep(load_recipe(settings | {"model": str(twin)}), tmp_path / "scores", "average_bits", [2.0])

@@ -13,8 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from moe_compress.settings import Size
 
 BITSANDBYTES = ("nf4", "fp4", "int8")
-INTEGER_METHODS = ("gptq", "rtn")
 BUDGETS = ("average_bits", "stored_bytes", "active_bytes")
+TARGET = "give either `bits`, the same for all experts, or a budget such as `average_bits: 2.5`"
 
 Bits = Annotated[int, Field(ge=1, le=8)]
 
@@ -60,7 +60,7 @@ class QuantizeConfig(BaseModel):
     """Quantize the routed experts, and other linear layers if asked.
 
     Either one width for all experts (`bits`, or a `method` of bitsandbytes), or a budget, for which the widths are
-    chosen by an integer program over the measured costs.
+    chosen by an integer program over the measured costs. Without either, costs can be measured and budgets swept.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -137,8 +137,8 @@ class QuantizeConfig(BaseModel):
         budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         if self.method in BITSANDBYTES and (self.bits is not None or budgets):
             raise ValueError(f"method {self.method} has its own width; leave out {', '.join(budgets) or 'bits'}")
-        if self.method in INTEGER_METHODS and (self.bits is None) == (not budgets):
-            raise ValueError("give either `bits`, the same for all experts, or a budget such as `average_bits: 2.5`")
+        if self.bits is not None and budgets:
+            raise ValueError(f"{TARGET}, not both")
         unset = [name for name, part in self.parts.items() if part.bits is None]
         if unset and self.has_budget:
             raise ValueError(f"{unset[0]} needs `bits` of its own where the experts' are chosen by a budget")
@@ -168,8 +168,14 @@ class QuantizeConfig(BaseModel):
 
     @property
     def has_budget(self) -> bool:
-        """Whether bits are chosen, not given."""
-        return any(getattr(self, name) is not None for name in BUDGETS)
+        """Whether bits are chosen, not given; by a budget that is yet to be named, where costs are only measured."""
+        return self.method not in BITSANDBYTES and self.bits is None
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The budgets that are set, by name."""
+        values = {name: getattr(self, name) for name in BUDGETS}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def parts(self) -> dict[str, PartConfig]:
@@ -197,7 +203,18 @@ def leaves_banks(step: Mapping[str, Any]) -> bool:
 
 
 def needs_tokens(step: Mapping[str, Any]) -> bool:
-    return step.get("method", "gptq") == "gptq" or any(step.get(name) is not None for name in BUDGETS)
+    return step.get("method", "gptq") == "gptq" or chooses(step)
+
+
+def chooses(step: Mapping[str, Any]) -> bool:
+    """Whether bits are chosen, not given."""
+    return step.get("method", "gptq") not in BITSANDBYTES and step.get("bits") is None
+
+
+def impossible(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What keeps a step from being run, whatever the model: the setting, if it is one, and the reason."""
+    if chooses(step) and all(step.get(name) is None for name in BUDGETS):
+        yield "", TARGET
 
 
 def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -210,7 +227,7 @@ def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for key in ("act_order", "damping"):
             if key in step:
                 yield key, "only the method `gptq` uses it"
-    if all(step.get(name) is None for name in BUDGETS):
+    if not chooses(step):
         for key in CHOICE_SETTINGS:
             if key in step:
                 yield key, "every expert gets the same bits; give a budget such as `average_bits` instead of `bits`"
@@ -256,7 +273,7 @@ def tags(step: Mapping[str, Any], tier: str) -> list[str]:
 
 def papers(step: Mapping[str, Any]) -> list[str]:
     found = [METHODS[step["method"]]] if step["method"] in METHODS else []
-    if all(step[name] is None for name in BUDGETS):
+    if not chooses(step):
         return found
     found += [MIXTURE_COMPRESSOR] if step["allocation"] == "optimal" else []
     return found + ([SUPER_EXPERTS] if step["protect_super_experts"] else [])

@@ -9,7 +9,8 @@ import numpy as np
 
 from moe_compress.compress.quantize.config import BUDGETS, QuantizeConfig
 from moe_compress.compress.quantize.plan import DROP, KEEP, SHAPE_BYTES, ExpertShapes, matrix_bytes, option_bits
-from moe_compress.errors import UsageError
+from moe_compress.errors import NoAllocationError
+from moe_compress.settings import shown_budget
 
 
 @dataclass(frozen=True)
@@ -21,20 +22,23 @@ class Reach:
 
     def sentence(self, config: QuantizeConfig) -> str:
         """What was asked and what is possible, for the reader."""
-        asked = []
-        for name in BUDGETS:
-            value = getattr(config, name)
-            if value is not None:
-                low, high = (f"{end:,.2f}" if name == "average_bits" else f"{end:,.0f}" for end in self.ranges[name])
-                asked.append(f"{name} {value:,} is within reach ({low} to {high})")
-        return "; ".join(asked)
+        asked = [
+            f"{name} {shown_budget(name, value)} is within reach ({self._range(name)})"
+            for name, value in config.budgets.items()
+        ]
+        return "; ".join(asked) or f"a budget can be {' or '.join(f'{name} {self._range(name)}' for name in BUDGETS)}"
+
+    def _range(self, name: str) -> str:
+        low, high = self.ranges[name]
+        return f"{shown_budget(name, low, up=True)} to {shown_budget(name, high)}"
 
 
 def reach(config: QuantizeConfig, shapes: Sequence[ExpertShapes], fixed_bytes: int, tier: str) -> Reach:
     """What the options of a budget can lead to; `fixed_bytes` is what the checkpoint holds besides routed experts.
 
     The expected bytes are those of the asked average, between the two options around it, or what the budget leaves for
-    the experts. Raises `UsageError` when no choice of options is as small as the budget asks.
+    the experts, or the most where no budget is given yet. Raises `NoAllocationError` when no choice of options is as
+    small as the budget asks.
     """
     names = [str(bits) for bits in config.options] + [KEEP] * config.keep_option
     dense = {name: _expert_bytes(config, shapes, name, tier) for name in names}
@@ -57,12 +61,11 @@ def reach(config: QuantizeConfig, shapes: Sequence[ExpertShapes], fixed_bytes: i
     for name, (low, _) in ranges.items():
         asked = getattr(config, name)
         if asked is not None and asked < low:
-            least_shown = f"{low:.3g}" if name == "average_bits" else f"{low:,.0f}"
-            raise UsageError(
-                f"{name}: {asked:,} cannot be reached, {least_shown} is the least that these options leave; raise it, "
-                "or allow fewer bits."
+            raise NoAllocationError(
+                f"{name}: {shown_budget(name, asked)} cannot be reached, {shown_budget(name, low, up=True)} is the "
+                "least that these options leave; raise it, or allow fewer bits."
             )
-    return Reach(ranges, min(most, *_asked(config, dense, fixed_bytes, used)))
+    return Reach(ranges, min([most, *_asked(config, dense, fixed_bytes, used)]))
 
 
 def _asked(config: QuantizeConfig, dense: dict[str, int], fixed_bytes: int, used: float) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from moe_compress.compress.demand import Demand
 from moe_compress.compress.operation import Outlook, Step
 from moe_compress.compress.prune.apply import with_counts
 from moe_compress.compress.quantize.apply import QuantizeChange
-from moe_compress.compress.quantize.config import BITSANDBYTES, BUDGETS, QuantizeConfig
+from moe_compress.compress.quantize.config import BITSANDBYTES, QuantizeConfig
 from moe_compress.compress.quantize.demand import quantize_demands
 from moe_compress.compress.quantize.plan import (
     QuantizePlan,
@@ -38,11 +38,13 @@ from moe_compress.compress.quantize.shared import collect_moments, has_moments, 
 from moe_compress.compress.quantize.sizes import Sizes, active_bytes
 from moe_compress.compress.quantize.storage import require_quantizable, scale_dtype_of
 from moe_compress.compress.surroundings import Surroundings
-from moe_compress.errors import UsageError
+from moe_compress.errors import NoAllocationError
 from moe_compress.models.layers import MoELayer, owners, routing_groups
 from moe_compress.runtime.families import causal_model
+from moe_compress.settings import shown_budget
 
 BUDGET_TOLERANCE = 0.02  # of the budget
+FRONTIER = ("bits", "stored", "dropped_experts", "predicted_loss", "relaxation_bound", "optimal", "infeasible")
 
 
 class QuantizeStep(Step[QuantizeConfig]):
@@ -66,7 +68,7 @@ class QuantizeStep(Step[QuantizeConfig]):
         config = with_group_size(self.config, sizes.shapes)
         for shape in sizes.shapes:
             check_shapes(config, shape)
-        if config.has_budget and before.scores is None:
+        if config.has_budget and (before.scores is None or not config.budgets):
             expected = reach(config, sizes.shapes, sizes.fixed_bytes(config, tier), tier)
             chosen = "the bits of every expert are chosen when its costs are measured"
             entry |= {"reachable": expected.ranges, "summary": [f"{expected.sentence(config)}; {chosen}."]}
@@ -101,32 +103,17 @@ class QuantizeStep(Step[QuantizeConfig]):
         config = with_group_size(self.config, sizes.shapes)
         return quantize_demands(config, sizes, before.size, after.stored_bytes, calibration)
 
-    def sweep(self, before: Outlook, tier: str, setting: str, values: Sequence[float]) -> list[dict[str, Any]]:
-        """The best allocation for each value of the budget `setting`; `UsageError` when one cannot be met."""
-        if setting not in BUDGETS:
-            raise UsageError(f"--sweep needs one of the budgets of `quantize`: {', '.join(BUDGETS)}.")
+    def point(self, before: Outlook, tier: str) -> dict[str, Any]:
+        """The best allocation for the budget, as a line of a frontier; `infeasible` says why there is none."""
         sizes = Sizes.of_config(before.config, before.stored_bytes)
-        entries = []
-        for value in values:
-            budget = dict.fromkeys(BUDGETS) | {
-                "bits": None,
-                setting: value if setting == "average_bits" else int(value),
-            }
-            step = QuantizeStep(self.config.model_copy(update=budget))
-            found = step.plan(before.scores, sizes, before.config, tier)
-            assert found.allocation is not None
-            entries.append(
-                {
-                    setting: value,
-                    "bits": found.average_bits,
-                    "stored": sizes.bytes_after(found, tier),
-                    "dropped_experts": found.num_dropped,
-                    "predicted_loss": found.allocation["loss"],
-                    "relaxation_bound": found.allocation["relaxation_bound"],
-                    "optimal": found.allocation["optimal"],
-                }
-            )
-        return entries
+        try:
+            plan = self.plan(before.scores, sizes, before.config, tier)
+        except NoAllocationError as error:
+            return dict.fromkeys(FRONTIER) | {"infeasible": str(error)}
+        assert plan.allocation is not None
+        found = (plan.average_bits, sizes.bytes_after(plan, tier), plan.num_dropped)
+        proof = (plan.allocation[name] for name in ("loss", "relaxation_bound", "optimal"))
+        return dict(zip(FRONTIER, (*found, *proof, None), strict=True))
 
     def score(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Scores:
         if not self.config.has_budget or (folder / "scores.json").exists():
@@ -244,11 +231,9 @@ def targets(plan: QuantizePlan, stored_bytes: int) -> list[Target]:
         "stored_bytes": stored_bytes,
         "active_bytes": plan.allocation["active_bytes"],
     }
-    asked = {name: getattr(plan.config, name) for name in BUDGETS}
     return [
         Target(name, value, achieved[name], BUDGET_TOLERANCE * value, at_most=True)
-        for name, value in asked.items()
-        if value is not None
+        for name, value in plan.config.budgets.items()
     ]
 
 
@@ -267,5 +252,5 @@ def label(config: QuantizeConfig) -> str:
     """The method and the bits, in a few words."""
     if config.method in BITSANDBYTES:
         return config.method
-    budgets = [f"{name} {value}" for name in BUDGETS if (value := getattr(config, name)) is not None]
+    budgets = [f"{name} {shown_budget(name, value)}" for name, value in config.budgets.items()]
     return f"{config.method}, {', '.join(budgets) or f'{config.bits} bits'}"
