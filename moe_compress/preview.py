@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from moe_compress.manifest import describe_source
 from moe_compress.measure import cost_figures
 from moe_compress.models.layers import find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
-from moe_compress.recipe import Recipe, check_tier, load_recipe
+from moe_compress.recipe import REFERENCE, Recipe, check_tier, load_recipe
 from moe_compress.steps import make_step
 
 
@@ -102,6 +102,7 @@ def plan(
         ]
     warnings += tier_warnings(recipe)
     planned, outlooks = look_ahead(recipe, config, index, scores=measured)
+    warnings += step_warnings(planned)
     after = outlooks[-1]
     predicted = cost(after.config).to_dict()
     predicted |= {"stored_bytes": after.stored_bytes, "active_bytes_per_token": after.active_bytes}
@@ -136,7 +137,8 @@ def look_ahead(
     else:
         scale = figures.stored_bytes / figures.total_params
         parts = {part: round(count * scale) for part, count in figures.params.items() if count}
-    outlooks = [Outlook(config, figures.stored_bytes, figures.active_bytes_per_token, scores, parts)]
+    original = _checkpoint(recipe.model, recipe.revision, config, index) if index is not None else None
+    outlooks = [Outlook(config, figures.stored_bytes, figures.active_bytes_per_token, scores, parts, original)]
     planned = []
     for step in recipe.steps:
         entry, after = make_step(step).preview(outlooks[-1], recipe.export.tier)
@@ -182,11 +184,16 @@ def _revision_of(
     model: str, revision: str | None, config: Any, index: TensorIndex | None
 ) -> tuple[str | None, str | None]:
     """What `require_same_model` compares: the commit of a Hub id, and the fingerprint of weights that are there."""
-    folder, commit = small_files(model, revision)
     if index is None:
-        return commit, None
-    fingerprint: str = describe_source(Checkpoint(folder, config, model, commit, index))["fingerprint"]
-    return commit, fingerprint
+        return small_files(model, revision)[1], None
+    checkpoint = _checkpoint(model, revision, config, index)
+    fingerprint: str = describe_source(checkpoint)["fingerprint"]
+    return checkpoint.revision, fingerprint
+
+
+def _checkpoint(model: str, revision: str | None, config: Any, index: TensorIndex) -> Checkpoint:
+    folder, commit = small_files(model, revision)
+    return Checkpoint(folder, config, model, commit, index)
 
 
 def require_same_model(scores: Scores, commit: str | None, fingerprint: str | None, folder: Path) -> None:
@@ -222,6 +229,20 @@ def calibration_differences(scores: Scores, calibration: CalibrationConfig) -> l
         for key in two
         if one.get(key) != two[key]
     ]
+
+
+def foresee(recipe: Recipe) -> list[str]:
+    """Warnings about what the recipe would do to its model, if that lies on this disk; raises what `run` refuses."""
+    if recipe.model != REFERENCE and not Path(recipe.model).expanduser().is_dir():
+        return []
+    config, index = open_config(recipe.model, recipe.revision)
+    planned, _ = look_ahead(recipe, config, index)
+    return [*task_warnings(recipe), *step_warnings(planned)]
+
+
+def step_warnings(planned: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the steps have to say of their settings."""
+    return [f"steps.{index}.{said}" for index, entry in enumerate(planned) for said in entry.get("warnings", ())]
 
 
 def tier_warnings(recipe: Recipe) -> list[str]:

@@ -57,7 +57,7 @@ class OperationSettings(Protocol):
         """Whether calibration tokens pass through the model."""
 
     def idle(self, step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Every setting that is given and would change nothing, with the reason."""
+        """Every setting (`name`, or `name.inner`) that is given and would change nothing, with the reason."""
 
     def beyond_stock(self, step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """Settings whose result plain transformers cannot load, or loads wrong without a word, with the reason."""
@@ -250,7 +250,7 @@ def _idle(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
     operations = [_operation(step) for step in _steps(values)]
     for index, (step, operation) in enumerate(zip(_steps(values), operations, strict=True)):
         for key, why in operation.idle(step) if operation is not None else ():
-            yield ("steps", index, key), why
+            yield ("steps", index, *key.split(".")), why
     if operations and operations[0] is distill and not _steps(values)[0].get("teacher_model"):
         why = (
             "no step before it has changed the model, so it would learn from itself; put it after one, or name another "

@@ -14,6 +14,7 @@ from moe_compress.settings import Size
 
 BITSANDBYTES = ("nf4", "fp4", "int8")
 BUDGETS = ("average_bits", "stored_bytes", "active_bytes")
+OPTIONS = [1, 2, 3, 4]
 TARGET = "give either `bits`, the same for all experts, or a budget such as `average_bits: 2.5`"
 
 Bits = Annotated[int, Field(ge=1, le=8)]
@@ -26,8 +27,14 @@ def _check_group_size(value: Any) -> Any:
     return value
 
 
+def _check_options(value: Any) -> Any:
+    if value == []:
+        raise ValueError("should name at least one width, such as [2, 3, 4]")
+    return value
+
+
 GroupSize = Annotated[int | Literal["auto", "channel"], BeforeValidator(_check_group_size)]
-# What `auto` takes: the first that divides every matrix of the experts, else one group per row.
+# What `auto` takes: the first that divides every matrix it holds for, else one group per row.
 GROUP_SIZES = (128, 64, 32, 16)
 
 
@@ -79,7 +86,9 @@ class QuantizeConfig(BaseModel):
     active_bytes: Size | None = Field(
         default=None, description="Budget: bytes of routed experts read per token, on average."
     )
-    options: list[Bits] = Field(default=[1, 2, 3, 4], min_length=1, description="The bits a budget chooses from.")
+    options: Annotated[list[Bits], BeforeValidator(_check_options)] = Field(
+        default=OPTIONS, description="The bits a budget chooses from."
+    )
     keep_option: bool = Field(default=False, description="A budget may also leave an expert as it is.")
     allow_drop: bool = Field(default=False, description="A budget may also drop an expert.")
     granularity: Literal["expert", "projection", "layer"] = Field(
@@ -109,7 +118,7 @@ class QuantizeConfig(BaseModel):
     group_size: GroupSize = Field(
         default="auto",
         description="Input weights that share a scale; `channel` for one scale per row; `auto` for the largest of 128, "
-        "64, 32 and 16 that divides every expert's matrices.",
+        "64, 32 and 16 that divides the matrices.",
     )
     symmetric: bool = Field(default=True, description="Without zero points; plain transformers loads no others.")
     act_order: bool = Field(default=False, description="gptq: columns in the order of their activations' size.")
@@ -213,16 +222,30 @@ def chooses(step: Mapping[str, Any]) -> bool:
 
 def impossible(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What keeps a step from being run, whatever the model: the setting, if it is one, and the reason."""
-    if chooses(step) and all(step.get(name) is None for name in BUDGETS):
+    if not chooses(step):
+        return
+    if all(step.get(name) is None for name in BUDGETS):
         yield "", TARGET
+    options, average, counts = step.get("options", OPTIONS), step.get("average_bits"), step.get("minimum_counts") or {}
+    bits = [option for option in options if isinstance(option, int)] if isinstance(options, list) else []
+    if bits and isinstance(average, int | float) and average < min(bits) and not step.get("allow_drop"):
+        yield "average_bits", f"`options` offers no fewer than {min(bits)} bits; offer fewer, or set `allow_drop`"
+    for name in counts if isinstance(counts, dict) and bits else ():
+        if name not in map(str, bits):
+            yield "minimum_counts", f"`options` does not offer {name} bits"
 
 
 def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     method = step.get("method", "gptq")
     if method in BITSANDBYTES:
+        tables = step.get("embeddings")  # which are rounded all the same
+        rounds = {"scale_search"} | ({"group_size"} if tables and not tables.get("group_size") else set())
         for key in ("group_size", "symmetric", "scale_search"):
-            if key in step:
+            if key in step and not (tables and key in rounds):
                 yield key, f"method `{method}` has its own"
+        for name in ("attention", "shared_experts", "dense_mlp"):
+            for key in step.get(name) or ():
+                yield f"{name}.{key}", f"method `{method}` has its own"
     if method != "gptq":
         for key in ("act_order", "damping"):
             if key in step:

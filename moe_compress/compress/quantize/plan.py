@@ -37,7 +37,7 @@ from moe_compress.compress.allocate import (
     uniform_by_layer,
 )
 from moe_compress.compress.prune.plan import super_experts
-from moe_compress.compress.quantize.config import BITSANDBYTES, COSTS, GROUP_SIZES, Pmq, QuantizeConfig
+from moe_compress.compress.quantize.config import BITSANDBYTES, COSTS, Pmq, QuantizeConfig, idle
 from moe_compress.errors import DataError, UsageError
 
 FORMAT = 1
@@ -102,7 +102,7 @@ class QuantizePlan:
             "format": FORMAT,
             "op": "quantize",
             "summary": self._summary(),
-            "config": self.config.model_dump(mode="json"),
+            "config": effective(self.config),
             "average_bits": self.average_bits,
             "expert_bytes": self.expert_bytes,
             "allocation": self.allocation,
@@ -114,7 +114,7 @@ class QuantizePlan:
         names = Counter(name for layer in self.layers for options in layer.options.values() for name in options)
         shares = ", ".join(f"{count / names.total():.1%} at {name}" for name, count in sorted(names.items()))
         lines = [
-            f"{config.method}, group size {config.group_size}: {self.average_bits:.3f} bits per routed expert weight, "
+            f"{config.method}, {_grouping(config)}: {self.average_bits:.3f} bits per routed expert weight, "
             f"scales not counted; matrices: {shares}."
         ]
         if self.num_dropped:
@@ -161,11 +161,8 @@ def plan_quantize(
     """Choose every expert's bits.
 
     `fixed_bytes` is what the checkpoint holds besides routed experts; `num_groups` the router's expert groups. Raises
-    `UsageError` for a group size that does not divide a matrix or a budget that cannot be met, `DataError` for costs
-    that are not finite.
+    `UsageError` for a budget that cannot be met, `DataError` for costs that are not finite.
     """
-    for layer in shapes:
-        check_shapes(config, layer)
     if not config.has_budget:
         name = config.method if config.method in BITSANDBYTES else str(config.bits)
         everywhere = {s.layer: {part: [name] * s.num_experts for part in s.projections} for s in shapes}
@@ -192,6 +189,22 @@ def plan_quantize(
     return _plan(config, shapes, _by_expert(shapes, chosen), found)
 
 
+def effective(config: QuantizeConfig) -> dict[str, Any]:
+    """The settings that have an effect, as JSON-able values."""
+    dumped: dict[str, Any] = config.model_dump(mode="json")
+    without = {key for key, _ in idle({key: value for key, value in dumped.items() if value is not None})}
+    return {key: value for key, value in dumped.items() if key not in without}
+
+
+def _grouping(config: QuantizeConfig) -> str:
+    """Which weights share a scale."""
+    if config.method in ("nf4", "fp4"):
+        return f"blocks of {BITSANDBYTES_BLOCK} weights"
+    if config.method == "int8" or config.group_size == "channel":
+        return "a scale per row"
+    return f"groups of {config.group_size} weights"
+
+
 def require_equal_groups(num_groups: int) -> None:
     """Raise `UsageError` for a router whose experts are in groups, from which single ones cannot be dropped."""
     if num_groups > 1:
@@ -215,27 +228,6 @@ def _require_same_measurement(config: QuantizeConfig, scores: Scores) -> None:
         if measured.get(name) != value:
             raise UsageError(
                 f"the costs were measured with {name}: {measured.get(name)}, the recipe says {value}; score again."
-            )
-
-
-def with_group_size(config: QuantizeConfig, shapes: Sequence[ExpertShapes]) -> QuantizeConfig:
-    """The settings with the group size that `auto` stands for."""
-    if config.group_size != "auto":
-        return config
-    widths = {columns for shape in shapes for _, columns in shape.projections.values()}
-    size = next((size for size in GROUP_SIZES if all(width % size == 0 for width in widths)), "channel")
-    return config.model_copy(update={"group_size": size})
-
-
-def check_shapes(config: QuantizeConfig, shapes: ExpertShapes) -> None:
-    """Raise `UsageError` when the group size does not divide an expert's matrix."""
-    size = config.group_size
-    for name, (_, columns) in shapes.projections.items():
-        if size != "channel" and config.method not in BITSANDBYTES and columns % int(size):
-            fitting = [divisor for divisor in range(8, columns + 1) if columns % divisor == 0]
-            raise UsageError(
-                f"group_size: {size} does not divide the {columns} inputs of {name} in layer {shapes.layer}; choose "
-                f"one of {', '.join(map(str, fitting))}, or `channel`."
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,14 @@ from moe_compress.compress.quantize.config import BITSANDBYTES, QuantizeConfig
 from moe_compress.compress.quantize.demand import quantize_demands
 from moe_compress.compress.quantize.plan import (
     QuantizePlan,
-    check_shapes,
+    effective,
     measured_settings,
     plan_quantize,
-    with_group_size,
 )
 from moe_compress.compress.quantize.reach import reach
 from moe_compress.compress.quantize.sensitivity import ReducedRouters, Sensitivity, require_droppable
 from moe_compress.compress.quantize.shared import collect_moments, has_moments, joined
-from moe_compress.compress.quantize.sizes import Sizes, active_bytes
+from moe_compress.compress.quantize.sizes import Sizes, active_bytes, check_group_sizes, with_group_size
 from moe_compress.compress.quantize.storage import require_quantizable, scale_dtype_of
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import NoAllocationError
@@ -65,9 +64,11 @@ class QuantizeStep(Step[QuantizeConfig]):
             require_droppable(before.config)
         sizes = Sizes.of_config(before.config, before.stored_bytes)
         entry: dict[str, Any] = self.config.model_dump(mode="json", exclude_unset=True)
-        config = with_group_size(self.config, sizes.shapes)
-        for shape in sizes.shapes:
-            check_shapes(config, shape)
+        config = with_group_size(self.config, sizes)
+        check_group_sizes(config, sizes)
+        if before.original is not None and (tier == "stock" or config.embeddings is not None):
+            require_quantizable(config, LayerStream(before.original), tier)
+        entry |= {"warnings": list(self._warnings(config, sizes, tier))}
         if config.has_budget and (before.scores is None or not config.budgets):
             expected = reach(config, sizes.shapes, sizes.fixed_bytes(config, tier), tier)
             chosen = "the bits of every expert are chosen when its costs are measured"
@@ -89,9 +90,30 @@ class QuantizeStep(Step[QuantizeConfig]):
         shown = {key: found[key] for key in ("summary", "layers", "allocation")}
         return entry | shown | {"average_bits_chosen": plan.average_bits}, after
 
+    def _warnings(self, config: QuantizeConfig, sizes: Sizes, tier: str) -> Iterator[str]:
+        """What of the settings changes nothing here."""
+        found = {linear.part for linear in sizes.linears}
+        for part in config.parts:
+            if part not in found:
+                yield f"{part}: this model has no such linear layers, so it changes nothing; leave it out."
+        if config.allocation != "optimal":
+            for name in {"cost", "measured_by"} & config.model_fields_set:
+                what = (
+                    f"allocation `{config.allocation}` looks at no loss, so it changes only the loss that is reported"
+                )
+                yield f"{name}: {what}; leave it out."
+        if config.budgets:
+            ranges = reach(config, sizes.shapes, sizes.fixed_bytes(config, tier), tier).ranges
+            for name, value in config.budgets.items():
+                if value > (most := ranges[name][1]):
+                    yield (
+                        f"{name}: {shown_budget(name, value)} is more than the options can take, "
+                        f"{shown_budget(name, most, up=True)} (super experts aside), so every expert gets the most."
+                    )
+
     def _smaller(self, before: Outlook, sizes: Sizes, tier: str, stored_bytes: int, expert_bytes: int) -> Outlook:
         """The checkpoint in `stored_bytes`, of which the routed experts take `expert_bytes`."""
-        config = with_group_size(self.config, sizes.shapes)
+        config = with_group_size(self.config, sizes)
         outside = sizes.saved_outside(config, tier) - sizes.saved_unread(config)  # which every token reads
         share = sum(sizes.shares.values()) / len(sizes.shares)
         active = before.active_bytes - outside - share * (sizes.expert_bytes - expert_bytes)
@@ -100,7 +122,7 @@ class QuantizeStep(Step[QuantizeConfig]):
 
     def demands(self, before: Outlook, after: Outlook, calibration: CalibrationConfig) -> list[Demand]:
         sizes = Sizes.of_config(before.config, before.stored_bytes)
-        config = with_group_size(self.config, sizes.shapes)
+        config = with_group_size(self.config, sizes)
         return quantize_demands(config, sizes, before.size, after.stored_bytes, calibration)
 
     def point(self, before: Outlook, tier: str) -> dict[str, Any]:
@@ -119,7 +141,7 @@ class QuantizeStep(Step[QuantizeConfig]):
         if not self.config.has_budget or (folder / "scores.json").exists():
             return scoring.score(source, folder, around, title)
         stream = LayerStream(source, around.device)
-        config = with_group_size(self.config, Sizes.of_stream(stream).shapes)
+        config = with_group_size(self.config, Sizes.of_stream(stream))
         weights = self._channel_weights(source, folder, around, title) if config.cost == "fisher" else {}
         return scoring.score(
             source,
@@ -138,7 +160,7 @@ class QuantizeStep(Step[QuantizeConfig]):
 
     def plan(self, scores: Scores | None, sizes: Sizes, model_config: Any, tier: str) -> QuantizePlan:
         """Choose every expert's bits by the scores and the budget."""
-        config = with_group_size(self.config, sizes.shapes)
+        config = with_group_size(self.config, sizes)
         return plan_quantize(
             config,
             sizes.shapes,
@@ -152,7 +174,9 @@ class QuantizeStep(Step[QuantizeConfig]):
     def run(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Record:
         stream = LayerStream(source, around.device)
         sizes = Sizes.of_stream(stream)
-        require_quantizable(with_group_size(self.config, sizes.shapes), stream, around.tier)
+        config = with_group_size(self.config, sizes)
+        check_group_sizes(config, sizes)
+        require_quantizable(config, stream, around.tier)
         folder.mkdir(parents=True, exist_ok=True)
         scores = self.score(source, folder / "scores", around, title) if self.config.has_budget else None
         if (folder / "plan.json").exists():  # a solver that ran out of time need not choose the same again
@@ -188,7 +212,7 @@ class QuantizeStep(Step[QuantizeConfig]):
         described = scoring.describe_data(source, data) if data is not None else {}
         return Record(
             op="quantize",
-            config=plan.config.model_dump(mode="json"),
+            config=effective(plan.config),
             label=label(plan.config),
             dropped_bytes=sizes.stored_bytes - stored,
             targets=targets(plan, stored),
