@@ -22,7 +22,7 @@ from moe_compress.eval.cost import cost, stored_by_part
 from moe_compress.health import NEEDED, routing_health
 from moe_compress.manifest import describe_source
 from moe_compress.measure import cost_figures
-from moe_compress.models.layers import find_moe_layers
+from moe_compress.models.layers import PACKED, SECTION, find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.recipe import REFERENCE, Recipe, check_tier, load_recipe
 from moe_compress.steps import make_step
@@ -36,6 +36,7 @@ def inspect(model: str, *, revision: str | None = None, scores: Path | None = No
     if revision is not None and (model == "reference" or Path(model).expanduser().is_dir()):
         raise UsageError(f"`--revision` has no effect: {model} is no Hub id; leave it out.")
     config, index = open_config(model, revision, quantized=True)
+    tiers = [_what_loads_it(config)]
     config = dense_config(config)
     layers = find_moe_layers(build_skeleton(config))
     figures = cost(config, stored_bytes=index.nbytes if index is not None else None)
@@ -70,10 +71,21 @@ def inspect(model: str, *, revision: str | None = None, scores: Path | None = No
         "context": figures.context,
         "kv_bytes_per_token": figures.kv_bytes_per_token,
         "notes": list(figures.notes),
-        "tiers": [
-            "stock: plain transformers loads it; pruning to one expert count for all layers keeps it so.",
-        ],
+        "tiers": tiers,
     } | routing
+
+
+def _what_loads_it(config: Any) -> str:
+    """The tier that a checkpoint is of, and what it takes to load it."""
+    if (section := getattr(config, SECTION, None)) is not None:
+        packed = ", its experts packed" if PACKED in section else ""
+        return f"plugin: it needs this package to load{packed}: `import moe_compress`, or trust_remote_code=True."
+    found = (getattr(part, "quantization_config", None) for part in (config, config.get_text_config()))
+    quantization = next((one for one in found if one is not None), None)
+    if quantization is None:
+        return "stock: plain transformers loads it; pruning to one expert count for all layers keeps it so."
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    return f"stock: plain transformers loads it with what it needs for `{method}`; it is no source to compress."
 
 
 def plan(

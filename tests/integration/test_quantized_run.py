@@ -33,6 +33,7 @@ from moe_compress.errors import MoECompressError, RecipeError, UnsupportedModelE
 from moe_compress.preview import sweep
 from moe_compress.progress import SilentProgress
 from moe_compress.recipe import load_recipe
+from moe_compress.settings import shown_size
 from moe_compress.verification import checks
 from tests.integration.test_reuse import Recording
 from tests.integration.test_run import content, interrupted_at
@@ -89,6 +90,9 @@ def out(made: Path, tmp_path: Path) -> Path:
 
 
 def test_prune_then_drops_and_bits_in_plugin(made: Path, source: Path) -> None:
+    assert moe_compress.inspect(made)["tiers"] == [
+        "plugin: it needs this package to load, its experts packed: `import moe_compress`, or trust_remote_code=True."
+    ]
     report = json.loads((made / "report.json").read_text())
     assert all(check["passed"] for check in report["checks"].values())
     first, second = json.loads((made / "plan.json").read_text())["steps"]
@@ -129,6 +133,8 @@ def test_four_bits_in_stock(source: Path, texts: Path, tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     assert config["model_type"] == "qwen3_moe" and "moe_compress" not in config
+    (sentence,) = moe_compress.inspect(out)["tiers"]
+    assert sentence.startswith("stock: plain transformers loads it with what it needs for `compressed-tensors`")
 
 
 # ------------------------------------------------------------------------------------------------------ the five checks
@@ -425,6 +431,9 @@ def test_stored_bytes_is_held_exactly(source: Path, texts: Path, tmp_path: Path,
         moe_compress.run(recipe(source, texts, step), out)
         achieved = json.loads((out / "manifest.json").read_text())["steps"][0]["targets"][0]["achieved"]
         assert TensorIndex.from_folder(out).nbytes == achieved <= budget
+    edit(out / "manifest.json", lambda manifest: manifest["steps"][0]["targets"][0].update(asked=achieved // 2))
+    edit(out / "manifest.json", lambda manifest: manifest["steps"][0]["targets"][0].update(achieved=1))
+    assert f"stored_bytes {shown_size(achieved, up=True)} (asked: at most" in failed(out)["target"], "counted again"
 
 
 def test_experts_without_tokens_are_quantized_and_listed(source: Path, texts: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.gradients import channel_gradients
 from moe_compress.calibrate.scores import Scores
-from moe_compress.checkpoint.record import Record, Target
+from moe_compress.checkpoint.index import TensorIndex
+from moe_compress.checkpoint.record import SIZE, Record, Target
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, rewrite
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.stream import LayerStream
@@ -215,7 +216,7 @@ class QuantizeStep(Step[QuantizeConfig]):
             config=effective(plan.config),
             label=label(plan.config),
             dropped_bytes=sizes.stored_bytes - stored,
-            targets=targets(plan, stored),
+            targets=targets(plan, TensorIndex.from_folder(folder / "checkpoint").nbytes),
             coverage=scores.summary() if scores else tokens,
             calibration=scores.fingerprint if scores else described,
             starved_dropped=[pair for pair in starved if pair not in kept],
@@ -246,7 +247,7 @@ class QuantizeStep(Step[QuantizeConfig]):
 
 
 def targets(plan: QuantizePlan, stored_bytes: int) -> list[Target]:
-    """What a budget asked for, and what came of it."""
+    """What a budget asked for, and what came of it; `stored_bytes` are those of the written files."""
     if plan.allocation is None:
         bits = plan.config.bits
         return [] if bits is None else [Target("average_bits", bits, plan.average_bits, 0.0)]
@@ -256,7 +257,15 @@ def targets(plan: QuantizePlan, stored_bytes: int) -> list[Target]:
         "active_bytes": plan.allocation["active_bytes"],
     }
     return [
-        Target(name, value, achieved[name], BUDGET_TOLERANCE * value, at_most=True)
+        Target(
+            name,
+            value,
+            achieved[name],
+            BUDGET_TOLERANCE * value,
+            at_most=True,
+            shown=",.6g" if name == "average_bits" else SIZE,
+            on_disk=name == "stored_bytes",
+        )
         for name, value in plan.config.budgets.items()
     ]
 
