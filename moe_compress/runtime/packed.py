@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from moe_compress.errors import UsageError
 from moe_compress.models.experts import experts_forward, matrix_shape, projections
 from moe_compress.runtime.scheme import Scheme, Shapes
+from moe_compress.settings import parse_size
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -115,6 +117,16 @@ class TiedHead(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., H] to [..., V]."""
         return F.linear(inputs, self._shared[0].dense(inputs.dtype))
+
+
+def cache_bytes(value: object) -> int:
+    """Bytes of `expert_cache_bytes`: 0 (no cache) or a size such as `1GB`; `UsageError` for anything else."""
+    if value == 0 and not isinstance(value, bool):
+        return 0
+    try:
+        return parse_size(value)
+    except ValueError:
+        raise UsageError(f"expert_cache_bytes should be 0 or a size such as `1GB`, got `{value}`.") from None
 
 
 class ExpertCache:
