@@ -264,8 +264,15 @@ class _Part(ConversionOps):
 class _PackedConverter(WeightConverter):
     """Of one kind of tensor of one projection; matches the numbers of experts alone.
 
-    The loader copies a converter for every tensor of a checkpoint, which took most of the time of loading one.
+    The loader copies a converter for every tensor of a checkpoint, and asks every one about every name, which took most
+    of the time of loading one.
     """
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        if not source_key.endswith(self.target_patterns[0].rpartition("experts")[2]):
+            return source_key, None
+        found: tuple[str, str | None] = super().rename_source_key(source_key)
+        return found
 
     def reverse_transform(self) -> WeightConverter:
         (target,) = self._original_target_patterns

@@ -9,7 +9,6 @@ import sys
 import time
 import weakref
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
@@ -429,11 +428,11 @@ def test_loading_the_packed_reference_takes_no_longer(tmp_path: Path) -> None:
 
     packed = packed_checkpoint(REFERENCE, tmp_path / "packed", ("3",), rounding(group_size=32))
     seconds: dict[Path, list[float]] = {REFERENCE: [], packed: []}
-    for _ in range(5):
+    for _ in range(9):
         for path, times in seconds.items():
             start = time.process_time()
             AutoModelForCausalLM.from_pretrained(path)
             times.append(time.process_time() - start)
-    dense_s, packed_s = (median(times[1:]) for times in seconds.values())
+    dense_s, packed_s = (min(times) for times in seconds.values())
     print(f"loading: dense {dense_s:.3f} s, packed {packed_s:.3f} s of CPU time")
-    assert packed_s <= 1.5 * dense_s
+    assert packed_s <= 1.15 * dense_s, "as long, but for what else the machine does"
