@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -261,6 +260,9 @@ class _Part(ConversionOps):
         return _Join()
 
 
+_SLOTS = [name for base in WeightConverter.__mro__ for name in getattr(base, "__slots__", ())]
+
+
 class _PackedConverter(WeightConverter):
     """Of one kind of tensor of one projection; matches the numbers of experts alone.
 
@@ -281,7 +283,11 @@ class _PackedConverter(WeightConverter):
         return saving
 
     def __deepcopy__(self, memo: Any) -> _PackedConverter:
-        copied = copy(self)
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        for name in _SLOTS:
+            if hasattr(self, name):
+                object.__setattr__(copied, name, getattr(self, name))
         copied.collected_tensors, copied.layer_targets = defaultdict(list), defaultdict(set)
         return copied
 
