@@ -144,3 +144,16 @@ def test_two_processes_are_one(base: dict[str, Any], step: dict[str, Any], tmp_p
 def test_a_target_needs_zero_experts(base: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="put `op: zero_experts` before"):
         run(base | {"steps": [OFF | {"teacher_model": base["model"]}]}, tmp_path / "out")
+
+
+def test_layer_by_layer_only_routers_change(base: dict[str, Any], zeros: Path, tmp_path: Path) -> None:
+    step = {"op": "distill", "mode": "layerwise", "trainable": ["routers"], "target_skip": 0.6, "balance_alpha": 1.0}
+    step |= {"teacher_model": base["model"], "learning_rate": 1e-2, "batch_size": 2, "epochs": 16}
+    lines = distilled(base | {"model": str(zeros), "steps": [step]}, tmp_path / "out", number=0)
+    assert [line["skip"] for line in lines] == pytest.approx([0.6] * LAYERS, abs=0.05)
+    before, after = weights(zeros), weights(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith("gate.weight")}
+    layers = json.loads((tmp_path / "out" / "config.json").read_text())["moe_compress"]["layers"].values()
+    noted = [layer["experts_per_token"] for layer in layers]
+    assert noted == pytest.approx([K * (1 - line["skip"]) for line in lines], abs=0.02)

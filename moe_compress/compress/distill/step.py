@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -334,10 +334,17 @@ def summary(config: DistillConfig, lines: list[dict[str, Any]]) -> list[str]:
         return [
             f"{len(lines)} layers were fitted to the original's in {seconds / 60:.1f} minutes.",
             f"Mean relative squared error of a layer's output: {before:.4g} before, {after:.4g} after.",
+            *skip_sentence([line["skip"] for line in lines if "skip" in line], "after it"),
         ]
     tenth = max(1, len(lines) // 10)
     first, last = (sum(line["loss"] for line in part) / tenth for part in (lines[:tenth], lines[-tenth:]))
     return [
         f"{len(lines)} updates on {lines[-1]['tokens']:,} tokens in {seconds / 60:.1f} minutes.",
         f"Loss: {first:.4f} over the first tenth of the updates, {last:.4f} over the last.",
+        *skip_sentence([line["skip"] for line in lines[-tenth:] if "skip" in line], "over the last tenth"),
     ]
+
+
+def skip_sentence(shares: Sequence[float], when: str) -> list[str]:
+    """How many slots were skipped, where that was a target."""
+    return [f"{sum(shares) / len(shares):.1%} of the expert slots were skipped {when}."] if shares else []
