@@ -27,6 +27,7 @@ from moe_compress.compress import scoring
 from moe_compress.compress.demand import Demand, apply_demand, num_tokens
 from moe_compress.compress.distill import parts
 from moe_compress.compress.distill.apply import DistillChange, Readers
+from moe_compress.compress.distill.balance import SkipTarget
 from moe_compress.compress.distill.config import DistillConfig
 from moe_compress.compress.distill.layerwise import heal_layers, trained_names, trained_readers
 from moe_compress.compress.distill.plan import Schedule, full_memory, layerwise_memory, plan_json, thinned
@@ -41,9 +42,10 @@ from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import CheckpointError, UsageError
 from moe_compress.manifest import describe_source
 from moe_compress.models.layers import find_moe_layers
-from moe_compress.models.routing import layer_routings
+from moe_compress.models.routing import EXPERTS_PER_TOKEN, layer_routings
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.progress import Stage
+from moe_compress.runtime.families import parsed_config, with_layers
 from moe_compress.workspace import require_space
 
 METERED_SEQUENCES = 64
@@ -64,9 +66,20 @@ class DistillStep(Step[DistillConfig]):
 
     def preview(self, before: Outlook, tier: str) -> tuple[dict[str, Any], Outlook]:
         entry: dict[str, Any] = self.config.model_dump(mode="json", exclude_unset=True)
-        trained = ", ".join(self.config.trainable)
         how = "layer by layer" if self.config.mode == "layerwise" else f"{self.config.teacher} teacher"
-        return entry | {"summary": [f"Trained on the original's outputs ({how}): {trained}."]}, before
+        learnt = (
+            "its own responses, scored by the original" if self.config.on_policy else f"the original's outputs ({how})"
+        )
+        summary = [f"Trained on {learnt}: {', '.join(self.config.trainable)}."]
+        target = self.config.target_skip
+        if target is None:
+            return entry | {"summary": summary}, before
+        layers = find_moe_layers(build_skeleton(before.config))
+        SkipTarget(layers, target)
+        entries = {moe.layer: {EXPERTS_PER_TOKEN: moe.top_k * (1 - target)} for moe in layers}
+        after = parsed_config(with_layers(before.config.to_dict(), layers[0].num_experts, entries))
+        summary.append(f"{target:.0%} of the expert slots are to be skipped.")
+        return entry | {"summary": summary}, before.resized(after)
 
     def check_inputs(self, folder: Path, config: Any) -> None:
         if self.config.teacher_model is not None:
@@ -132,8 +145,9 @@ class DistillStep(Step[DistillConfig]):
                 vocabulary=before.config.get_text_config().vocab_size,
                 sequence_length=data.sequence_length,
             )
-        # forward, and twice that backward; the original forward once
-        flops = before.size.flops_per_token * num_tokens(data) * (3 * self.config.epochs + 1)
+        # forward, and twice that backward; the original forward once, or on new responses that are sampled before
+        passes = 5 * self.config.epochs if self.config.on_policy else 3 * self.config.epochs + 1
+        flops = before.size.flops_per_token * num_tokens(data) * passes
         vocabulary = before.config.get_text_config().vocab_size
         scratch = cache_bytes(self.config, num_tokens(data), vocabulary) if self.config.caches_logits else 0
         training = Demand("train", 0, needed, scratch=scratch, moved=2 * before.stored_bytes, flops=flops)

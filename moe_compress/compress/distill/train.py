@@ -216,8 +216,7 @@ class _Run:
             micro = micros[number]
             tokens_BS = tokens_NS[list(micro)].to(self.device)
             share = len(micro) / len(sequences)
-            with self.autocast():
-                terms = self._terms(micro, tokens_BS, [self.job.config.seed, update, number])
+            terms = self._terms(micro, tokens_BS, [self.job.config.seed, update, number])
             loss = torch.stack([share * factor * terms[name].double() for name, factor in self.factors.items()]).sum()
             loss.backward()
             for name, term in terms.items():
@@ -229,19 +228,20 @@ class _Run:
         config, rollout, seen_BS = self.job.config, None, tokens_BS
         if config.prompt_length is not None and config.on_policy:
             prompt_BP, temperature = tokens_BS[:, : config.prompt_length], config.sampling_temperature
-            rollout = sample(self.student, prompt_BP, tokens_BS.shape[1], temperature, seed, self.moe_layers)
+            with self.autocast():  # its own: it keeps weights without their gradients
+                rollout = sample(self.student, prompt_BP, tokens_BS.shape[1], temperature, seed, self.moe_layers)
             seen_BS = rollout.tokens_BS[:, :-1]
-        lesson = self.teacher(micro, seen_BS)
         rows = {} if rollout is None else rollout.rows
-        with RoutingTrace(self.traced) as trace, replayed(self.moe_layers, rows):
+        with self.autocast(), RoutingTrace(self.traced) as trace, replayed(self.moe_layers, rows):
+            lesson = self.teacher(micro, seen_BS)
             output = self.student(input_ids=seen_BS, use_cache=False, output_hidden_states=config.hidden_weight > 0)
-        if rollout is None:
-            terms = loss_terms(config, output, lesson, tokens_BS)
-        else:
-            assert isinstance(lesson.logits, Tensor)
-            teacher_BR = rollout.score(lesson.logits.view_as(output.logits), temperature)
-            own_BR = rollout.score(output.logits, temperature)
-            terms = {"reverse_kl": losses.policy_loss(own_BR, rollout.log_BR, teacher_BR)}
+            if rollout is None:
+                terms = loss_terms(config, output, lesson, tokens_BS)
+            else:
+                assert isinstance(lesson.logits, Tensor)
+                teacher_BR = rollout.score(lesson.logits.view_as(output.logits), temperature)
+                own_BR = rollout.score(output.logits, temperature)
+                terms = {"reverse_kl": losses.policy_loss(own_BR, rollout.log_BR, teacher_BR)}
         if self.skip:
             terms |= {"balance": self.skip.loss(trace), SKIPPED: skipped_L(trace)}
         return terms
