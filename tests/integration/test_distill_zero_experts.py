@@ -147,7 +147,7 @@ def test_a_target_needs_zero_experts(base: dict[str, Any], tmp_path: Path) -> No
 
 
 def test_layer_by_layer_only_routers_change(base: dict[str, Any], zeros: Path, tmp_path: Path) -> None:
-    step = {"op": "distill", "mode": "layerwise", "trainable": ["routers"], "target_skip": 0.6, "balance_alpha": 1.0}
+    step = {"op": "distill", "mode": "layerwise", "trainable": ["routers"], "target_skip": 0.6, "balance_alpha": 5.0}
     step |= {"teacher_model": base["model"], "learning_rate": 1e-2, "batch_size": 2, "epochs": 16}
     lines = distilled(base | {"model": str(zeros), "steps": [step]}, tmp_path / "out", number=0)
     assert [line["skip"] for line in lines] == pytest.approx([0.6] * LAYERS, abs=0.05)
