@@ -30,7 +30,7 @@ from moe_compress.errors import CheckpointError, MoECompressError, TrainingError
 from moe_compress.verification import checks
 from tests.crashes import in_child
 from tests.integration.test_run import interrupted_at
-from tests.tiny_checkpoint import VOCABULARY, tiny_checkpoint, tiny_recipe, write_texts
+from tests.tiny_checkpoint import VOCABULARY, tiny_checkpoint, tiny_recipe
 
 LAYERS = 3
 PRUNE = {"op": "prune", "criterion": "reap", "keep": 0.5}
@@ -48,16 +48,6 @@ def no_reload(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     """Leaves out the fresh process that loads the result, where the test does not ask for it."""
     if "reloaded" not in request.keywords:
         monkeypatch.setattr(checks, "check_logits", lambda folder: checks.Check(True, "not computed here."))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("source") / "model", num_hidden_layers=LAYERS)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("texts") / "texts.txt")
 
 
 @pytest.fixture
