@@ -68,9 +68,9 @@ def losses(out: Path, number: int = 1) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-def distilled(recipe: dict[str, Any], out: Path, **options: Any) -> list[dict[str, Any]]:
+def distilled(recipe: dict[str, Any], out: Path, *, number: int = 1, **options: Any) -> list[dict[str, Any]]:
     run(recipe, out, keep_steps=True, **options)
-    return losses(out)
+    return losses(out, number)
 
 
 def killed(recipe: dict[str, Any], out: Path, update: int) -> None:
@@ -79,10 +79,10 @@ def killed(recipe: dict[str, Any], out: Path, update: int) -> None:
     def action() -> None:
         whole = _Run._passes
 
-        def cut(self: _Run, sequences: Any, tokens: Tensor) -> dict[str, float]:
+        def cut(self: _Run, *given: Any) -> dict[str, list[float]]:
             if len(losses(out)) == update:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return whole(self, sequences, tokens)
+            return whole(self, *given)
 
         _Run._passes = cut  # type: ignore[method-assign]
         run(recipe, out, keep_steps=True)

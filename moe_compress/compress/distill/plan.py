@@ -44,7 +44,9 @@ class Schedule:
         return [int(orders[position // count][position % count]) for position in wanted]
 
     def factor(self, update: int) -> float:
-        """Share of the largest learning rate: linear warm-up, then half a cosine to 0 (see `cosine`)."""
+        """Share of the largest learning rate: linear warm-up, then half a cosine to 0 (see `cosine`), or 1."""
+        if self.config.decay == "constant":
+            return min(1.0, (update + 1) / max(1, math.ceil(self.config.warmup * self.num_updates)))
         return cosine(update, self.num_updates, self.config.warmup)
 
     def _order(self, epoch: int) -> Any:
@@ -67,7 +69,9 @@ def full_memory(
     `student`, `trained` and `teacher` count parameters. Each process holds weights in float32, and of what is trained
     the gradient and AdamW's two moments; logits of one pass lie in memory with their gradient and those of the teacher.
     """
-    online = config.teacher == "online" and (config.uses_teacher_logits or config.hidden_weight > 0)
+    online = config.on_policy or (
+        config.teacher == "online" and (config.uses_teacher_logits or config.hidden_weight > 0)
+    )
     logits = (3 if online else 2) * config.micro_batch_size * sequence_length * vocabulary
     return FLOAT * config.processes * (student + 3 * trained + (teacher if online else 0) + logits)
 
