@@ -77,7 +77,6 @@ def test_all_five_checks_pass_and_the_plan_knows_the_bytes(
     assert all(check["passed"] for check in report["checks"].values())
     stored = TensorIndex.from_folder(tmp_path / "out").nbytes
     assert report["compressed"]["stored_bytes"] == stored
-    assert moe_compress.verify(tmp_path / "out")["logits"]["passed"]
     if len(steps) == 1:
         moe_compress.score(settings, tmp_path / "scores")
         planned = moe_compress.plan(settings, scores=tmp_path / "scores")
