@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from moe_compress.report.audit import criterion_rows
@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 MARKS = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n.*?<!-- end of table -->", re.DOTALL)
 TASKS = ("code", "documentation", "facts", "recall", "sort", "reverse", "brackets", "sums")
+HALF_WITHIN = 0.03  # of half of the slots, to be compared with rows that skip half
 TEXTS = ("code", "documentation")  # measured in bits per byte, the others by accuracy
 
 Rows = Sequence[Sequence[str]]
@@ -157,11 +158,48 @@ def layerwise_memory() -> str:
 
 def skip_reference() -> str:
     """Every untrained way to run fewer experts per token."""
-    rows = load("skip_reference")["rows"]
+    rows = [row for row in load("skip_reference")["rows"] if "tokens" not in row]
     return table(
         ["", "slots skipped", *TASKS],
         [[row["name"], format_percent(row["skipped"]), *scores(row["tasks"])] for row in rows],
     )
+
+
+def skip_trained() -> str:
+    """The original, and half of its slots left out, untrained and trained; FLOPs as shares of the original's."""
+    original, *others = load("skip_reference")["rows"]
+    half = [row for row in others if abs(row["skipped"] - 0.5) < HALF_WITHIN or "tokens" in row]
+    return table(
+        ["", "slots skipped", "expert FLOPs", "FLOPs", *TASKS, "mean of the six", "tokens", "minutes"],
+        [
+            [
+                row["name"],
+                format_percent(row["skipped"]),
+                format_percent(row["expert_flops_per_token"] / original["expert_flops_per_token"]),
+                format_percent(row["flops_per_token"] / original["flops_per_token"]),
+                *scores(row["tasks"]),
+                f"{100 * mean(row['tasks'][name] for name in TASKS if name not in TEXTS):.2f}",
+                *([f"{row['tokens']:,}", f"{row['seconds'] / 60:.1f}"] if "tokens" in row else ["", ""]),
+            ]
+            for row in [original, *half]
+            if "tasks" in row
+        ],
+    )
+
+
+def skip_control() -> str:
+    """Skip ratios asked for and counted."""
+    rows = [row for row in load("skip_reference")["rows"] if _asked(row)]
+    return table(
+        ["", "asked", "counted", "tokens"],
+        [[row["name"], f"{_asked(row):.0%}", format_percent(row["skipped"]), f"{row['tokens']:,}"] for row in rows],
+    )
+
+
+def _asked(row: Mapping[str, Any]) -> float | None:
+    """The skip ratio that a row was trained for."""
+    found: float | None = row["step"][1][-1].get("target_skip") if "tokens" in row else None
+    return found
 
 
 def skip_speed() -> str:
@@ -413,6 +451,7 @@ TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
         prune_reference, prune_criteria, prune_readme, merge_reference, merge_short, tie_reference, skip_reference,
+        skip_trained, skip_control,
         skip_speed, distill_reference, quantize_allocations, quantize_sizes, quantize_readme, quantize_frontier,
         streaming, layerwise_memory, kill_resume, allocation, lm_eval_reference, gptq_speed, plan_accuracy,
         audit_reference,

@@ -31,7 +31,7 @@ from moe_compress.errors import CheckpointError, MoECompressError, TrainingError
 from moe_compress.verification import checks
 from tests.crashes import in_child
 from tests.integration.test_run import interrupted_at
-from tests.tiny_checkpoint import VOCABULARY, tiny_checkpoint, tiny_recipe, write_texts
+from tests.tiny_checkpoint import VOCABULARY, tiny_checkpoint, tiny_recipe
 
 LAYERS = 3
 PRUNE = {"op": "prune", "criterion": "reap", "keep": 0.5}
@@ -49,16 +49,6 @@ def no_reload(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     """Leaves out the fresh process that loads the result, where the test does not ask for it."""
     if "reloaded" not in request.keywords:
         monkeypatch.setattr(checks, "check_logits", lambda folder: checks.Check(True, "not computed here."))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("source") / "model", num_hidden_layers=LAYERS)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("texts") / "texts.txt")
 
 
 @pytest.fixture
@@ -87,9 +77,9 @@ def round_to_nf4(model: Any) -> None:
             weight.copy_(dequantize_4bit(packed, state).view_as(weight))
 
 
-def distilled(recipe: dict[str, Any], out: Path, **options: Any) -> list[dict[str, Any]]:
+def distilled(recipe: dict[str, Any], out: Path, *, number: int = 1, **options: Any) -> list[dict[str, Any]]:
     run(recipe, out, keep_steps=True, **options)
-    return losses(out)
+    return losses(out, number)
 
 
 def killed(recipe: dict[str, Any], out: Path, update: int) -> None:
@@ -98,10 +88,10 @@ def killed(recipe: dict[str, Any], out: Path, update: int) -> None:
     def action() -> None:
         whole = _Run._passes
 
-        def cut(self: _Run, sequences: Any, tokens: Tensor) -> dict[str, float]:
+        def cut(self: _Run, *given: Any) -> dict[str, list[float]]:
             if len(losses(out)) == update:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return whole(self, sequences, tokens)
+            return whole(self, *given)
 
         _Run._passes = cut  # type: ignore[method-assign]
         run(recipe, out, keep_steps=True)

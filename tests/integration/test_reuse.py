@@ -27,7 +27,7 @@ from moe_compress.progress import SilentProgress
 from moe_compress.recipe import load_recipe
 from moe_compress.verification import checks
 from moe_compress.workspace import locked
-from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
+from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe
 
 EVALUATED = {"tasks": ["reference_sums"], "limit": 2, "speed": False}
 
@@ -51,25 +51,10 @@ class Recording(SilentProgress):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("source") / "model")
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("texts") / "texts.txt")
-
-
-@pytest.fixture(scope="module")
 def scores(source: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scores") / "scores"
     moe_compress.score(tiny_recipe(source, texts, 0.75), folder)
     return folder
-
-
-@pytest.fixture
-def no_reload(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "check_logits", lambda folder: checks.Check(True, "not computed here."))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -348,6 +333,47 @@ def test_another_evaluation_continues_the_same_run(
     assert not any("score" in stage for stage in progress.stages) and report["settings"]["eval"] == {"limit": 1}
     with pytest.raises(UsageError, match="--force"):  # a finished result is not that of another evaluation
         moe_compress.run(recipe, out, resume=True)
+
+
+@pytest.mark.usefixtures("no_reload")
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"op": "prune", "criterion": "reap", "keep": 0.5}, {"op": "quantize", "method": "rtn", "bits": 4}],
+        [{"op": "quantize", "method": "rtn", "average_bits": 3.5, "options": [2, 4, 8], "keep_option": True}],
+    ],
+    ids=["prune, then bits", "budget"],
+)
+def test_random_baselines_draw_what_is_chosen_and_leave_the_rest(
+    steps: list[dict[str, Any]], source: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: dict[str, list[dict[str, Any]]] = {}
+    scored = Recording()
+
+    def evaluate(checkpoint: Any, config: Any, around: Any, name: str) -> dict[str, Any]:
+        if name.startswith("random"):
+            places = [tmp_path / "out.work" / f"random-{name[-1]}-{number}" for number in range(len(steps))]
+            plans[name] = [json.loads((place / "plan.json").read_text()) for place in places]
+        return {"tasks": {}, "settings": {}}
+
+    monkeypatch.setattr(measure, "evaluate", evaluate)
+    recipe = tiny_recipe(source, texts, 0.75, eval=EVALUATED | {"random_baselines": 2}) | {
+        "steps": steps,
+        "export": {"tier": "plugin"},
+    }
+    report = moe_compress.run(recipe, tmp_path / "out", progress=scored)
+    own = json.loads((tmp_path / "out" / "plan.json").read_text())["steps"]
+    assert list(plans) == ["random seed 0", "random seed 1"]
+    assert len({json.dumps(found) for found in (own, *plans.values())}) == 3, "each draws another"
+    assert sum("score" in stage for stage in scored.stages) == 1, "nothing is measured again"
+    for found, drawn in zip(plans.values(), report["random"], strict=True):
+        if steps[0]["op"] == "prune":
+            assert found[0]["config"]["criterion"] == "random"
+            assert [len(layer["keep"]) for layer in found[0]["layers"]] == [4, 4]
+            assert drawn["stored_bytes"] == report["compressed"]["stored_bytes"]
+        else:
+            assert found[0]["config"]["allocation"] == "random" and found[0]["allocation"]["average_bits"] <= 3.5
+            assert drawn["stored_bytes"] < report["baseline"]["stored_bytes"]
 
 
 def test_kept_results_are_those_of_the_same_checkpoint(

@@ -45,7 +45,9 @@ class Schedule:
         return [int(orders[position // count][position % count]) for position in wanted]
 
     def factor(self, update: int) -> float:
-        """Share of the largest learning rate: linear warm-up, then half a cosine to 0 (see `cosine`)."""
+        """Share of the largest learning rate: linear warm-up, then half a cosine to 0 (see `cosine`), or 1."""
+        if self.config.decay == "constant":
+            return min(1.0, (update + 1) / max(1, math.ceil(self.config.warmup * self.num_updates)))
         return cosine(update, self.num_updates, self.config.warmup)
 
     def _order(self, epoch: int) -> Any:
@@ -69,7 +71,7 @@ def full_memory(
     process holds weights in float32, and of what is trained the gradient and AdamW's two moments; logits of one pass
     lie in memory with their gradient and those of the teacher.
     """
-    online = config.teacher != "cached" and config.asks_teacher
+    online = config.on_policy or (config.teacher != "cached" and config.asks_teacher)
     logits = (3 if online else 2) * config.micro_batch_size * sequence_length * vocabulary
     return round(FLOAT * config.processes * (student + 3 * trained + (teacher if online else 0) + logits))
 
@@ -81,6 +83,11 @@ def layerwise_memory(*, layer: int, trained: int, teacher_layer: int, outside: i
     the layers; the float32 hidden states of all tokens are there three times (entering, leaving, wanted).
     """
     return FLOAT * (max(layer + 3 * trained, teacher_layer + layer) + outside + 3 * tokens * width)
+
+
+def state_bytes(trained: int) -> int:
+    """Bytes on disk while a training of so many parameters is saved: they and AdamW's moments, old beside new."""
+    return 2 * 3 * FLOAT * trained
 
 
 def plan_json(
