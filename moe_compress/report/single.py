@@ -24,6 +24,11 @@ from moe_compress.report.tables import (
 )
 
 Report = Mapping[str, Any]
+PARTS = (
+    ("Stored bytes", "bytes_by_part", format_bytes),
+    ("Parameters", "params_by_part", format_count),
+    ("FLOPs per token", "flops_by_part", format_flops),
+)
 
 
 def single(result: Result) -> dict[str, Any]:
@@ -46,8 +51,11 @@ def single(result: Result) -> dict[str, Any]:
         "steps": steps(result),
         "heat": heat_maps(maps, survivors(result.plans)),
         "by_layer": layer_rows(result),
-        "flops": parts(report, "flops_by_part", format_flops),
-        "params": parts(report, "params_by_part", format_count),
+        "parts": [
+            (title, report["provenance"].get(key, ""), bars)
+            for title, key, show in PARTS
+            if (bars := parts(report, key, show))
+        ],
         "calibration": calibration(result),
         "audit": audited(result),
         "checks": check_rows(report),

@@ -236,6 +236,7 @@ def test_a_whole_result_has_every_section(tmp_path: Path) -> None:
         ("report.json: settings.calibration", {"calibration"}),
         ("report.json: checks", {"checks"}),
         ("report.json: compressed.flops_by_part", set()),
+        ("report.json: compressed.bytes_by_part", set()),
     ],
 )
 def test_a_part_that_is_missing_is_absent(tmp_path: Path, gone: str, absent: set[str]) -> None:
@@ -258,6 +259,7 @@ def test_a_part_that_is_missing_is_absent(tmp_path: Path, gone: str, absent: set
         assert (attributes["href"] or "").removeprefix("#") in page.ids
     titles = {data for tag, data in page.texts if tag == "h3"}
     assert ("FLOPs per token" in titles) == (path != "compressed.flops_by_part")
+    assert ("Stored bytes" in titles) == (path != "compressed.bytes_by_part")
     assert any("traffic" in title for title in titles) == (file not in ("plan.json", "experts.json"))
     assert ("experts.json" in page.text) == (file not in ("plan.json", "experts.json"))
 

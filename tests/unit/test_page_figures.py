@@ -353,19 +353,31 @@ def test_words_of_a_step_of_another_kind() -> None:
         "values": {"0": [0, 1, None]},
         "labels": ["itself", "layer 2"],
     }
-    share = {"title": "Skip ratio", "provenance": "measured", "values": {"0": [0.0, 0.25, 0.5]}}
-    steps = [{"layers": [{"layer": 0, "num_experts": 3}], "maps": [given, share]}]
-    words, amounts = expert_maps(steps, [None])
+    share = {"title": "Skip ratio", "provenance": "measured", "values": {"0": [0.0, 0.25, 0.5]}, "share": True}
+    place = {"title": "Place", "values": {"0": [2, 1, 0]}, "drawn": False}
+    steps = [{"layers": [{"layer": 0, "num_experts": 3}], "maps": [given, share, place]}]
+    words, amounts, places = expert_maps(steps, [None])
     assert (words.texts, words.labels, words.provenance) == (
         {0: ["itself", "layer 2", ""]},
         ("itself", "layer 2"),
         "decided",
     )
-    assert (amounts.texts[0], amounts.provenance, amounts.note) == (["0", "0.25", "0.5"], "measured", "")
-    drawn = heat_maps([words, amounts], survivors(steps))
+    assert (amounts.texts[0], amounts.provenance, amounts.note) == (["0.0 %", "25.0 %", "50.0 %"], "measured", "")
+    assert places.texts == {0: ["2", "1", "0"]}
+    drawn = heat_maps([words, amounts, places], survivors(steps))
     assert drawn is not None and [one.scale for one in drawn.maps] == ["words", "amounts"]
     assert [(shade.label, shade.count) for shade in drawn.maps[0].shades] == [("itself", 1), ("layer 2", 1)]
+    assert (drawn.maps[1].low, drawn.maps[1].high) == ("0.0 %", "50.0 %")
+    assert [fact["title"] for fact in drawn.facts] == ["Tied to", "Skip ratio", "Place"]
     assert drawn.marks == "", "nobody is gone"
+
+
+def test_members_of_a_group_that_keep_differences_are_not_merged() -> None:
+    entry = {"layer": 0, "num_experts": 4, "groups": [[0, 2, 3], [1]], "dominants": [2, 1], "ranks": {"up_proj": 4}}
+    (outcome,) = expert_maps([{"layers": [entry]}], [])
+    assert outcome.texts[0] == ["kept as a difference", "kept", "kept", "kept as a difference"]
+    (outcome,) = expert_maps([{"layers": [entry | {"ranks": {}}]}], [])
+    assert outcome.texts[0] == ["merged", "kept", "merged", "merged"]
 
 
 def test_projections_of_other_widths_have_maps_of_their_own() -> None:
