@@ -16,7 +16,7 @@ from moe_compress.report.page import write_page
 from tests.parsed_page import Parsed, page_of
 from tests.results import OTHER_TASKS, made, manifest, plan, report_of, write_result
 
-HOSTILE = """<script>alert("1")</script><img src=x onerror='alert(2)'>&amp;</style>--></script> {{ 7 * 7 }}"""
+HOSTILE = """<script>alert("1")</script><img src=x onerror='alert(2)'>&amp;</style>--></script> {{ 71 * 73 }}"""
 
 
 def numbers(content: Any) -> Iterator[int | float]:
@@ -167,7 +167,7 @@ def test_hostile_texts_are_only_texts(tmp_path: Path) -> None:
             for page in (harmless, hostile)
         ]
         assert kinds[0] == kinds[1]
-        assert "49" not in hostile.text.split(), "nothing in a record is a template"
+        assert "5183" not in hostile.text.split(), "nothing in a record is a template"
     page = pages[1][0]
     assert [data for tag, data in page.texts if tag == "h1"] == [f"{HOSTILE}, 25.0 % smaller"]
     assert f"model: {HOSTILE}" in "".join(data for tag, data in page.texts if tag == "pre")
