@@ -8,7 +8,7 @@ from typing import Any
 from moe_compress.report.audit import AUDIT_FILE, criterion_rows, verdicts
 from moe_compress.report.build import random_name
 from moe_compress.report.experts import EXPERTS_FILE, expert_maps, survivors
-from moe_compress.report.frontier import mean_recovery, points, shared_tasks
+from moe_compress.report.frontier import SIZE, WORK, mean_recovery, measure_of_size, points, shared_tasks
 from moe_compress.report.heatmap import heat_maps
 from moe_compress.report.markdown import CHECKS, limits
 from moe_compress.report.plots import change, histogram, paired_bars, plane, recovery_strips
@@ -24,6 +24,10 @@ from moe_compress.report.tables import (
 )
 
 Report = Mapping[str, Any]
+SIZED_BY = {  # title of the plot, what stands to the right, and what kind of figure that is
+    SIZE: ("Size and quality", "stored size", "measured"),
+    WORK: ("Work and quality", "FLOPs per token", "derived"),
+}
 PARTS = (
     ("Stored bytes", "bytes_by_part", format_bytes),
     ("Parameters", "params_by_part", format_count),
@@ -46,7 +50,8 @@ def single(result: Result) -> dict[str, Any]:
         "costs": cost_rows(report),
         "tasks": task_rows(report),
         "strips": recovery_strips([report], ["this checkpoint"]),
-        "plane": plane(found),
+        "plane": plane(found, measure_of_size([report])),
+        "sized_by": SIZED_BY[measure_of_size([report])],
         "num_tasks": len(shared_tasks([report])),
         "steps": steps(result),
         "heat": heat_maps(maps, survivors(result.plans)),

@@ -324,7 +324,8 @@ def test_a_result_that_chance_beats_is_dominated_by_it(tmp_path: Path) -> None:
     assert re.search(r"A bad .* 30\.0 ± 0\.5 % \(arc_easy\) B \(good\) 5 of 5", page.text)
     alone = page_of(tmp_path / "bad")
     (tip,) = {a["data-tip"] for a in alone.all("g") if "dominated by" in (a.get("data-tip") or "")}
-    assert "dominated by random pruning, seed" in (tip or "")
+    assert "dominated by random pruning, seed" in (tip or "") and "beside" not in (tip or "")
+    assert any("random pruning, seed 0, beside bad:" in (a.get("data-tip") or "") for a in page.all("g"))
 
 
 def test_other_evaluations_and_other_models_are_told(tmp_path: Path) -> None:

@@ -15,7 +15,18 @@ import pytest
 from moe_compress.calibrate.scores import LayerScores, Scores
 from moe_compress.errors import UsageError
 from moe_compress.report.experts import ExpertMap, expert_maps, expert_statistics, survivors
-from moe_compress.report.frontier import Point, dominating, mean_recovery, points, shared_tasks, staircase, ticks
+from moe_compress.report.frontier import (
+    SIZE,
+    WORK,
+    Point,
+    dominating,
+    mean_recovery,
+    measure_of_size,
+    points,
+    shared_tasks,
+    staircase,
+    ticks,
+)
 from moe_compress.report.heatmap import SHADES, Shade, heat_maps
 from moe_compress.report.plots import (
     against_chance,
@@ -85,6 +96,23 @@ def test_points_of_one_result() -> None:
     assert [point.quality for point in randoms] == pytest.approx(by_hand)
     (relative, *_) = points([report], ["this"], relative=True)
     assert relative.size == pytest.approx(0.75)
+
+
+def test_work_stands_in_for_a_size_that_is_the_same() -> None:
+    def skipping(flops: float, quality: float) -> dict[str, Any]:
+        report = made(1.0, quality, quality)
+        report["compressed"]["flops_per_token"] *= flops
+        report["ratio"]["flops_per_token"] = flops
+        return report
+
+    same, less, least = made(1.0, 0.9, 0.9), skipping(0.8, 0.95), skipping(0.6, 0.9)
+    assert measure_of_size([same]) == measure_of_size([less, report_of()]) == SIZE
+    assert measure_of_size([less]) == measure_of_size([less, least, same]) == WORK
+    found = points([less, least, same], ["a", "b", "c"])
+    assert [point.size for point in found] == pytest.approx([0.8 * 2.461e9, 0.6 * 2.461e9, 2.461e9, 2.461e9])
+    assert [dominating(point, found) is not None for point in found] == [False, False, True, False]
+    drawn = plane(found, WORK)
+    assert drawn is not None and "FLOP" in drawn.across.ticks[0][1] and "GFLOP" in drawn.marks[-1].text
 
 
 def test_error_of_a_mean_matches_simulation() -> None:

@@ -41,6 +41,7 @@ from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import UsageError
 from moe_compress.models.layers import MoELayer, owners, routing_groups
 from moe_compress.runtime.families import causal_model
+from moe_compress.settings import format_size
 
 BUDGET_TOLERANCE = 0.02  # of the budget
 
@@ -271,5 +272,6 @@ def label(config: QuantizeConfig) -> str:
     """The method and the bits, in a few words."""
     if config.method in BITSANDBYTES:
         return config.method
-    budgets = [f"{name} {value}" for name in BUDGETS if (value := getattr(config, name)) is not None]
+    asked = {name: value for name in BUDGETS if (value := getattr(config, name)) is not None}
+    budgets = [f"{name} {format_size(value) if name != 'average_bits' else value}" for name, value in asked.items()]
     return f"{config.method}, {', '.join(budgets) or f'{config.bits} bits'}"
