@@ -21,7 +21,7 @@ from moe_compress.eval.cost import cost, stored_by_part
 from moe_compress.health import NEEDED, routing_health
 from moe_compress.manifest import describe_source
 from moe_compress.measure import cost_figures
-from moe_compress.models.layers import find_moe_layers
+from moe_compress.models.layers import SECTION, find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.recipe import Recipe, check_tier
 from moe_compress.steps import make_step
@@ -35,6 +35,7 @@ def inspect(model: str, *, revision: str | None = None, scores: Path | None = No
     if revision is not None and (model == "reference" or Path(model).expanduser().is_dir()):
         raise UsageError(f"`--revision` has no effect: {model} is no Hub id; leave it out.")
     config, index = open_config(model, revision, quantized=True)
+    tiers = what_loads_it(config)
     config = dense_config(config)
     layers = find_moe_layers(build_skeleton(config))
     figures = cost(config, stored_bytes=index.nbytes if index is not None else None)
@@ -69,10 +70,21 @@ def inspect(model: str, *, revision: str | None = None, scores: Path | None = No
         "context": figures.context,
         "kv_bytes_per_token": figures.kv_bytes_per_token,
         "notes": list(figures.notes),
-        "tiers": [
-            "stock: plain transformers loads it; pruning to one expert count for all layers keeps it so.",
-        ],
+        "tiers": tiers,
     } | routing
+
+
+def what_loads_it(config: Any) -> list[str]:
+    """The checkpoint's tier and what reads it, in sentences."""
+    if getattr(config, SECTION, None):
+        return ["plugin: transformers loads it after `import moe_compress`; no other runtime reads it."]
+    packed = getattr(config, "quantization_config", None)
+    if packed is not None:
+        method = packed.get("quant_method") if isinstance(packed, dict) else packed.quant_method
+        return [
+            f"stock: plain transformers loads it, with the library for `{method}`; packed, it is no source for steps."
+        ]
+    return ["stock: plain transformers loads it; pruning to one expert count for all layers keeps it so."]
 
 
 def plan(
