@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_compress.calibrate.scores import Scores
+from moe_compress.calibrate.scores import ABLATION, Scores
 from moe_compress.report.tables import format_number, format_percent
 
 FORMAT = 1
@@ -222,7 +222,8 @@ def _scores(plan: Plan, entries: Sequence[Plan]) -> Iterator[ExpertMap]:
         order = sorted(range(len(row)), key=lambda expert, row=row: -row[expert])  # type: ignore[misc]
         rank = {expert: place for place, expert in enumerate(order, start=1)}
         texts[layer] = [f"{format_number(value)} (rank {rank[e]} of {len(row)})" for e, value in enumerate(row)]
-    yield ExpertMap(f"Score ({name})", note, "derived", values, texts, by_layer=by_layer)
+    kind = "measured" if name == ABLATION else "derived"
+    yield ExpertMap(f"Score ({name})", note, kind, values, texts, by_layer=by_layer)
 
 
 def _measured(layers: Sequence[Any]) -> Iterator[ExpertMap]:

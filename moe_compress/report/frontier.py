@@ -66,13 +66,13 @@ def random_recoveries(report: Report, task: str) -> list[float]:
 
 
 def measure_of_size(reports: Sequence[Report]) -> str:
-    """What the results are compared by: `SIZE`, or `WORK` where that alone differs from the originals'."""
+    """What the results are compared by: `SIZE`, or `WORK` where none is smaller than its original, but some do less."""
 
-    def differs(key: str) -> bool:
-        return any(abs((report["ratio"].get(key) or 1) - 1) > SAME for report in reports)
+    def is_less(key: str) -> bool:
+        return any((report["ratio"].get(key) or 1) < 1 - SAME for report in reports)
 
     known = all(report[side].get(WORK) for report in reports for side in ("baseline", "compressed"))
-    return WORK if known and differs(WORK) and not differs(SIZE) else SIZE
+    return WORK if known and is_less(WORK) and not is_less(SIZE) else SIZE
 
 
 def points(reports: Sequence[Report], names: Sequence[str], *, relative: bool = False) -> list[Point]:

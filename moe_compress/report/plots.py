@@ -16,6 +16,7 @@ from moe_compress.report.frontier import SIZE, Point, dominating, random_recover
 from moe_compress.report.tables import format_bytes, format_flops, format_percent, metric_label
 
 BINS = 16
+TICK_DIGITS = 5  # enough for any round number on an axis
 ROOM = 5.5  # per cent of a strip that a lettered dot takes, on a phone
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -182,8 +183,9 @@ def plane(found: Sequence[Point], measure: str = SIZE, *, relative: bool = False
     """The frontier of these points as a drawing; None when there are none."""
     if not found:
         return None
-    show = _share if relative else format_bytes if measure == SIZE else format_flops
-    across = axis([point.size for point in found], show)
+    in_units = format_bytes if measure == SIZE else format_flops
+    show = _share if relative else in_units
+    across = axis([point.size for point in found], _share if relative else lambda mark: in_units(mark, TICK_DIGITS))
     edges = [point.quality + sign * (point.stderr or 0.0) for point in found for sign in (-1, 1)]
     up = axis(edges, _share)
     several = sum(point.kind == "result" for point in found) > 1

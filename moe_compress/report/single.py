@@ -8,7 +8,7 @@ from typing import Any
 from moe_compress.report.audit import AUDIT_FILE, criterion_rows, verdicts
 from moe_compress.report.build import random_name
 from moe_compress.report.experts import EXPERTS_FILE, expert_maps, survivors
-from moe_compress.report.frontier import SIZE, WORK, mean_recovery, measure_of_size, points, shared_tasks
+from moe_compress.report.frontier import SAME, SIZE, WORK, mean_recovery, measure_of_size, points, shared_tasks
 from moe_compress.report.heatmap import heat_maps
 from moe_compress.report.markdown import CHECKS, limits
 from moe_compress.report.plots import change, histogram, paired_bars, plane, recovery_strips
@@ -79,11 +79,13 @@ def single(result: Result) -> dict[str, Any]:
 
 
 def title(result: Result) -> str:
-    """`MODEL, 19.6 % smaller`; the model alone where sizes are not known or the same."""
-    ratio = result.report["ratio"].get("stored_bytes")
-    if ratio is None or abs(ratio - 1) < 0.0005:
+    """`MODEL, 19.6 % smaller`, or `16.5 % fewer FLOPs`; the model alone where sizes are not known or the same."""
+    measure = measure_of_size([result.report])
+    ratio = result.report["ratio"].get(measure)
+    if ratio is None or abs(ratio - 1) < SAME:
         return result.model
-    return f"{result.model}, {abs(1 - ratio) * 100:.1f} % {'smaller' if ratio < 1 else 'larger'}"
+    words = ("smaller", "larger") if measure == SIZE else ("fewer FLOPs", "more FLOPs")
+    return f"{result.model}, {abs(1 - ratio) * 100:.1f} % {words[ratio > 1]}"
 
 
 def records(result: Result) -> list[str]:

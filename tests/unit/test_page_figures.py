@@ -40,6 +40,8 @@ from moe_compress.report.plots import (
     recovery_strips,
     tight_axis,
 )
+from moe_compress.report.result import Result
+from moe_compress.report.single import title
 from tests.results import OTHER_TASKS, experts, made, plan, report_of
 
 # ------------------------------------------------------------------------------------------------------------ frontier
@@ -108,11 +110,26 @@ def test_work_stands_in_for_a_size_that_is_the_same() -> None:
     same, less, least = made(1.0, 0.9, 0.9), skipping(0.8, 0.95), skipping(0.6, 0.9)
     assert measure_of_size([same]) == measure_of_size([less, report_of()]) == SIZE
     assert measure_of_size([less]) == measure_of_size([less, least, same]) == WORK
+    larger = skipping(0.7, 0.9)
+    larger["ratio"]["stored_bytes"] = 1.001
+    assert measure_of_size([larger]) == WORK, "routers with rows for zero experts take some bytes more"
+    assert title(Result(larger)) == "org/model, 30.0 % fewer FLOPs"
     found = points([less, least, same], ["a", "b", "c"])
     assert [point.size for point in found] == pytest.approx([0.8 * 2.461e9, 0.6 * 2.461e9, 2.461e9, 2.461e9])
     assert [dominating(point, found) is not None for point in found] == [False, False, True, False]
     drawn = plane(found, WORK)
     assert drawn is not None and "FLOP" in drawn.across.ticks[0][1] and "GFLOP" in drawn.marks[-1].text
+
+
+@pytest.mark.parametrize("size", [13.1e6, 19.4e9, 999e3])
+def test_ticks_say_where_they_are(size: float) -> None:
+    """Not rounded to another place: 13.25 MB is not 13.2 MB."""
+    drawn = plane([Point("result", 0, "a", size, 0.9), Point("baseline", 0, "original", 1.086 * size, 1.0)])
+    assert drawn is not None
+    for at, text in drawn.across.ticks:
+        value, unit = text.split()
+        said = float(value) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+        assert drawn.across.at(said) == pytest.approx(at, abs=0.01)
 
 
 def test_error_of_a_mean_matches_simulation() -> None:
