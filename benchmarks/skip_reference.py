@@ -1,13 +1,18 @@
-"""The built-in model with half of its expert slots left out and nothing trained: every way there is, by task.
+"""The built-in model with half of its expert slots left out, untrained and trained: every way there is, by task.
 
-    python -m benchmarks.skip_reference [--folder DIR] [--only NAME ...]
+    python -m benchmarks.skip_reference --folder DIR [--only NAME ...]
 
-Each row is a recipe of one step, run as a person would run it, evaluated on whole tables of the `reference` tasks. The
-calibration is 64 x 512 tokens of the packaged texts as they come; `skipped` is counted on them where tokens differ, and
-FLOPs are derived from it. Rows that do not leave out half of the slots are controls.
+Each row is a recipe, run as a person would run it, evaluated on whole tables of the `reference` tasks. The calibration
+of untrained rows is 64 x 512 tokens of the packaged texts as they come; `skipped` is counted on them where tokens
+differ, and FLOPs are derived from it. Rows that do not leave out half of the slots are controls.
+
+Trained rows have the settings of the recipe `zeda-50`, but more text (`zeda_texts`); rows of two stages go on from the
+row of the first. Halved rows learn in the same way, without zero experts. `skipped` is counted on the first 64
+sequences that they learn from. Seconds are of training alone, in one process, on a shared machine.
 
 Results go to `benchmarks/results/skip_reference.json` after every row; rows that are there already are kept while all
-that decides them is the same. Not covered: training (no row was trained), speed (`skip_speed`), other models.
+that decides them is the same, and trainings in DIR that are complete are not done again. Not covered: speed
+(`skip_speed`), other models, other seeds.
 """
 
 from __future__ import annotations
@@ -15,14 +20,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import moe_compress
+from benchmarks.zeda_texts import write_texts
 from moe_compress.checkpoint.source import REFERENCE
+from moe_compress.eval.config import EvalConfig
+from moe_compress.eval.harness import evaluate
 from moe_compress.manifest import hardware, library_versions
+from moe_compress.recipe import load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "skip_reference.json"
 CALIBRATION = {"dataset": "reference", "num_samples": 64, "sequence_length": 512, "batch_size": 8}
@@ -45,6 +54,33 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "16 zero experts, tiled rows": {"op": "zero_experts", "count": 1.0, "init": "tile"},
 }
 
+ZERO, OFF, ON = load_recipe("zeda-50").model_dump(mode="json", exclude_unset=True)["steps"]
+LAYERWISE = load_recipe("zeda-50-layerwise").model_dump(mode="json", exclude_unset=True)["steps"][1]
+TEXTS = "texts.jsonl"
+TEXT_BYTES = 3_900_000
+OFF |= {"precision": "bfloat16", "data": {"dataset": TEXTS, "num_samples": 1024, "sequence_length": 512}}
+ON |= {"precision": "bfloat16", "data": {"dataset": TEXTS, "num_samples": 512, "sequence_length": 256}}
+SHORT = {"data": {"dataset": TEXTS, "num_samples": 128, "sequence_length": 512}, "batch_size": 4, "balance_alpha": 1.0}
+HALVED = {"op": "topk", "k": 2, "normalise_over": "picked"}
+
+
+def untargeted(step: dict[str, Any]) -> dict[str, Any]:
+    """The same training for a model without zero experts."""
+    return {key: value for key, value in step.items() if key not in ("target_skip", "balance_alpha")}
+
+
+# Trained rows: the row that they go on from, and their steps.
+TRAINED: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "halved, trained off-policy": ("original", [HALVED, untargeted(OFF)]),
+    "halved, trained in both stages": ("halved, trained off-policy", [untargeted(ON)]),
+    "zeda-50-layerwise": ("original", [ZERO, LAYERWISE]),
+    "ZEDA, off-policy": ("original", [ZERO, OFF]),
+    "ZEDA, both stages": ("ZEDA, off-policy", [ON]),
+    "ZEDA, target 25 %": ("original", [ZERO, OFF | SHORT | {"target_skip": 0.25}]),
+    "ZEDA, target 75 %": ("original", [ZERO, OFF | SHORT | {"target_skip": 0.75}]),
+}
+CONTROLS = ("ZEDA, target 25 %", "ZEDA, target 75 %")  # of the skip ratio alone: not evaluated by task
+
 
 def settings() -> dict[str, Any]:
     """What decides the figures; the model is known by its bytes."""
@@ -62,7 +98,63 @@ def kept_rows(made_with: dict[str, Any]) -> list[dict[str, Any]]:
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if any(found.get(key) != value for key, value in made_with.items()):
         return []
-    return [row for row in found["rows"] if ROWS.get(row["name"], ()) == row["step"]]
+    wanted: dict[str, Any] = ROWS | {name: list(row) for name, row in TRAINED.items()}
+    return [row for row in found["rows"] if wanted.get(row["name"], ()) == row["step"]]
+
+
+def trained(name: str, folder: Path) -> dict[str, Any]:
+    """A trained row, its first row trained before it if need be; what is complete in `folder` is not done again."""
+    origin, steps = TRAINED[name]
+    out = folder / slug(name)
+    if not (out / "report.json").exists():
+        texts = folder / TEXTS
+        if not texts.exists():
+            write_texts(texts, TEXT_BYTES)
+        if origin in TRAINED:
+            trained(origin, folder)
+        written = [with_data(step, texts) | taught_by(step, origin) for step in steps]
+        recipe = {
+            "model": "reference" if origin == "original" else str(folder / slug(origin)),
+            "calibration": CALIBRATION,
+            "steps": written,
+            "export": {"tier": "plugin"},
+            "eval": {"tasks": [], "baseline": False, "speed": False},
+        }
+        moe_compress.run(recipe, out, keep_steps=True, resume=True)
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))["compressed"]
+    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))["steps"]
+    row = {"name": name, "step": [origin, steps], "plan": [line for entry in plan for line in entry["summary"]]}
+    row |= flops(report) | {"tokens": plan[-1]["tokens"], "seconds": plan[-1]["seconds"]}
+    if name not in CONTROLS:
+        tasks = evaluate(out, EvalConfig(tasks=["reference"]))["tasks"]
+        row["tasks"] = by_task(tasks)
+    return row
+
+
+def slug(name: str) -> str:
+    """A row's folder."""
+    return re.sub(r"\W+", "-", name.lower()).strip("-")
+
+
+def with_data(step: dict[str, Any], texts: Path) -> dict[str, Any]:
+    """The step with the texts where they lie."""
+    return step | ({"data": step["data"] | {"dataset": str(texts)}} if "data" in step else {})
+
+
+def taught_by(step: dict[str, Any], origin: str) -> dict[str, Any]:
+    """The teacher, where the recipe does not begin with it."""
+    return {} if origin == "original" else {"teacher_model": "reference"}
+
+
+def flops(figures: dict[str, Any]) -> dict[str, float]:
+    """Of a model in a report: the share of slots skipped, and the derived FLOPs."""
+    names = ("expert_flops_per_token", "flops_per_token")
+    return {"skipped": 1 - figures["experts_per_token_mean"] / 4} | {name: figures[name] for name in names}
+
+
+def by_task(tasks: dict[str, Any]) -> dict[str, float]:
+    """Headline figure of each task."""
+    return {task.removeprefix("reference_"): next(iter(metrics.values()))["value"] for task, metrics in tasks.items()}
 
 
 def made(name: str, step: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
@@ -78,37 +170,26 @@ def made(name: str, step: dict[str, Any] | None, folder: Path) -> dict[str, Any]
     report = moe_compress.run(recipe | ({"calibration": CALIBRATION} if calibrated else {}), folder)
     figures = report["compressed"]
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["steps"]
-    return {
-        "name": name,
-        "step": step,
-        "plan": [line for entry in plan for line in entry["summary"]],
-        "skipped": 1 - figures["experts_per_token_mean"] / 4,
-        "expert_flops_per_token": figures["expert_flops_per_token"],
-        "flops_per_token": figures["flops_per_token"],
-        "tasks": {
-            task.removeprefix("reference_"): next(iter(metrics.values()))["value"]
-            for task, metrics in figures["tasks"].items()
-        },
-    }
+    row = {"name": name, "step": step, "plan": [line for entry in plan for line in entry["summary"]]}
+    return row | flops(figures) | {"tasks": by_task(figures["tasks"])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", type=Path, help="where checkpoints are made; a temporary one by default")
-    parser.add_argument("--only", nargs="+", choices=ROWS, help="rows to make; all by default")
+    parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are made; trained ones are kept")
+    parser.add_argument("--only", nargs="+", choices=[*ROWS, *TRAINED], help="rows to make; all by default")
     given = parser.parse_args()
     made_with = settings()
-    rows = kept_rows(made_with)
-    if given.folder:
-        given.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, step in ROWS.items():
-            if any(row["name"] == name for row in rows) or name not in (given.only or ROWS):
-                continue
-            rows.append(made(name, step, (given.folder or Path(scratch)) / "row"))
-            rows.sort(key=lambda row: list(ROWS).index(row["name"]))
-            RESULTS.write_text(json.dumps(made_with | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
-            print(name, f"{rows[-1]['skipped']:.3f}", rows[-1]["tasks"], flush=True)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    order = [*ROWS, *TRAINED]
+    for name in given.only or order:
+        rows = kept_rows(made_with)
+        if any(row["name"] == name for row in rows):
+            continue
+        row = made(name, ROWS[name], given.folder / "row") if name in ROWS else trained(name, given.folder)
+        rows = sorted([*kept_rows(made_with), row], key=lambda row: order.index(row["name"]))
+        RESULTS.write_text(json.dumps(made_with | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        print(name, f"{row['skipped']:.3f}", row.get("tasks"), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from moe_compress.report.audit import criterion_rows
@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 MARKS = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n.*?<!-- end of table -->", re.DOTALL)
 TASKS = ("code", "documentation", "facts", "recall", "sort", "reverse", "brackets", "sums")
+HALF_WITHIN = 0.03  # of half of the slots, to be compared with rows that skip half
 TEXTS = ("code", "documentation")  # measured in bits per byte, the others by accuracy
 
 Rows = Sequence[Sequence[str]]
@@ -129,30 +130,74 @@ def merge_short() -> str:
 
 
 def tie_reference() -> str:
-    """Every part of tying, and whole models at 60 % of their experts' bytes."""
-    rows = load("tie_reference")["rows"]
+    """Every part of tying, whole models at 60 % of their experts' bytes, and these distilled."""
+    rows, lines = load("tie_reference")["rows"], []
     whole = rows[0]["expert_bytes"]
+    for row in rows:
+        took = [f"{row['tokens']:,}", f"{row['training_seconds'] / 60:.1f}"] if "tokens" in row else ["", ""]
+        sizes = [format_bytes(row[key]) for key in ("stored_bytes", "resident_bytes")]
+        shares = [format_percent(row["expert_bytes"] / whole), *sizes, f"{row['total_params'] / 1e6:.2f} M"]
+        lines.append([row["name"], *shares, *took, *scores(row["tasks"])])
     return table(
-        ["", "bytes of routed experts", "stored", *TASKS],
-        [
-            [
-                row["name"],
-                format_percent(row["expert_bytes"] / whole),
-                format_bytes(row["stored_bytes"]),
-                *scores(row["tasks"]),
-            ]
-            for row in rows
-        ],
+        ["", "bytes of routed experts", "stored", "in memory", "parameters", "tokens", "minutes", *TASKS], lines
     )
+
+
+def layerwise_memory() -> str:
+    """Memory and time of healing a large checkpoint layer by layer."""
+    found = load("layerwise_memory")
+    run = found["run"]
+    stages = ", ".join(f"{stage} {time}" for stage, time in run["stages"].items())
+    peaks = [format_bytes(run[key]) for key in ("peak_rss_bytes", "peak_rss_bytes_children")]
+    seconds = f"{run['seconds'] / 60:.0f} min"
+    header = ["checkpoint", "layers", "peak of the run", "of the process that reloads", "time", "of which"]
+    return table(header, [[format_bytes(found["checkpoint_bytes"]), str(found["layers"]), *peaks, seconds, stages]])
 
 
 def skip_reference() -> str:
     """Every untrained way to run fewer experts per token."""
-    rows = load("skip_reference")["rows"]
+    rows = [row for row in load("skip_reference")["rows"] if "tokens" not in row]
     return table(
         ["", "slots skipped", *TASKS],
         [[row["name"], format_percent(row["skipped"]), *scores(row["tasks"])] for row in rows],
     )
+
+
+def skip_trained() -> str:
+    """The original, and half of its slots left out, untrained and trained; FLOPs as shares of the original's."""
+    original, *others = load("skip_reference")["rows"]
+    half = [row for row in others if abs(row["skipped"] - 0.5) < HALF_WITHIN or "tokens" in row]
+    return table(
+        ["", "slots skipped", "expert FLOPs", "FLOPs", *TASKS, "mean of the six", "tokens", "minutes"],
+        [
+            [
+                row["name"],
+                format_percent(row["skipped"]),
+                format_percent(row["expert_flops_per_token"] / original["expert_flops_per_token"]),
+                format_percent(row["flops_per_token"] / original["flops_per_token"]),
+                *scores(row["tasks"]),
+                f"{100 * mean(row['tasks'][name] for name in TASKS if name not in TEXTS):.2f}",
+                *([f"{row['tokens']:,}", f"{row['seconds'] / 60:.1f}"] if "tokens" in row else ["", ""]),
+            ]
+            for row in [original, *half]
+            if "tasks" in row
+        ],
+    )
+
+
+def skip_control() -> str:
+    """Skip ratios asked for and counted."""
+    rows = [row for row in load("skip_reference")["rows"] if _asked(row)]
+    return table(
+        ["", "asked", "counted", "tokens"],
+        [[row["name"], f"{_asked(row):.0%}", format_percent(row["skipped"]), f"{row['tokens']:,}"] for row in rows],
+    )
+
+
+def _asked(row: Mapping[str, Any]) -> float | None:
+    """The skip ratio that a row was trained for."""
+    found: float | None = row["step"][1][-1].get("target_skip") if "tokens" in row else None
+    return found
 
 
 def skip_speed() -> str:
@@ -404,8 +449,10 @@ TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
         prune_reference, prune_criteria, prune_readme, merge_reference, merge_short, tie_reference, skip_reference,
+        skip_trained, skip_control,
         skip_speed, distill_reference, quantize_allocations, quantize_sizes, quantize_readme, quantize_frontier,
-        streaming, kill_resume, allocation, lm_eval_reference, gptq_speed, plan_accuracy, audit_reference,
+        streaming, layerwise_memory, kill_resume, allocation, lm_eval_reference, gptq_speed, plan_accuracy,
+        audit_reference,
     )
 }  # fmt: skip
 

@@ -259,12 +259,15 @@ def _console() -> Console:
 
 def print_frontier(setting: str, found: Sequence[Mapping[str, Any]]) -> None:
     """Bytes against predicted loss, a line for each budget."""
-    from moe_compress.report.tables import format_bytes
+    from moe_compress.report.tables import NOTHING, format_bytes
 
     rows = [["budget", "bits per weight", "stored size", "experts dropped", "predicted loss", "proven"]]
     for entry in found:
-        proven = "optimal" if entry["optimal"] else f"above {entry['relaxation_bound']:.4g}"
         budget = f"{entry[setting]:g}" if setting == "average_bits" else format_bytes(entry[setting])
+        if entry["infeasible"]:
+            rows.append([budget, *[NOTHING] * 4, f"cannot be met: {entry['infeasible']}"])
+            continue
+        proven = "optimal" if entry["optimal"] else f"above {entry['relaxation_bound']:.4g}"
         stored = format_bytes(entry["stored"])
         loss = f"{entry['predicted_loss']:.4g}"
         rows.append([budget, f"{entry['bits']:.3f}", stored, str(entry["dropped_experts"]), loss, proven])

@@ -61,7 +61,7 @@ class OperationSettings(Protocol):
         """Whether calibration tokens pass through the model."""
 
     def idle(self, step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Every setting that is given and would change nothing, with the reason."""
+        """Every setting (`name`, or `name.inner`) that is given and would change nothing, with the reason."""
 
     def beyond_stock(self, step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """Settings whose result plain transformers cannot load, or loads wrong without a word, with the reason."""
@@ -153,7 +153,7 @@ def load_recipe(
     for path, why in _idle(document.values):
         document.problem(path, f"has no effect: {why}")
     if runnable:
-        for path, why in _beyond_tier(document.values):
+        for path, why in [*_beyond_tier(document.values), *_impossible(document.values)]:
             document.problem(path, why)
         for path, why in _uncalibrated(document.values):
             document.problem(path, f"has no effect: {why}")
@@ -176,9 +176,9 @@ def load_eval_config(settings: Mapping[str, Any], overrides: Sequence[str] = ())
 
 
 def check_tier(recipe: Recipe) -> None:
-    """Raise `RecipeError` when a step makes what the recipe's export tier may not hold (nothing is read for it)."""
+    """Raise `RecipeError` when a step makes what the recipe's export tier may not hold, or cannot be run at all."""
     document = Document(recipe.model_dump())
-    for path, why in _beyond_tier(document.values):
+    for path, why in [*_beyond_tier(document.values), *_impossible(document.values)]:
         document.problem(path, why)
     document.check()
 
@@ -260,7 +260,7 @@ def _idle(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
     operations = [_operation(step) for step in _steps(values)]
     for index, (step, operation) in enumerate(zip(_steps(values), operations, strict=True)):
         for key, why in operation.idle(step) if operation is not None else ():
-            yield ("steps", index, key), why
+            yield ("steps", index, *key.split(".")), why
     if operations and operations[0] is distill and not _steps(values)[0].get("teacher_model"):
         why = (
             "no step before it has changed the model, so it would learn from itself; put it after one, or name another "
@@ -299,6 +299,14 @@ def _uncalibrated(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
     """The calibration of a run that measures nothing; `score` needs no steps."""
     if "calibration" in values and not values.get("steps") and not set(values) - set(Recipe.model_fields):
         yield ("calibration",), "there are no steps, so no expert is measured"
+
+
+def _impossible(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
+    """Every step that no model could be run through, with the reason."""
+    for index, step in enumerate(_steps(values)):
+        if _operation(step) is quantize:
+            for key, why in quantize.impossible(step):
+                yield ("steps", index, *([key] if key else [])), why
 
 
 def _beyond_tier(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:

@@ -112,8 +112,8 @@ def evaluation_questions() -> dict[str, list[Record]]:
     return {"facts": facts} | instances
 
 
-def calibration(training: dict[str, list[str]]) -> list[Record]:
-    """Training-side records, each kind by its share of the training tokens, shuffled.
+def calibration(training: dict[str, list[str]], num_bytes: int = CALIBRATION_BYTES) -> list[Record]:
+    """Training-side records, each kind by its share of the training tokens, shuffled; less where there is less text.
 
     A record of skills holds several documents with the end token between them, as a training row does.
     """
@@ -122,7 +122,7 @@ def calibration(training: dict[str, list[str]]) -> list[Record]:
     for kind, weight in weights.items():
         rng = random.Random(f"calibration-{kind}-{SEED}")
         source = _text_records(training[kind], rng) if kind in training else _skill_records(kind, rng)
-        budget = CALIBRATION_BYTES * weight / sum(weights.values())
+        budget = num_bytes * weight / sum(weights.values())
         records += _until(({"text": text, "kind": kind} for text in source), budget)
     random.Random(f"calibration-{SEED}").shuffle(records)
     return records

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -30,7 +31,7 @@ from moe_compress.errors import CheckpointError, MoECompressError, TrainingError
 from moe_compress.verification import checks
 from tests.crashes import in_child
 from tests.integration.test_run import interrupted_at
-from tests.tiny_checkpoint import VOCABULARY, tiny_checkpoint, tiny_recipe, write_texts
+from tests.tiny_checkpoint import VOCABULARY, tiny_checkpoint, tiny_recipe
 
 LAYERS = 3
 PRUNE = {"op": "prune", "criterion": "reap", "keep": 0.5}
@@ -48,16 +49,6 @@ def no_reload(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     """Leaves out the fresh process that loads the result, where the test does not ask for it."""
     if "reloaded" not in request.keywords:
         monkeypatch.setattr(checks, "check_logits", lambda folder: checks.Check(True, "not computed here."))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("source") / "model", num_hidden_layers=LAYERS)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("texts") / "texts.txt")
 
 
 @pytest.fixture
@@ -78,9 +69,17 @@ def losses(out: Path, number: int = 1) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-def distilled(recipe: dict[str, Any], out: Path, **options: Any) -> list[dict[str, Any]]:
+def round_to_nf4(model: Any) -> None:
+    """Give every expert's matrices and the attention's the values that bitsandbytes makes of them."""
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1 and (".experts." in name or ".self_attn." in name):
+            packed, state = quantize_4bit(weight.float().view(-1, 64), blocksize=64, quant_type="nf4")
+            weight.copy_(dequantize_4bit(packed, state).view_as(weight))
+
+
+def distilled(recipe: dict[str, Any], out: Path, *, number: int = 1, **options: Any) -> list[dict[str, Any]]:
     run(recipe, out, keep_steps=True, **options)
-    return losses(out)
+    return losses(out, number)
 
 
 def killed(recipe: dict[str, Any], out: Path, update: int) -> None:
@@ -89,10 +88,10 @@ def killed(recipe: dict[str, Any], out: Path, update: int) -> None:
     def action() -> None:
         whole = _Run._passes
 
-        def cut(self: _Run, sequences: Any, tokens: Tensor) -> dict[str, float]:
+        def cut(self: _Run, *given: Any) -> dict[str, list[float]]:
             if len(losses(out)) == update:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return whole(self, sequences, tokens)
+            return whole(self, *given)
 
         _Run._passes = cut  # type: ignore[method-assign]
         run(recipe, out, keep_steps=True)
@@ -137,11 +136,12 @@ def test_a_cache_of_all_logits_teaches_like_the_model(recipe: Callable[..., dict
     assert few[0]["nll"] == pytest.approx(online[0]["nll"])
 
 
+@pytest.mark.parametrize("teacher", ["online", "nf4"])
 def test_the_first_loss_is_that_of_plain_transformers(
-    recipe: Callable[..., dict[str, Any]], source: Path, tmp_path: Path
+    recipe: Callable[..., dict[str, Any]], source: Path, teacher: str, tmp_path: Path
 ) -> None:
     settings = {"batch_size": 8, "epochs": 1, "nll_share": 0.3, "hidden_weight": 0.5, "temperature": 2.0}
-    (line,) = distilled(recipe(PRUNE, DISTILL | settings), tmp_path / "out")
+    (line,) = distilled(recipe(PRUNE, DISTILL | settings | {"teacher": teacher}), tmp_path / "out")
     work = tmp_path / "out.work"
     tokens = load_file(work / "step-1" / "training" / "tokens.safetensors")["tokens"]
     folders = {"student": work / "step-0" / "checkpoint", "teacher": source}
@@ -149,6 +149,8 @@ def test_the_first_loss_is_that_of_plain_transformers(
     for name, folder in folders.items():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
         with torch.no_grad():
+            if (name, teacher) == ("teacher", "nf4"):
+                round_to_nf4(model)
             found[name] = model(input_ids=tokens, output_hidden_states=True, use_cache=False)
     s, p = ((found[name].logits / 2).softmax(-1) for name in ("student", "teacher"))
     kl = 4 * (p * (p / s).log()).sum(-1).mean()

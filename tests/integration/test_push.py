@@ -29,7 +29,7 @@ from moe_compress.verification import checks
 from tests.hub_server import Hub, serve
 from tests.hub_state import GITATTRIBUTES
 from tests.integration.test_hub_source import client, surroundings
-from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
+from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe
 
 ROOT = Path(__file__).parents[2]
 TASKS = ["reference_sums", "reference_code"]
@@ -69,11 +69,6 @@ for place in given["places"]:
     found.append(logits.flatten().tolist())
 print("ANSWERS" + json.dumps(found))
 """
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("texts") / "texts.txt")
 
 
 @pytest.fixture(scope="module")

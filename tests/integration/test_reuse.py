@@ -27,7 +27,7 @@ from moe_compress.progress import SilentProgress
 from moe_compress.recipe import load_recipe
 from moe_compress.verification import checks
 from moe_compress.workspace import locked
-from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
+from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe
 
 EVALUATED = {"tasks": ["reference_sums"], "limit": 2, "speed": False}
 
@@ -51,25 +51,10 @@ class Recording(SilentProgress):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("source") / "model")
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("texts") / "texts.txt")
-
-
-@pytest.fixture(scope="module")
 def scores(source: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scores") / "scores"
     moe_compress.score(tiny_recipe(source, texts, 0.75), folder)
     return folder
-
-
-@pytest.fixture
-def no_reload(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "check_logits", lambda folder: checks.Check(True, "not computed here."))
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -29,9 +29,8 @@ from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.cli import app
 from moe_compress.errors import CheckpointError, ResumeError, UsageError
 from moe_compress.progress import SilentProgress
-from moe_compress.verification import checks
 from moe_compress.workspace import explained_disk_errors
-from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
+from tests.tiny_checkpoint import tiny_recipe, write_texts
 
 ROOT = Path(__file__).parents[2]
 BESIDE_THE_WEIGHTS = {
@@ -40,22 +39,6 @@ BESIDE_THE_WEIGHTS = {
     "report.html", "README.md",
 }  # fmt: skip
 LAYERS, EXPERTS = 3, 8
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("source") / "model", num_hidden_layers=LAYERS)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("texts") / "texts.txt")
-
-
-@pytest.fixture
-def no_reload(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the fresh process that loads the result; it takes longer than all the rest, and has its own tests."""
-    monkeypatch.setattr(checks, "check_logits", lambda folder: checks.Check(True, "not computed here."))
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

@@ -34,9 +34,8 @@ from moe_compress.models.experts import whole_expert
 from moe_compress.models.layers import is_experts_module
 from moe_compress.progress import SilentProgress
 from moe_compress.recipe import load_recipe
-from moe_compress.verification import checks
 from tests.integration.test_run import content, interrupted_at
-from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
+from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe
 
 LAYERS, EXPERTS, K = 3, 8, 4
 ZERO = {"op": "zero_experts"}
@@ -47,17 +46,6 @@ SKIP = {"op": "skip", "target_skip": 0.4}
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "model"
     return tiny_checkpoint(folder, num_hidden_layers=LAYERS, num_experts_per_tok=K)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("texts") / "texts.txt")
-
-
-@pytest.fixture
-def no_reload(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the fresh process that loads the result."""
-    monkeypatch.setattr(checks, "check_logits", lambda folder: checks.Check(True, "not computed here."))
 
 
 def recipe(source: Path, texts: Path, *steps: dict[str, Any], tier: str = "plugin", **settings: Any) -> dict[str, Any]:

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from moe_compress.checkpoint.rewrite import rewrite
 from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
@@ -25,26 +23,20 @@ from moe_compress.compress.distill.state import load_parameters
 from moe_compress.compress.distill.train import Job, train
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.progress import SilentProgress
-from tests.matrix.families import FAMILIES, NUM_LAYERS, model_class, save, tiny_config, tiny_model
+from tests.matrix.case import load_eager, probe_error
+from tests.matrix.families import FAMILIES, NUM_LAYERS, save, tiny_config, tiny_model
 
 TOLERANCE = 1e-4  # of logits, relative to their spread
 TOKENS = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(1))
 SETTINGS: dict[str, Any] = {"op": "distill", "batch_size": 2, "micro_batch_size": 2, "learning_rate": 3e-3, "epochs": 4}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> None:
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
 class Case:
     """One family's checkpoint, and a student: the same with noise on every tensor."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.folder = folder
+        self.name, self.folder = name, folder
         model = tiny_model(tiny_config(name))
-        self.model_class = model_class(model.config)
         save(model, folder / "teacher")
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
@@ -55,11 +47,7 @@ class Case:
         self.teacher, self.student = (open_checkpoint(str(folder / name)) for name in ("teacher", "student"))
 
     def load(self, name: str) -> PreTrainedModel:
-        model, info = self.model_class.from_pretrained(
-            self.folder / name, dtype=torch.float32, experts_implementation="eager", output_loading_info=True
-        )
-        assert not info["missing_keys"] and not info["mismatched_keys"]
-        return model.eval()  # type: ignore[no-any-return]
+        return load_eager(self.name, self.folder / name)
 
     def written(self, name: str, trained: Readers) -> PreTrainedModel:
         """The student with what was trained, loaded by plain transformers, after looking at every tensor of it."""
@@ -77,13 +65,6 @@ class Case:
             expected = trained[key]().to(torch.bfloat16).float() if key in trained else before[key]
             torch.testing.assert_close(value, expected, rtol=0.01 if key in trained else 0, atol=0)
         return model
-
-    def probe_error(self, model: PreTrainedModel, name: str) -> float:
-        with np.load(self.folder / name / "probe.npz") as probe:
-            with torch.no_grad():
-                logits = model(input_ids=torch.from_numpy(probe["tokens"]), use_cache=False).logits
-            found = logits[0, probe["positions"]].numpy()
-            return float(np.abs(found - probe["logits"]).max() / probe["logits"].std())
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -120,7 +101,7 @@ def test_whole_model(case: Case) -> None:
     aliases = parts.aliases(build_skeleton(case.student.config))
     trained = {name: lambda first=first: found[first] for name, first in aliases.items() if first in found}
     model = case.written("whole", trained)
-    assert case.probe_error(model, "whole") < TOLERANCE
+    assert probe_error(model, case.folder / "whole") < TOLERANCE
     before = divergence(case, case.load("student"))
     assert sum(line["loss"] for line in lines[:2]) / 2 == pytest.approx(before, rel=0.2)
     assert divergence(case, model) < before
@@ -135,4 +116,4 @@ def test_layerwise(case: Case) -> None:
     trained = trained_readers(folder, parts.aliases(build_skeleton(case.student.config)))
     assert counted(case.student) <= set(trained)
     model = case.written("layerwise", trained)
-    assert case.probe_error(model, "layerwise") < TOLERANCE
+    assert probe_error(model, case.folder / "layerwise") < TOLERANCE

@@ -21,12 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging
 
 from moe_compress.calibrate.scores import Scores
 from moe_compress.calibrate.sweep import collect
-from moe_compress.checkpoint.rewrite import Change, rewrite
-from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
+from moe_compress.checkpoint.rewrite import Change
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.compress.prune.apply import PruneChange
 from moe_compress.compress.prune.config import PruneConfig
@@ -34,7 +32,8 @@ from moe_compress.compress.prune.plan import PrunePlan, plan_prune
 from moe_compress.errors import ResumeError
 from moe_compress.models.layers import is_experts_module, routing_groups
 from moe_compress.progress import SilentProgress
-from tests.matrix.families import FAMILIES, NUM_EXPERTS, NUM_LAYERS, save, tiny_config, tiny_model
+from tests.matrix.case import FamilyCase, load_eager
+from tests.matrix.families import FAMILIES, NUM_EXPERTS, NUM_LAYERS, model_class
 
 KEPT = 6
 RESTARTED = {"inkling2"}  # families whose layers hand on more than they return
@@ -42,33 +41,15 @@ TOLERANCE = 1e-4  # of logits, relative to their spread
 TOKENS = torch.randint(3, 100, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> None:
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-class Case:
-    """One family's checkpoint and what is made of it, each thing once."""
+class Case(FamilyCase):
+    """What pruning makes of one family's checkpoint, each thing once."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.folder = name, folder
-        model = tiny_model(tiny_config(name))
-        self.model_class: Any = type(model)
-        save(model, folder / "source")
+        super().__init__(name, folder)
         self.strangers = add_strangers(folder / "source")
 
-    @cached_property
-    def source(self) -> Checkpoint:
-        return open_checkpoint(str(self.folder / "source"))
-
-    def load(self, name: str) -> PreTrainedModel:
-        """A checkpoint in plain transformers, with the experts' own eager code; every weight must be found."""
-        model, info = self.model_class.from_pretrained(
-            self.folder / name, dtype=torch.float32, experts_implementation="eager", output_loading_info=True
-        )
-        assert not info["missing_keys"] and not info["mismatched_keys"]
-        return model.eval()  # type: ignore[no-any-return]
+    def load(self, name: str, **settings: Any) -> PreTrainedModel:
+        return load_eager(self.name, self.folder / name)
 
     @cached_property
     def plain(self) -> PreTrainedModel:
@@ -93,23 +74,11 @@ class Case:
 
     @cached_property
     def identity(self) -> Path:
-        return self.rewrite("identity", Change())
+        return self.written("identity", Change())
 
     @cached_property
     def pruned(self) -> Path:
-        return self.rewrite("pruned", PruneChange(self.plan))
-
-    def rewrite(self, name: str, change: Change, stage: Any = None) -> Path:
-        with SilentProgress().stage(name, NUM_LAYERS) as silent:
-            stage = stage or silent
-            rewrite(self.source, self.folder / name, change, max_shard_bytes=60_000, device="cpu", stage=stage)
-        return self.folder / name
-
-    def probe_error(self, model: PreTrainedModel, name: str) -> float:
-        """Largest difference between a model's logits and those the apply sweep gave, relative to their spread."""
-        with np.load(self.folder / name / "probe.npz") as probe:
-            found = logits(model, torch.from_numpy(probe["tokens"]))[0, probe["positions"]].numpy()
-            return float(np.abs(found - probe["logits"]).max() / probe["logits"].std())
+        return self.written("pruned", PruneChange(self.plan))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -289,6 +258,6 @@ def test_the_page_on_architectures_says_so(case: Case) -> None:
     assert supported == sorted(FAMILIES)
     assert f"The {len(FAMILIES)} families" in page
     _, _, architecture, tensors, _, _ = rows[case.name]
-    assert architecture.strip() == case.model_class.__name__
+    assert architecture.strip() == model_class(case.source.config).__name__
     layers = LayerStream(case.source).moe_layers.values()
     assert {frozenset(re.findall("`(.+?)`", tensors))} == {frozenset(layer.router_tensors()) for layer in layers}

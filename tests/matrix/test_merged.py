@@ -6,7 +6,6 @@ source, computed here in float64 from its tensors.
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM
 
 from moe_compress.calibrate.scores import LayerScores, Scores
-from moe_compress.checkpoint.rewrite import Change, Ledger, open_rewritten, rewrite, take_layer
-from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
+from moe_compress.checkpoint.rewrite import Ledger, open_rewritten, take_layer
+from moe_compress.checkpoint.source import open_checkpoint
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.compress.merge.apply import MergeChange
 from moe_compress.compress.merge.config import MergeConfig
@@ -35,8 +33,9 @@ from moe_compress.compress.tie.plan import TiedGroup, TiedLayer, TiePlan
 from moe_compress.compress.tie.samples import ExpertSamples
 from moe_compress.models.layers import routing_groups
 from moe_compress.progress import SilentProgress
-from tests.matrix.families import NUM_EXPERTS, NUM_LAYERS, save, tiny_config, tiny_model
-from tests.matrix.test_quantized import TOLERANCE, relative, stored
+from tests.matrix.case import FamilyCase
+from tests.matrix.families import NUM_EXPERTS, save, tiny_config, tiny_model
+from tests.matrix.test_quantized import TOLERANCE, stored
 from tests.unit.test_banks import routed_expert
 
 # What is special about them is in docs/architectures.md: biases and transposed weights (gpt_oss), correction biases
@@ -49,27 +48,8 @@ KINDS = (
 TOKENS = torch.randint(3, 100, (4, 24), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> None:
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-class Case:
-    """One family's checkpoint and what is made of it."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.folder = name, folder
-        self.model = tiny_model(tiny_config(name))
-        save(self.model, folder / "source")
-
-    @cached_property
-    def source(self) -> Checkpoint:
-        return open_checkpoint(str(self.folder / "source"))
-
-    @cached_property
-    def stream(self) -> LayerStream:
-        return LayerStream(self.source)
+class Case(FamilyCase):
+    """What merging makes of one family's checkpoint."""
 
     def plan(
         self, layers: dict[int, list[list[int]]], ranks: dict[str, int] | None = None, **settings: Any
@@ -86,36 +66,10 @@ class Case:
     def apply(self, name: str, plan: MergePlan) -> Ledger:
         return self.rewrite(name, MergeChange(plan, TOKENS, batch_size=2))
 
-    def rewrite(self, name: str, change: Change) -> Ledger:
-        with SilentProgress().stage(name, NUM_LAYERS) as stage:
-            return rewrite(self.source, self.folder / name, change, max_shard_bytes=60_000, device="cpu", stage=stage)
-
-    def load(self, name: str) -> PreTrainedModel:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            self.folder / name, dtype=torch.float32, output_loading_info=True
-        )
-        assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
-        return model.eval()  # type: ignore[no-any-return]
-
-    def probe_error(self, model: PreTrainedModel, name: str) -> float:
-        with np.load(self.folder / name / "probe.npz") as probe, torch.no_grad():
-            logits = model(input_ids=torch.from_numpy(probe["tokens"]), use_cache=False).logits
-            return relative(logits[0, probe["positions"]].numpy(), probe["logits"])
-
     def source_error(self, name: str) -> float:
         """Largest difference between the logits that the apply sweep gave and the source's own."""
         model = AutoModelForCausalLM.from_pretrained(self.folder / "source", dtype=torch.float32).eval()
         return self.probe_error(model, name)
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    class Cases(dict[str, Case]):
-        def __missing__(self, name: str) -> Case:
-            self[name] = Case(name, tmp_path_factory.mktemp(name))
-            return self[name]
-
-    return Cases()
 
 
 @pytest.fixture(params=KINDS)

@@ -20,12 +20,8 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
 
-from moe_compress.checkpoint.rewrite import Change, Ledger, rewrite, take_layer
-from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
-from moe_compress.checkpoint.stream import LayerStream
+from moe_compress.checkpoint.rewrite import Change, Ledger, take_layer
 from moe_compress.compress.prune.apply import PruneChange
 from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.prune.plan import LayerPlan, PrunePlan
@@ -37,11 +33,11 @@ from moe_compress.compress.quantize.storage import require_quantizable, scale_dt
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.models.experts import expert_weight, projections
 from moe_compress.models.layers import routing_groups
-from moe_compress.progress import SilentProgress
 from moe_compress.runtime.families import causal_model
 from moe_compress.runtime.packed import PackedExperts, PackedLinear
 from moe_compress.verification import reload
-from tests.matrix.families import FAMILIES, NUM_EXPERTS, NUM_LAYERS, save, tiny_config, tiny_model
+from tests.matrix.case import FamilyCase, relative
+from tests.matrix.families import FAMILIES, NUM_EXPERTS, NUM_LAYERS
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4  # of logits, relative to their spread
@@ -85,28 +81,12 @@ SCALED = {"gemma4"}
 UNEVEN = ("deepseek_v4", "ernie4_5_moe", "gemma4", "gpt_oss", "nemotron_h", "qwen3_moe", "zaya")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> None:
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-class Case:
-    """One family's checkpoint and what is made of it, each thing once."""
+class Case(FamilyCase):
+    """What quantizing makes of one family's checkpoint, each thing once."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.folder = name, folder
-        model = tiny_model(tiny_config(name))
+        super().__init__(name, folder)
         self.ledgers: dict[str, Ledger] = {}
-        save(model, folder / "source")
-
-    @cached_property
-    def source(self) -> Checkpoint:
-        return open_checkpoint(str(self.folder / "source"))
-
-    @cached_property
-    def stream(self) -> LayerStream:
-        return LayerStream(self.source)
 
     @cached_property
     def linears(self) -> list[LinearLayer]:
@@ -158,25 +138,8 @@ class Case:
         return self.folder / "stock"
 
     def rewrite(self, name: str, change: Change) -> Ledger:
-        with SilentProgress().stage(name, NUM_LAYERS) as stage:
-            self.ledgers[name] = rewrite(
-                self.source, self.folder / name, change, max_shard_bytes=60_000, device="cpu", stage=stage
-            )
+        self.ledgers[name] = super().rewrite(name, change)
         return self.ledgers[name]
-
-    def load(self, name: str) -> PreTrainedModel:
-        """What `AutoModelForCausalLM` makes of a folder; every weight must be found."""
-        model, info = AutoModelForCausalLM.from_pretrained(
-            self.folder / name, dtype=torch.float32, output_loading_info=True
-        )
-        assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
-        return model.eval()  # type: ignore[no-any-return]
-
-    def probe_error(self, model: PreTrainedModel, name: str) -> float:
-        """Largest difference between a model's logits and those the apply sweep gave, relative to their spread."""
-        with np.load(self.folder / name / "probe.npz") as probe, torch.no_grad():
-            logits = model(input_ids=torch.from_numpy(probe["tokens"]), use_cache=False).logits
-            return relative(logits[0, probe["positions"]].numpy(), probe["logits"])
 
 
 def modules_on_disk(tensors: Collection[str]) -> set[str]:
@@ -195,10 +158,6 @@ def targets(folder: Path, name: str) -> list[str]:
     return [pattern for pattern in patterns if re.match(pattern, name)]
 
 
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / expected.std())
-
-
 def stored(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Every tensor on disk: dtype, shape and bytes by name."""
     return {
@@ -206,18 +165,6 @@ def stored(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
         for file in folder.glob("*.safetensors")
         for name, entry in safetensors.deserialize(file.read_bytes())
     }
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """The families' cases, made when they are first asked for."""
-
-    class Cases(dict[str, Case]):
-        def __missing__(self, name: str) -> Case:
-            self[name] = Case(name, tmp_path_factory.mktemp(name))
-            return self[name]
-
-    return Cases()
 
 
 @pytest.fixture(params=FAMILIES)

@@ -20,24 +20,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
 from moe_compress.checkpoint.config_file import with_setting
-from moe_compress.checkpoint.rewrite import Change, rewrite
-from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
-from moe_compress.checkpoint.stream import TORCH_DTYPES, LayerStream
+from moe_compress.checkpoint.rewrite import Change
+from moe_compress.checkpoint.stream import TORCH_DTYPES
 from moe_compress.compress.zero_experts.apply import ZeroExpertsChange
 from moe_compress.compress.zero_experts.config import ZeroExpertsConfig
 from moe_compress.compress.zero_experts.plan import LayerFacts, plan_zero_experts
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.models.families import TOP_K_KEYS
 from moe_compress.models.layers import MoELayer, divides_gates, find_moe_layers, routing_groups
-from moe_compress.progress import SilentProgress
 from moe_compress.runtime.families import with_layers
 from moe_compress.runtime.trace import RoutingTrace, replayed
 from moe_compress.runtime.zero_experts import use_zero_experts
-from tests.matrix.families import FAMILIES, NUM_EXPERTS, NUM_LAYERS, save, tiny_config, tiny_model
+from tests.matrix.case import FamilyCase, probe_error
+from tests.matrix.families import FAMILIES, NUM_EXPERTS
 from tests.matrix.test_quantized import NOT_CAUSAL
 
 ROOT = Path(__file__).parents[2]
@@ -64,12 +62,6 @@ SIGMOID = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> None:
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
 class Sections(Change):
     """Changes nothing but the entries of the layers."""
 
@@ -80,20 +72,8 @@ class Sections(Change):
         return with_layers(config, NUM_EXPERTS, self.entries)
 
 
-class Case:
-    """One family's checkpoint and what is made of it, each thing once."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.folder = name, folder
-        save(tiny_model(tiny_config(name)), folder / "source")
-
-    @cached_property
-    def source(self) -> Checkpoint:
-        return open_checkpoint(str(self.folder / "source"))
-
-    @cached_property
-    def stream(self) -> LayerStream:
-        return LayerStream(self.source)
+class Case(FamilyCase):
+    """What skipping makes of one family's checkpoint, each thing once."""
 
     @property
     def own_top_k(self) -> int:
@@ -106,7 +86,7 @@ class Case:
         config = ZeroExpertsConfig(op="zero_experts", seed=SEEDS.get(self.name, 0))
         plan = plan_zero_experts(config, facts, routing_groups(self.source.config))
         dtypes = {name: TORCH_DTYPES[dtype] for name, dtype in self.stream.stored_dtypes.items()}
-        return self.rewrite("zero", ZeroExpertsChange(plan, dtypes))
+        return self.written("zero", ZeroExpertsChange(plan, dtypes))
 
     @cached_property
     def mixed(self) -> Path:
@@ -118,20 +98,10 @@ class Case:
             {"skip": {"threshold": 0.8, "renormalise": True}},
         ]
         layers = self.stream.moe_layers
-        return self.rewrite("mixed", Sections({layer: entries[n % 3] for n, layer in enumerate(layers)}))
-
-    def rewrite(self, name: str, change: Change) -> Path:
-        with SilentProgress().stage(name, NUM_LAYERS) as stage:
-            rewrite(self.source, self.folder / name, change, max_shard_bytes=60_000, device="cpu", stage=stage)
-        return self.folder / name
+        return self.written("mixed", Sections({layer: entries[n % 3] for n, layer in enumerate(layers)}))
 
     def load(self, name: str, **settings: Any) -> PreTrainedModel:
-        """What `AutoModelForCausalLM` makes of a folder; every weight must be found."""
-        model, info = AutoModelForCausalLM.from_pretrained(
-            self.folder / name, dtype=torch.float32, output_loading_info=True, **settings
-        )
-        assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
-        return aligned(model)
+        return aligned(super().load(name, **settings))
 
     @cached_property
     def plain(self) -> PreTrainedModel:
@@ -148,18 +118,6 @@ class Case:
             file.write_text(json.dumps(content, indent=2))
 
 
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """The families' cases, made when they are first asked for."""
-
-    class Cases(dict[str, Case]):
-        def __missing__(self, name: str) -> Case:
-            self[name] = Case(name, tmp_path_factory.mktemp(name))
-            return self[name]
-
-    return Cases()
-
-
 @pytest.fixture(params=CAUSAL)
 def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Case:
     return cases[request.param]
@@ -172,21 +130,13 @@ def aligned(model: PreTrainedModel) -> PreTrainedModel:
     """The model with weights in memory of its own: where a tensor begins in a file decides a product's last bits."""
     for tensor in model.state_dict(keep_vars=True).values():
         tensor.data = tensor.data.clone()
-    return model.eval()
+    return model
 
 
 def logits(model: PreTrainedModel) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(input_ids=TOKENS, use_cache=False).logits
     return found
-
-
-def probe_error(model: PreTrainedModel, folder: Path) -> float:
-    """Largest difference between a model's logits and those the apply sweep gave, relative to their spread."""
-    with np.load(folder / "probe.npz") as probe, torch.no_grad():
-        found = model(input_ids=torch.from_numpy(probe["tokens"]), use_cache=False).logits
-        expected = probe["logits"]
-        return float(np.abs(found[0, probe["positions"]].numpy() - expected).max() / expected.std())
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -466,7 +416,7 @@ def test_protected_tokens_are_those_with_the_most_attention(case: Case) -> None:
         with pytest.raises(UnsupportedModelError, match="has no attention map to choose protected tokens by"):
             case.rewrite("protected", Sections(entries))
         return
-    model = case.load(case.rewrite("protected", Sections(entries)).name)
+    model = case.load(case.written("protected", Sections(entries)).name)
     maps: dict[int, Tensor] = {}
     for name, module in model.named_modules():
         if "Attention" in type(module).__name__ and ".layers." in name:

@@ -16,6 +16,7 @@ PACKAGE = Path(moe_compress.__file__).parent
 ROWS = (
     ("__main__",),
     ("cli", "api"),
+    ("verbs",),
     ("console",),
     ("auditing",),
     ("pipeline", "reference", "publish"),

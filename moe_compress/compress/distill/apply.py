@@ -8,14 +8,14 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
-from moe_compress.checkpoint.rewrite import Change
 from moe_compress.checkpoint.stream import TORCH_DTYPES, LayerStream
+from moe_compress.compress.metered import MeteredChange
 from moe_compress.models.layers import MoELayer
 
 Readers = Mapping[str, Callable[[], Tensor]]  # the model's name of a trained tensor -> its value
 
 
-class DistillChange(Change):
+class DistillChange(MeteredChange):
     """Puts trained tensors in the place of the old ones; `trained` names them as the model does, every alias too."""
 
     def __init__(self, stream: LayerStream, trained: Readers) -> None:

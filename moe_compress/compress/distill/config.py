@@ -16,7 +16,8 @@ class DistillConfig(BaseModel):
     """Heal a changed checkpoint by learning from the checkpoint the recipe began with (self-distillation).
 
     `full` is Hinton's distillation on the logits (arXiv 1503.02531) through the whole model; `layerwise` fits each
-    layer to the original layer's output, one streamed layer of each model in memory.
+    layer to the original layer's output, one streamed layer of each model in memory. With `target_skip`, routers also
+    learn to use zero experts; the two stages are those of ZEDA (arXiv 2605.18643).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,6 +27,11 @@ class DistillConfig(BaseModel):
         default="full",
         description="full: the whole model learns from logits. layerwise: each layer by itself, streamed, from the "
         "original layer's output.",
+    )
+    stage: Literal["off_policy", "on_policy"] = Field(
+        default="off_policy",
+        description="off_policy: learn from given texts, or from responses that the original model sampled. on_policy: "
+        "from what the student itself samples in every update, by how much likelier the original finds it.",
     )
     trainable: list[Part] = Field(
         default=["routers", "norms", "experts"],
@@ -43,7 +49,10 @@ class DistillConfig(BaseModel):
         default=1e-4,
         gt=0,
         allow_inf_nan=False,
-        description="Largest learning rate of AdamW; it falls to 0 by a cosine.",
+        description="Largest learning rate of AdamW.",
+    )
+    decay: Literal["cosine", "constant"] = Field(
+        default="cosine", description="Whether the learning rate falls to 0 by a cosine after `warmup`, or stays."
     )
     warmup: float = Field(default=0.1, ge=0, lt=1, description="Share of the updates in which the rate rises.")
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="Weight decay of AdamW.")
@@ -57,11 +66,30 @@ class DistillConfig(BaseModel):
         description="Hub id or folder of another model to learn from, with the same tokenizer; the recipe's `model` "
         "when not given.",
     )
+    target_skip: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Share of the expert slots that zero experts are to take; adds their group balance loss.",
+    )
+    balance_alpha: float = Field(
+        default=0.1, gt=0, allow_inf_nan=False, description="Weight of the group balance loss of each layer."
+    )
+    prompt_length: int | None = Field(
+        default=None,
+        ge=1,
+        description="The first tokens of each sequence are a prompt, and the rest is sampled: once and by the original "
+        "model in the stage off_policy, by the student in on_policy. Texts as they are when not given.",
+    )
+    sampling_temperature: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="Divides the logits where responses are sampled."
+    )
 
-    teacher: Literal["online", "cached"] = Field(
+    teacher: Literal["online", "nf4", "cached"] = Field(
         default="online",
-        description="online: the teacher is in memory too. cached: its largest logits are written to disk first, by a "
-        "sweep that holds one layer in memory.",
+        description="online: the teacher is in memory too. nf4: so is a copy of it whose experts and linear layers are "
+        "packed by bitsandbytes, at about an eighth of the memory. cached: its largest logits are written to disk "
+        "first, by a sweep that holds one layer in memory.",
     )
     top_logits: int = Field(
         default=64, ge=1, description="Logits per token that the cached teacher keeps; the rest is one sum."
@@ -106,18 +134,35 @@ class DistillConfig(BaseModel):
                 f"batch_size ({self.batch_size}) should be a multiple of micro_batch_size x processes ({per_pass})"
             )
         if self.mode == "full" and self.hidden_weight and self.teacher == "cached":
-            raise ValueError("hidden_weight needs `teacher: online`: the cache holds logits, no hidden states")
+            raise ValueError("hidden_weight needs `teacher: online` or `nf4`: the cache holds logits, no hidden states")
+        if self.stage == "on_policy" and (self.mode == "layerwise" or self.prompt_length is None):
+            raise ValueError("`stage: on_policy` needs `mode: full` and a `prompt_length`")
         return self
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the student samples what it learns from."""
+        return self.stage == "on_policy"
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher says anything that is part of the loss."""
+        return self.on_policy or self.uses_teacher_logits or self.hidden_weight > 0
 
     @property
     def uses_teacher_logits(self) -> bool:
         """Whether the divergence from the teacher's logits is part of the loss."""
-        return self.nll_share < 1
+        return self.on_policy or self.nll_share < 1
+
+    @property
+    def caches_logits(self) -> bool:
+        """Whether the teacher's logits are written to disk before the training."""
+        return self.mode == "full" and self.teacher == "cached" and self.uses_teacher_logits
 
 
 LAST: str | None = None
 RELATION: str | None = "finetune"
-HINTON = "1503.02531"
+HINTON, ZEDA = "1503.02531", "2605.18643"
 
 _LOGITS = "in `mode: layerwise` there are no logits"
 _FULL_ONLY = {
@@ -126,9 +171,20 @@ _FULL_ONLY = {
     "temperature": _LOGITS,
     "nll_share": _LOGITS,
     "hidden_weight": "`mode: layerwise` regresses hidden states alone",
+    "stage": "`mode: layerwise` learns from given texts",
+    "prompt_length": "`mode: layerwise` learns from given texts",
+    "sampling_temperature": "`mode: layerwise` learns from given texts",
     "precision": "`mode: layerwise` computes in float32",
     "processes": "`mode: layerwise` is one process",
     "save_every": "`mode: layerwise` saves every layer",
+}
+_SCORED = "`stage: on_policy` scores sampled tokens"
+_OFF_POLICY_ONLY = {
+    "teacher": f"{_SCORED}, so the teacher is in memory",
+    "top_logits": _SCORED,
+    "temperature": f"{_SCORED}; the temperature there is `sampling_temperature`",
+    "nll_share": _SCORED,
+    "hidden_weight": _SCORED,
 }
 
 
@@ -141,13 +197,18 @@ def needs_tokens(step: Mapping[str, Any]) -> bool:
 
 
 def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if "balance_alpha" in step and step.get("target_skip") is None:
+        yield "balance_alpha", "only `target_skip` adds the group balance loss"
     if step.get("mode") == "layerwise":
-        for key, why in _FULL_ONLY.items():
-            if key in step:
-                yield key, why
+        yield from ((key, why) for key, why in _FULL_ONLY.items() if key in step)
         return
+    if "sampling_temperature" in step and step.get("prompt_length") is None:
+        yield "sampling_temperature", "without `prompt_length` nothing is sampled"
     if "inputs" in step:
         yield "inputs", "only `mode: layerwise` chooses what enters a layer"
+    if step.get("stage") == "on_policy":
+        yield from ((key, why) for key, why in _OFF_POLICY_ONLY.items() if key in step)
+        return
     if "top_logits" in step and step.get("teacher", "online") != "cached":
         yield "top_logits", "only `teacher: cached` keeps a few logits"
     if "temperature" in step and step.get("nll_share") == 1:
@@ -163,8 +224,9 @@ def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def tags(step: Mapping[str, Any], tier: str) -> list[str]:
-    return ["distilled"]
+    return ["distilled", *(["expert-skipping"] if step["target_skip"] is not None else [])]
 
 
 def papers(step: Mapping[str, Any]) -> list[str]:
-    return [HINTON] if step["mode"] == "full" else []
+    logits = step["mode"] == "full" and step["stage"] == "off_policy" and step["nll_share"] < 1
+    return [HINTON] * logits + [ZEDA] * (step["stage"] == "on_policy" or step["target_skip"] is not None)

@@ -8,7 +8,8 @@ came out, by AdamW on
 where h enters the original's layer, and x is h or, with `inputs: student`, what the healed layers before this one made
 of the tokens: each layer then also makes up for what those before it left. Both models run by the same code in float32,
 so a student that equals its teacher has a loss of exactly 0. A layer that training did not make better keeps its
-weights.
+weights. With `target_skip` the group balance loss of the layer is added, and what was trained always stays: that fewer
+experts run has its price.
 
 After every layer its tensors and all hidden states are on disk; an interrupted run goes on with the layer at hand.
 
@@ -34,6 +35,7 @@ from moe_compress.checkpoint.memory import give_back
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.compress.distill import parts
 from moe_compress.compress.distill.apply import Readers, rounded
+from moe_compress.compress.distill.balance import SkipTarget, skipped_L
 from moe_compress.compress.distill.config import DistillConfig
 from moe_compress.compress.distill.plan import Schedule
 from moe_compress.compress.distill.state import Metrics
@@ -41,6 +43,7 @@ from moe_compress.compress.distill.train import BETAS
 from moe_compress.errors import TrainingError
 from moe_compress.models.lockstep import Lockstep
 from moe_compress.progress import Stage
+from moe_compress.runtime.trace import RoutingTrace
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # a layer's arguments
 EXPERTS_IMPLEMENTATION = "grouped_mm"  # whose backward pass does not visit all experts for each of them
@@ -60,6 +63,8 @@ def heal_layers(
     if own_inputs:
         hidden = hidden[: len(hidden) - len(batches)]
     wanted_names = trained_names(student, config)
+    if config.target_skip is not None:
+        SkipTarget([*student.moe_layers.values()], config.target_skip)
     metrics = Metrics(folder, done)
     for stream in (teacher, student):
         stream.model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
@@ -154,30 +159,36 @@ class _Fit:
     ) -> None:
         self.student, self.index, self.config, self.folder = student, index, config, folder
         self.calls, self.inputs, self.targets = calls, inputs, targets
-        self.prefix = f"{student.layers_name}.{index}."
-        self.layer = to_float32(student.load(index))
-        self._use_trained_bank()
-        parameters = dict(self.layer.named_parameters())
-        self.trained = {name: parameters[name] for name in names if name in parameters}
+        self.prefix, self.names = f"{student.layers_name}.{index}.", names
+        self._load()
         pairs = zip(targets, entering, strict=True)
         change = sum(float((leaving - before).square().sum(dtype=torch.float64)) for leaving, before in pairs)
         self.scale = change / sum(leaving.numel() for leaving in targets) or 1.0
         self.outputs: list[Tensor] = []
+        self.skip: SkipTarget | None = None
+        if config.target_skip is not None and index in student.moe_layers:
+            self.skip = SkipTarget([student.moe_layers[index]], config.target_skip)
+
+    def _load(self) -> None:
+        """The layer with the weights of its checkpoint, those of a bank as they were trained."""
+        self.layer = to_float32(self.student.load(self.index))
+        self._use_trained_bank()
+        parameters = dict(self.layer.named_parameters())
+        self.trained = {name: parameters[name] for name in self.names if name in parameters}
 
     def train(self) -> dict[str, Any]:
         """Fit, round, and write the layer's tensors; returns the line of metrics."""
         line: dict[str, Any] = {"layer": self.index, "before": self._evaluate(), "updates": 0}
-        before = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
         if self.trained and line["before"]:
             line["updates"] = self._optimise()
-            self._set({name: self._rounded(name, value) for name, value in self.trained.items()})
+            self._round()
         line["loss"] = self._evaluate() if line["updates"] else line["before"]
-        if not line["loss"] <= line["before"]:
-            self._set(before)
+        if not line["loss"] <= line["before"] and not self.skip:
+            self._load()
             line |= {"loss": line["before"], "rejected": line["loss"]}
             self._evaluate()
         self._write()
-        return line
+        return line | ({"skip": self.skipped} if self.skip else {})
 
     def _optimise(self) -> int:
         for parameter in self.trained.values():
@@ -195,8 +206,11 @@ class _Fit:
                 group["lr"] = config.learning_rate * schedule.factor(update)
             batches = schedule.sequences(update)
             for batch in batches:
-                loss = self._loss(batch, self._forward(batch)) / len(batches)
-                loss.backward()
+                with self._trace() as trace:
+                    loss = self._loss(batch, self._forward(batch))
+                if self.skip:
+                    loss = loss + config.balance_alpha * self.skip.loss(trace)
+                (loss / len(batches)).backward()
             norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), config.max_gradient_norm)
             if not math.isfinite(norm):
                 raise TrainingError(
@@ -216,24 +230,30 @@ class _Fit:
         found: Tensor = output if isinstance(output, Tensor) else output[0]
         return found
 
+    def _trace(self) -> RoutingTrace:
+        return RoutingTrace(self.skip.layers if self.skip else ())
+
     def _loss(self, batch: int, output: Tensor) -> Tensor:
         return (output - self.targets[batch]).square().mean() / self.scale
 
     @torch.no_grad()
     def _evaluate(self) -> float:
-        """The loss over all tokens; the outputs are kept."""
-        self.outputs = [self._forward(batch) for batch in range(len(self.inputs))]
+        """The regression's loss over all tokens; the outputs are kept, and the mean share of slots skipped."""
+        shares = []
+        self.outputs = []
+        for batch in range(len(self.inputs)):
+            with self._trace() as trace:
+                self.outputs.append(self._forward(batch))
+            shares += skipped_L(trace).tolist() if self.skip else []
+        self.skipped = sum(shares) / max(1, len(shares))
         sizes = [output.numel() for output in self.outputs]
         losses = [float(self._loss(batch, output)) * sizes[batch] for batch, output in enumerate(self.outputs)]
         return sum(losses) / sum(sizes)
 
     @torch.no_grad()
-    def _set(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            self.trained[name].copy_(value)
-
-    def _rounded(self, name: str, value: Tensor) -> Tensor:
-        return rounded(value.detach(), self.student, self.prefix + name, value)
+    def _round(self) -> None:
+        for name, value in self.trained.items():
+            value.copy_(rounded(value, self.student, self.prefix + name, value))
 
     def _use_trained_bank(self) -> None:
         """Experts that another layer stores are those that it was given when it was fitted."""

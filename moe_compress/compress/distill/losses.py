@@ -86,6 +86,16 @@ def next_token_loss(logits_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
     return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), tokens_BS[:, 1:].flatten())
 
 
+def policy_loss(log_BR: Tensor, old_BR: Tensor, teacher_BR: Tensor) -> Tensor:
+    """Policy gradient of the sampled reverse KL divergence: what the student drew, by how much likelier it was to it.
+
+    Log-probabilities of the drawn tokens: by the student as it is, when they were drawn, and by the teacher. With the
+    advantage A = teacher - old this is -mean(exp(log - old) A), whose gradient is -mean(A grad log) as long as the
+    student is the one that drew; its value is then the mean of old - teacher (arXiv 2605.18643).
+    """
+    return -((log_BR - old_BR).exp() * (teacher_BR - old_BR)).mean()
+
+
 def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Tensor:
     """Mean over layers and tokens of |h_s - h_t|^2 / |h_t|^2; each pair is what left a layer, [..., H]."""
     errors = [

@@ -15,6 +15,7 @@ import numpy as np
 from moe_compress.compress.distill.config import DistillConfig
 
 FLOAT = 4  # bytes
+NF4_SHARE = (4 + 32 / 64) / 32  # of a float32's bytes: 4 bits, and a float32 for every 64 weights
 CURVE_POINTS = 100
 
 
@@ -44,7 +45,9 @@ class Schedule:
         return [int(orders[position // count][position % count]) for position in wanted]
 
     def factor(self, update: int) -> float:
-        """Share of the largest learning rate: linear warm-up, then half a cosine to 0 (see `cosine`)."""
+        """Share of the largest learning rate: linear warm-up, then half a cosine to 0 (see `cosine`), or 1."""
+        if self.config.decay == "constant":
+            return min(1.0, (update + 1) / max(1, math.ceil(self.config.warmup * self.num_updates)))
         return cosine(update, self.num_updates, self.config.warmup)
 
     def _order(self, epoch: int) -> Any:
@@ -60,16 +63,17 @@ def cosine(update: int, num_updates: int, warmup: float) -> float:
 
 
 def full_memory(
-    config: DistillConfig, *, student: int, trained: int, teacher: int, vocabulary: int, sequence_length: int
+    config: DistillConfig, *, student: int, trained: int, teacher: float, vocabulary: int, sequence_length: int
 ) -> int:
     """Bytes that the whole-model mode needs, activations inside the layers left out.
 
-    `student`, `trained` and `teacher` count parameters. Each process holds weights in float32, and of what is trained
-    the gradient and AdamW's two moments; logits of one pass lie in memory with their gradient and those of the teacher.
+    `student`, `trained` and `teacher` count parameters; the teacher's as many as would take its memory in float32. Each
+    process holds weights in float32, and of what is trained the gradient and AdamW's two moments; logits of one pass
+    lie in memory with their gradient and those of the teacher.
     """
-    online = config.teacher == "online" and (config.uses_teacher_logits or config.hidden_weight > 0)
+    online = config.on_policy or (config.teacher != "cached" and config.asks_teacher)
     logits = (3 if online else 2) * config.micro_batch_size * sequence_length * vocabulary
-    return FLOAT * config.processes * (student + 3 * trained + (teacher if online else 0) + logits)
+    return round(FLOAT * config.processes * (student + 3 * trained + (teacher if online else 0) + logits))
 
 
 def layerwise_memory(*, layer: int, trained: int, teacher_layer: int, outside: int, tokens: int, width: int) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ from typing import Any
 import psutil
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import Calibration
-from moe_compress.checkpoint.record import Record
-from moe_compress.checkpoint.rewrite import LEDGER_FILE, rewrite
+from moe_compress.checkpoint.record import Record, Target
+from moe_compress.checkpoint.rewrite import LEDGER_FILE, open_rewritten, rewrite
 from moe_compress.checkpoint.source import Checkpoint, open_checkpoint, open_config, small_files
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
@@ -25,23 +28,44 @@ from moe_compress.compress import scoring
 from moe_compress.compress.demand import FLOAT, Demand, apply_demand, hidden_bytes, num_tokens
 from moe_compress.compress.distill import parts
 from moe_compress.compress.distill.apply import DistillChange, Readers
+from moe_compress.compress.distill.balance import SkipTarget
 from moe_compress.compress.distill.config import DistillConfig
 from moe_compress.compress.distill.layerwise import heal_layers, trained_names, trained_readers
-from moe_compress.compress.distill.plan import Schedule, full_memory, layerwise_memory, plan_json, state_bytes, thinned
+from moe_compress.compress.distill.plan import (
+    NF4_SHARE,
+    Schedule,
+    full_memory,
+    layerwise_memory,
+    plan_json,
+    state_bytes,
+    thinned,
+)
+from moe_compress.compress.distill.sampling import PORTION, sample_responses
 from moe_compress.compress.distill.state import load_parameters, read_metrics, state_update
 from moe_compress.compress.distill.teacher import cache_bytes, write_cache
-from moe_compress.compress.distill.train import CACHE, TOKENS_FILE, Job, train
+from moe_compress.compress.distill.train import CACHE, TOKENS_FILE, Job, load_model, train
 from moe_compress.compress.distill.worker import train_in_processes
+from moe_compress.compress.metered import write_metered
 from moe_compress.compress.operation import Outlook, Step
+from moe_compress.compress.quantize.config import PartConfig, QuantizeConfig
+from moe_compress.compress.quantize.step import QuantizeStep
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import CheckpointError, UsageError
 from moe_compress.manifest import describe_source
-from moe_compress.models.layers import find_moe_layers
+from moe_compress.models.layers import decoder_layers, find_moe_layers
+from moe_compress.models.routing import EXPERTS_PER_TOKEN, layer_routings
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.progress import Stage
+from moe_compress.runtime.families import parsed_config, with_layers
 from moe_compress.workspace import require_space
 
+METERED_SEQUENCES = 64
+SKIP_TOLERANCE = 0.05  # of the share of slots that are skipped
 Watch = Callable[[dict[str, Any]], None]
+PACKED_TEACHER = "packed-teacher"
+NF4 = QuantizeConfig(
+    op="quantize", method="nf4", attention=PartConfig(), shared_experts=PartConfig(), dense_mlp=PartConfig()
+)
 
 
 class DistillStep(Step[DistillConfig]):
@@ -57,9 +81,20 @@ class DistillStep(Step[DistillConfig]):
 
     def preview(self, before: Outlook, tier: str) -> tuple[dict[str, Any], Outlook]:
         entry: dict[str, Any] = self.config.model_dump(mode="json", exclude_unset=True)
-        trained = ", ".join(self.config.trainable)
         how = "layer by layer" if self.config.mode == "layerwise" else f"{self.config.teacher} teacher"
-        return entry | {"summary": [f"Trained on the original's outputs ({how}): {trained}."]}, before
+        learnt = (
+            "its own responses, scored by the original" if self.config.on_policy else f"the original's outputs ({how})"
+        )
+        summary = [f"Trained on {learnt}: {', '.join(self.config.trainable)}."]
+        target = self.config.target_skip
+        if target is None:
+            return entry | {"summary": summary}, before
+        layers = find_moe_layers(build_skeleton(before.config))
+        SkipTarget(layers, target)
+        entries = {moe.layer: {EXPERTS_PER_TOKEN: moe.top_k * (1 - target)} for moe in layers}
+        after = parsed_config(with_layers(before.config.to_dict(), layers[0].num_experts, entries))
+        summary.append(f"{target:.0%} of the expert slots are to be skipped.")
+        return entry | {"summary": summary}, before.resized(after)
 
     def check_inputs(self, folder: Path, config: Any) -> None:
         if self.config.teacher_model is not None:
@@ -79,14 +114,15 @@ class DistillStep(Step[DistillConfig]):
             trained = (self._train_layers if layerwise else self._train_whole)(
                 source, teacher, data, work, around, title
             )
-            self._apply(source, trained, folder / "checkpoint", around, title)
+            self._apply(source, trained, folder, data, around, title)
         lines = read_metrics(work)
         write_json(folder / "plan.json", plan_json(self.config, schedule, outcome(lines), summary(self.config, lines)))
         return Record(
             op="distill",
             config=self.config.model_dump(mode="json"),
-            label=f"{self.config.mode}, {' + '.join(self.config.trainable)}",
+            label=f"{self._manner}, {' + '.join(self.config.trainable)}",
             dropped_bytes=0,
+            targets=self._targets(folder / "checkpoint"),
             coverage={"calibration_tokens": data.tokens.numel()},
             calibration=scoring.describe_data(source, data),
         )
@@ -123,15 +159,16 @@ class DistillStep(Step[DistillConfig]):
                 self.config,
                 student=count,
                 trained=trained,
-                teacher=count,
+                teacher=teacher_floats(self.config, skeleton),
                 vocabulary=vocabulary,
                 sequence_length=data.sequence_length,
             )
             scratch = state_bytes(trained)
-            if self.config.teacher == "cached" and self.config.uses_teacher_logits:
+            if self.config.caches_logits:
                 scratch += cache_bytes(self.config, num_tokens(data), vocabulary)
-        # forward, and twice that backward; the original forward once
-        flops = before.size.flops_per_token * num_tokens(data) * (3 * self.config.epochs + 1)
+        # forward, and twice that backward; the original forward once, or on new responses that are sampled before
+        passes = 5 * self.config.epochs if self.config.on_policy else 3 * self.config.epochs + 1
+        flops = before.size.flops_per_token * num_tokens(data) * passes
         training = Demand("train", 0, needed, scratch=scratch, moved=2 * before.stored_bytes, flops=flops)
         return [training, apply_demand(before.size, after.size, 0, 0)]
 
@@ -150,15 +187,20 @@ class DistillStep(Step[DistillConfig]):
         if first < schedule.num_updates:
             self._require_memory(skeleton, teacher, schedule, around.device)
             identity = fingerprint(self.config, source, teacher, data)
-            if self.config.teacher == "cached" and self.config.uses_teacher_logits:
+            tokens_NS = self._learnt(teacher, data.tokens, work, around, title)
+            if self.config.caches_logits:
                 vocabulary = source.config.get_text_config().vocab_size
                 if not (work / CACHE).exists():
-                    require_space(work, cache_bytes(self.config, data.tokens.numel(), vocabulary))
+                    require_space(work, cache_bytes(self.config, tokens_NS.numel(), vocabulary))
                 write_cache(
-                    teacher, data.tokens, work / CACHE, self.config, identity, around.device, around.progress, title
+                    teacher, tokens_NS, work / CACHE, self.config, identity, around.device, around.progress, title
                 )
-            save_file({"tokens": data.tokens.contiguous()}, work / TOKENS_FILE)
-            job = Job(self.config, source.folder, teacher.folder, work, around.device, identity)
+            save_file({"tokens": tokens_NS.contiguous()}, work / TOKENS_FILE)
+            taught_by = teacher.folder
+            if self.config.teacher == "nf4" and self.config.asks_teacher:
+                QuantizeStep(NF4).run(teacher, work / PACKED_TEACHER, replace(around, tier="plugin"), title)
+                taught_by = open_rewritten(work / PACKED_TEACHER / "checkpoint", teacher).folder
+            job = Job(self.config, source.folder, taught_by, work, around.device, identity)
             with around.progress.stage(f"{title}: train", schedule.num_updates, "update") as stage:
                 for _ in range(first):
                     stage.advance("done before")
@@ -171,6 +213,22 @@ class DistillStep(Step[DistillConfig]):
         aliases = parts.aliases(skeleton)
         return {name: partial(found.__getitem__, first) for name, first in aliases.items() if first in found}
 
+    def _learnt(self, teacher: Checkpoint, tokens_NS: Tensor, work: Path, around: Surroundings, title: str) -> Tensor:
+        """What is learnt from: the texts, or their beginnings with what the original made of them."""
+        prompt, (count, length) = self.config.prompt_length, tokens_NS.shape
+        if prompt is None:
+            return tokens_NS
+        if prompt >= length:
+            raise UsageError(
+                f"`prompt_length` is {prompt}, but sequences have {length} tokens, prompt and response together; "
+                "shorten the prompts or raise `sequence_length`."
+            )
+        if self.config.on_policy:
+            return tokens_NS
+        model = load_model(teacher.folder, around.device)
+        with around.progress.stage(f"{title}: responses", math.ceil(count / PORTION), "portion") as stage:
+            return sample_responses(model, tokens_NS[:, :prompt], self.config, length, work / "responses", stage)
+
     def _train_layers(
         self, source: Checkpoint, teacher: Checkpoint, data: Calibration, work: Path, around: Surroundings, title: str
     ) -> Readers:
@@ -181,17 +239,36 @@ class DistillStep(Step[DistillConfig]):
             heal_layers(original, student, data.tokens, self.config, work, stage)
         return trained_readers(work, parts.aliases(build_skeleton(source.config)))
 
-    def _apply(self, source: Checkpoint, trained: Readers, folder: Path, around: Surroundings, title: str) -> None:
-        stream = LayerStream(source, around.device)
-        with around.progress.stage(f"{title}: apply", len(stream.layers)) as stage:
+    def _apply(
+        self, source: Checkpoint, trained: Readers, folder: Path, data: Calibration, around: Surroundings, title: str
+    ) -> None:
+        """Write the checkpoint; where tokens differ in how many experts they use, count again."""
+        change = DistillChange(LayerStream(source, around.device), trained)
+        if any(found.experts_per_token or found.is_uncertain for found in layer_routings(source.config).values()):
+            write_metered(source, folder, change, data.tokens[:METERED_SEQUENCES], around, title)
+            return
+        with around.progress.stage(f"{title}: apply", len(change.stream.layers)) as stage:
             rewrite(
                 source,
-                folder,
-                DistillChange(stream, trained),
+                folder / "checkpoint",
+                change,
                 max_shard_bytes=around.max_shard_bytes,
                 device=around.device,
                 stage=stage,
             )
+
+    @property
+    def _manner(self) -> str:
+        return "on-policy" if self.config.on_policy else self.config.mode
+
+    def _targets(self, checkpoint: Path) -> list[Target]:
+        """The skip ratio that was asked for, and the one counted on the finished checkpoint."""
+        asked = self.config.target_skip
+        if asked is None:
+            return []
+        layers = find_moe_layers(build_skeleton(open_config(str(checkpoint))[0]))
+        skipped = 1 - sum(moe.experts_per_token for moe in layers) / sum(moe.top_k for moe in layers)
+        return [Target("slots skipped", asked, skipped, SKIP_TOLERANCE, shown=".1%")]
 
     def _require_memory(self, skeleton: Any, teacher: Checkpoint, schedule: Schedule, device: str) -> None:
         parameters = dict(skeleton.named_parameters())
@@ -200,7 +277,7 @@ class DistillStep(Step[DistillConfig]):
             self.config,
             student=sum(parameter.numel() for parameter in parameters.values()),
             trained=sum(parameters[name].numel() for name in chosen),
-            teacher=sum(parameter.numel() for parameter in build_skeleton(teacher.config).parameters()),
+            teacher=teacher_floats(self.config, build_skeleton(teacher.config)),
             vocabulary=skeleton.config.get_text_config().vocab_size,
             sequence_length=schedule.sequence_length,
         )
@@ -250,6 +327,16 @@ def require_same_language(config: DistillConfig, folder: Path, model_config: Any
         )
 
 
+def teacher_floats(config: DistillConfig, skeleton: Any) -> float:
+    """How many float32 take the memory of the original in memory; `skeleton` is a model of its sizes."""
+    whole: int = sum(parameter.numel() for parameter in skeleton.parameters())
+    if config.teacher != "nf4":
+        return whole
+    inside = [parameter for layer in decoder_layers(skeleton)[1] for parameter in layer.parameters()]
+    packed: int = sum(parameter.numel() for parameter in inside if parameter.ndim > 1)
+    return whole - packed * (1 - NF4_SHARE)
+
+
 def require_memory(needed: int, device: str, advice: str) -> None:
     """Raise `CheckpointError` when `needed` bytes are more than the device has free."""
     free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
@@ -294,10 +381,17 @@ def summary(config: DistillConfig, lines: list[dict[str, Any]]) -> list[str]:
         return [
             f"{len(lines)} layers were fitted to the original's in {seconds / 60:.1f} minutes.",
             f"Mean relative squared error of a layer's output: {before:.4g} before, {after:.4g} after.",
+            *skip_sentence([line["skip"] for line in lines if "skip" in line], "after it"),
         ]
     tenth = max(1, len(lines) // 10)
     first, last = (sum(line["loss"] for line in part) / tenth for part in (lines[:tenth], lines[-tenth:]))
     return [
         f"{len(lines)} updates on {lines[-1]['tokens']:,} tokens in {seconds / 60:.1f} minutes.",
         f"Loss: {first:.4f} over the first tenth of the updates, {last:.4f} over the last.",
+        *skip_sentence([line["skip"] for line in lines[-tenth:] if "skip" in line], "over the last tenth"),
     ]
+
+
+def skip_sentence(shares: Sequence[float], when: str) -> list[str]:
+    """How many slots were skipped, where that was a target."""
+    return [f"{sum(shares) / len(shares):.1%} of the expert slots were skipped {when}."] if shares else []

@@ -9,11 +9,11 @@ Not covered: parameters or optimizer states divided among processes (FSDP); each
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,21 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from moe_compress.compress.distill import losses, parts
+from moe_compress.compress.distill.balance import SkipTarget, skipped_L
 from moe_compress.compress.distill.config import DistillConfig
 from moe_compress.compress.distill.plan import Schedule
+from moe_compress.compress.distill.sampling import sample
 from moe_compress.compress.distill.state import Metrics, load_state, save_state
 from moe_compress.compress.distill.teacher import CachedTeacher, Lesson, OnlineTeacher
 from moe_compress.errors import TrainingError
-from moe_compress.models.layers import find_moe_layers
+from moe_compress.models.layers import MoELayer, find_moe_layers
 from moe_compress.models.skeleton import model_class
+from moe_compress.runtime.trace import RoutingTrace, replayed
 
 BETAS = (0.9, 0.98)
 TOKENS_FILE = "tokens.safetensors"
 CACHE = "teacher"
+SKIPPED = "skipped"  # among the terms: the share of slots that each layer skipped
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def train(job: Job, on_update: Callable[[dict[str, Any]], None]) -> None:
     groups = parts.groups(trained, by_part, parts.users(student), job.config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=job.config.learning_rate, betas=BETAS)
     first = load_state(job.folder, trained, optimizer, job.identity)
-    run = _Run(job, schedule, student, trained, optimizer, make_teacher(job, device), accelerator, device)
+    run = _Run(job, schedule, student, moe_layers, trained, optimizer, make_teacher(job, device), accelerator, device)
     metrics = Metrics(job.folder, first) if accelerator.is_main_process else None
     for update in range(first, schedule.num_updates):
         started = time.monotonic()
@@ -106,30 +110,39 @@ def load_model(folder: Path, device: torch.device | str) -> Any:
 
 def make_teacher(job: Job, device: torch.device) -> Callable[[Sequence[int], Tensor], Lesson]:
     """What the losses compare with; without need of one, an empty lesson."""
-    hidden = job.config.hidden_weight > 0
-    if not job.config.uses_teacher_logits and not hidden:
+    if not job.config.asks_teacher:
         return lambda sequences, tokens_BS: Lesson(None)
-    if job.config.teacher == "cached":
+    if job.config.caches_logits:
         return CachedTeacher(job.folder / CACHE, device)
-    return OnlineTeacher(load_model(job.teacher, device), logits=job.config.uses_teacher_logits, hidden=hidden)
+    return OnlineTeacher(
+        load_model(job.teacher, device), logits=job.config.uses_teacher_logits, hidden=job.config.hidden_weight > 0
+    )
 
 
 def loss_terms(config: DistillConfig, output: Any, lesson: Lesson, tokens_BS: Tensor) -> dict[str, Tensor]:
-    """The parts of the loss, each a mean over tokens, by the names they have in the metrics."""
+    """The parts of the loss, each a mean over tokens, by the names they have in the metrics.
+
+    Where sequences have prompts, the likelihood is that of the responses alone.
+    """
     terms: dict[str, Tensor] = {}
     if lesson.logits is not None:
         total = losses.divergence(output.logits.flatten(0, 1), lesson.logits, config.temperature)
         terms["kl"] = total / tokens_BS.numel()
     if config.nll_share:
-        terms["nll"] = losses.next_token_loss(output.logits, tokens_BS)
+        first = (config.prompt_length or 1) - 1
+        terms["nll"] = losses.next_token_loss(output.logits[:, first:], tokens_BS[:, first:])
     if config.hidden_weight:
         terms["hidden"] = losses.hidden_loss(tuple(output.hidden_states[1:]), lesson.hidden)
     return terms
 
 
 def weights(config: DistillConfig) -> dict[str, float]:
-    """What each term is multiplied with."""
-    return {"kl": 1 - config.nll_share, "nll": config.nll_share, "hidden": config.hidden_weight}
+    """What each term is multiplied with; those of no weight are not computed."""
+    balance = {} if config.target_skip is None else {"balance": config.balance_alpha}
+    if config.on_policy:
+        return {"reverse_kl": 1.0} | balance
+    factors = {"kl": 1 - config.nll_share, "nll": config.nll_share, "hidden": config.hidden_weight}
+    return {name: factor for name, factor in factors.items() if factor} | balance
 
 
 def computes_bfloat16(config: DistillConfig, device: torch.device) -> bool:
@@ -146,11 +159,21 @@ class _Run:
     job: Job
     schedule: Schedule
     student: Any
+    moe_layers: Sequence[MoELayer]
     trained: dict[str, Any]
     optimizer: torch.optim.Optimizer
     teacher: Callable[[Sequence[int], Tensor], Lesson]
     accelerator: Accelerator
     device: torch.device
+
+    def __post_init__(self) -> None:
+        config = self.job.config
+        self.factors = weights(config)
+        self.skip = None if config.target_skip is None else SkipTarget(self.moe_layers, config.target_skip)
+        self.traced = self.moe_layers if self.skip else ()
+        self.autocast = partial(
+            torch.autocast, self.device.type, torch.bfloat16, enabled=computes_bfloat16(config, self.device)
+        )
 
     def update(self, update: int, tokens_NS: Tensor) -> dict[str, Any]:
         """One step of the optimizer; returns its line of metrics. Nothing is changed when it raises."""
@@ -158,10 +181,11 @@ class _Run:
         rate = config.learning_rate * self.schedule.factor(update)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        terms = self._passes(sequences, tokens_NS)
+        terms = self._passes(update, sequences, tokens_NS)
+        skipped = terms.pop(SKIPPED)
         norm = self._gradient_norm()
-        factors = weights(config)
-        loss = sum(factors[name] * value for name, value in terms.items())
+        values: dict[str, Any] = {name: found[0] for name, found in terms.items()}
+        loss = sum(factor * values[name] for name, factor in self.factors.items())
         if not math.isfinite(loss) or not math.isfinite(norm):
             if self.accelerator.is_main_process:
                 self.save(update)
@@ -175,40 +199,60 @@ class _Run:
         self.optimizer.zero_grad()
         seen = min((update + 1) * config.batch_size, self.schedule.num_sequences * config.epochs)
         line: dict[str, Any] = {"update": update, "tokens": seen * self.schedule.sequence_length, "loss": loss}
-        return line | terms | {"gradient_norm": norm, "learning_rate": rate}
+        if self.skip:
+            values["skip"] = sum(skipped) / len(skipped)
+            values["skip_per_layer"] = skipped
+        return line | values | {"gradient_norm": norm, "learning_rate": rate}
 
     def save(self, update: int) -> None:
         """Keep the state before an update."""
         save_state(self.job.folder, update, self.trained, self.optimizer, self.job.identity)
 
-    def _passes(self, sequences: Sequence[int], tokens_NS: Tensor) -> dict[str, float]:
+    def _passes(self, update: int, sequences: Sequence[int], tokens_NS: Tensor) -> dict[str, list[float]]:
         """This process's share of a batch, forward and back; the terms of the whole batch."""
-        config, world = self.job.config, self.accelerator.num_processes
-        size = config.micro_batch_size
-        factors = weights(config)
-        bfloat16 = computes_bfloat16(config, self.device)
+        size, world = self.job.config.micro_batch_size, self.accelerator.num_processes
         sums: dict[str, Tensor] = {}
         micros = [sequences[start : start + size] for start in range(0, len(sequences), size)]
-        for micro in micros[self.accelerator.process_index :: world]:
+        for number in range(self.accelerator.process_index, len(micros), world):
+            micro = micros[number]
             tokens_BS = tokens_NS[list(micro)].to(self.device)
             share = len(micro) / len(sequences)
-            with torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
-                lesson = self.teacher(micro, tokens_BS)
-                output = self.student(
-                    input_ids=tokens_BS, use_cache=False, output_hidden_states=config.hidden_weight > 0
-                )
-                terms = loss_terms(config, output, lesson, tokens_BS)
-            loss = torch.stack([share * factors[name] * term.double() for name, term in terms.items()]).sum()
+            terms = self._terms(micro, tokens_BS, [self.job.config.seed, update, number])
+            loss = torch.stack([share * factor * terms[name].double() for name, factor in self.factors.items()]).sum()
             loss.backward()
             for name, term in terms.items():
-                sums[name] = sums.get(name, 0) + share * term.detach().double()
+                sums[name] = sums.get(name, 0) + share * term.detach().double().view(-1)
         return self._over_processes(sums)
 
-    def _over_processes(self, sums: dict[str, Tensor]) -> dict[str, float]:
+    def _terms(self, micro: Sequence[int], tokens_BS: Tensor, seed: Sequence[int]) -> dict[str, Tensor]:
+        """The terms of the loss on some sequences, and the slots that were skipped."""
+        config, rollout, seen_BS = self.job.config, None, tokens_BS
+        if config.prompt_length is not None and config.on_policy:
+            prompt_BP, temperature = tokens_BS[:, : config.prompt_length], config.sampling_temperature
+            with self.autocast():  # its own: it keeps weights without their gradients
+                rollout = sample(self.student, prompt_BP, tokens_BS.shape[1], temperature, seed, self.moe_layers)
+            seen_BS = rollout.tokens_BS[:, :-1]
+        rows = {} if rollout is None else rollout.rows
+        with self.autocast(), RoutingTrace(self.traced) as trace, replayed(self.moe_layers, rows):
+            lesson = self.teacher(micro, seen_BS)
+            output = self.student(input_ids=seen_BS, use_cache=False, output_hidden_states=config.hidden_weight > 0)
+            if rollout is None:
+                terms = loss_terms(config, output, lesson, tokens_BS)
+            else:
+                assert isinstance(lesson.logits, Tensor)
+                teacher_BR = rollout.score(lesson.logits.view_as(output.logits), temperature)
+                own_BR = rollout.score(output.logits, temperature)
+                terms = {"reverse_kl": losses.policy_loss(own_BR, rollout.log_BR, teacher_BR)}
+        if self.skip:
+            terms |= {"balance": self.skip.loss(trace), SKIPPED: skipped_L(trace)}
+        return terms
+
+    def _over_processes(self, sums: dict[str, Tensor]) -> dict[str, list[float]]:
         """Add up terms and gradients of all processes; one that had nothing to do gives zeros."""
-        names = [name for name, factor in weights(self.job.config).items() if factor]
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        found = torch.stack([sums.get(name, zero) for name in names])
+        sizes = dict.fromkeys(self.factors, 1) | {SKIPPED: len(self.moe_layers) if self.skip else 0}
+        found = torch.cat(
+            [sums.get(name, torch.zeros(size, dtype=torch.float64, device=self.device)) for name, size in sizes.items()]
+        )
         for parameter in self.trained.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -216,7 +260,7 @@ class _Run:
             found = self.accelerator.reduce(found, "sum")
             for parameter in self.trained.values():
                 parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
-        return dict(zip(names, found.tolist(), strict=True))
+        return {name: part.tolist() for name, part in zip(sizes, found.split(list(sizes.values())), strict=True)}
 
     def _gradient_norm(self) -> float:
         gradients = [parameter.grad for parameter in self.trained.values()]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_compress.cli.base import (
+from moe_compress.verbs.base import (
     PUBLISH,
     Debug,
     complain,

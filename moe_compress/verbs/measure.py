@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_compress.cli.base import (
+from moe_compress.errors import UsageError, VerificationError
+from moe_compress.verbs.base import (
     MEASURE,
     AsJson,
     Debug,
@@ -19,7 +20,6 @@ from moe_compress.cli.base import (
     guarded,
     interruptible,
 )
-from moe_compress.errors import UsageError, VerificationError
 
 verbs = typer.Typer()
 

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from moe_compress.cli import compress, look, measure, publish, recipes
-from moe_compress.cli.base import LOOK, print_version
+from moe_compress.verbs import compress, look, measure, publish, recipes
+from moe_compress.verbs.base import LOOK, print_version
 
 app = typer.Typer(
     name="moe-compress",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moe_compress.cli.base import LOOK, AsJson, Debug, Model, Overrides, RecipeArgument, examples, guarded
+from moe_compress.verbs.base import LOOK, AsJson, Debug, Model, Overrides, RecipeArgument, examples, guarded
 
 verbs = typer.Typer()
 
@@ -45,8 +45,16 @@ def inspect(
 )
 @guarded
 def validate(recipe: RecipeArgument, overrides: Overrides = None, debug: Debug = False) -> None:
-    """Show every mistake in a recipe at once; reads no weights."""
+    """Show every mistake in a recipe at once; reads no weights.
+
+    If there is none and the model lies on this disk, its configuration is held against the steps.
+    """
     from moe_compress.recipe import load_recipe
 
-    steps = [step.op for step in load_recipe(recipe, overrides or (), runnable=True).steps]
+    loaded = load_recipe(recipe, overrides or (), runnable=True)
+    from moe_compress import preview
+
+    for warning in preview.foresee(loaded):
+        typer.echo(f"warning: {warning}")
+    steps = [step.op for step in loaded.steps]
     typer.echo(f"{recipe} is valid: {' -> '.join(steps) or 'no steps, the checkpoint is copied unchanged'}.")

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_compress.cli.base import (
+from moe_compress.errors import NoAllocationError, UsageError, VerificationError
+from moe_compress.verbs.base import (
     COMPRESS,
     AsJson,
     Debug,
@@ -24,7 +25,6 @@ from moe_compress.cli.base import (
     guarded,
     interruptible,
 )
-from moe_compress.errors import UsageError, VerificationError
 
 verbs = typer.Typer()
 
@@ -84,7 +84,10 @@ def plan(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="File for what --sweep finds (default: frontier.json beside the scores).")
+        Path | None,
+        typer.Option(
+            help="File for what --sweep finds, JSON or CSV (default: frontier.json in the folder of the scores)."
+        ),
     ] = None,
     hours: Hours = False,
     device: Device = "auto",
@@ -104,6 +107,8 @@ def plan(
         setting, values = parse_range(sweep)
         found = pipeline.sweep(loaded, scores, setting, values, output or scores / "frontier.json")
         console.print_json(found) if json else console.print_frontier(setting, found)
+        if all(entry["infeasible"] for entry in found):
+            raise NoAllocationError("no budget of the sweep can be met; raise its end.")
         return
     if output is not None:
         raise UsageError("--output has no effect without --sweep.")

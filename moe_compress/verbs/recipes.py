@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from moe_compress.cli.base import examples, guarded
 from moe_compress.errors import UsageError
+from moe_compress.verbs.base import examples, guarded
 
 verbs = typer.Typer(help="List, read and copy the packaged recipes.", no_args_is_help=True)
 

@@ -1,0 +1,94 @@
+"""Responses sampled token by token, with the experts that each token used; what on-policy learning is made of.
+
+The first tokens of a sequence are its prompt, and every response fills it up. An end-of-sequence token is one like any
+other: another text follows it, as in packed training data. Not covered: prompts of different lengths in one batch,
+top-p and other ways to leave tokens out, continuous batching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moe_compress.checkpoint.durable import replace_durably
+from moe_compress.compress.distill.config import DistillConfig
+from moe_compress.models.layers import MoELayer
+from moe_compress.progress import Stage
+from moe_compress.runtime.trace import RoutingTrace
+
+PORTION = 32  # sequences that are sampled side by side
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts with their responses, R tokens each.
+
+    `log_BR` are the log-probabilities of the response's tokens when they were drawn, `rows` by layer the router rows
+    [B, S - 1, K] that all tokens but the last were sent to; empty where nobody asked.
+    """
+
+    tokens_BS: Tensor
+    log_BR: Tensor
+    rows: Mapping[int, Tensor]
+
+    def score(self, logits_BSV: Tensor, temperature: float) -> Tensor:
+        """The log-probabilities [B, R] of the responses by the logits that all tokens but the last gave."""
+        length = self.log_BR.shape[1]
+        log_BRV = (logits_BSV[:, -length:].float() / temperature).log_softmax(-1)
+        found: Tensor = log_BRV.gather(2, self.tokens_BS[:, -length:, None])[..., 0]
+        return found
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    prompt_BP: Tensor,
+    length: int,
+    temperature: float,
+    seed: Sequence[int],
+    layers: Sequence[MoELayer] = (),
+) -> Rollout:
+    """Fill prompts up to `length` tokens from softmax(logits / temperature); the rows of `layers` are noted.
+
+    What is drawn depends on the model, the prompts and the seed alone.
+    """
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    tokens, logs, cache = [prompt_BP], [], None
+    with RoutingTrace(layers) if layers else nullcontext() as trace:
+        for _ in range(length - prompt_BP.shape[1]):
+            output = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            log_BV = (output.logits[:, -1].float() / temperature).log_softmax(-1)
+            drawn_B1 = torch.multinomial(log_BV.exp().cpu(), 1, generator=generator).to(log_BV.device)
+            tokens.append(drawn_B1)
+            logs.append(log_BV.gather(1, drawn_B1))
+        rows = {} if trace is None else {moe.layer: trace.rows_BSK(moe.layer, len(prompt_BP)) for moe in layers}
+    return Rollout(torch.cat(tokens, dim=1), torch.cat(logs, dim=1), rows)
+
+
+def sample_responses(
+    model: Any, prompt_NP: Tensor, config: DistillConfig, length: int, folder: Path, stage: Stage
+) -> Tensor:
+    """The prompts with sampled responses [N, length], some at a time, going on with what `folder` holds."""
+    folder.mkdir(exist_ok=True)
+    device = next(model.parameters()).device
+    portions = []
+    for number, prompts in enumerate(prompt_NP.split(PORTION)):
+        file = folder / f"responses-{number:05d}.safetensors"
+        if not file.exists():
+            seed = [config.seed, number]
+            found = sample(model, prompts.to(device), length, config.sampling_temperature, seed)
+            temporary = file.with_suffix(".part")
+            save_file({"tokens": found.tokens_BS.cpu().contiguous()}, temporary)
+            replace_durably(temporary, file)
+        portions.append(load_file(file)["tokens"])
+        stage.advance()
+    return torch.cat(portions)
