@@ -216,6 +216,19 @@ def test_on_paper_all_is_open_and_dark_on_light(browser: Browser, pages: dict[st
     assert page.ask("getComputedStyle(document.querySelector('nav')).display") == "none"
 
 
+def test_tables_of_many_results_fit_on_paper(browser: Browser, tmp_path: Path) -> None:
+    results = [write_result(tmp_path / f"result-{number}", made(0.9 - 0.05 * number, 0.7, 0.6)) for number in range(9)]
+    page = browser.page()
+    page.emulate(688, 900)  # A4 without its margins
+    page.open(write_page(results, tmp_path / "comparison.html"))
+    page.call("Emulation.setEmulatedMedia", media="print")
+    page.ask("document.querySelectorAll('details').forEach(one => { one.open = true })")
+    widths = page.ask("[...document.querySelectorAll('.scroll')].map(one => [one.scrollWidth, one.clientWidth])")
+    assert len(widths) >= 4 and all(content <= room + 1 for content, room in widths), widths
+    names = page.ask("[...document.querySelectorAll('.scroll tbody th')].map(one => one.clientWidth)")
+    assert min(names) >= 50, "room for words"
+
+
 def test_scripts_of_others_do_not_run(browser: Browser, tmp_path: Path) -> None:
     report = report_of()
     report["settings"]["model"] = "<img src=x onerror='window.hurt=1'><script>window.hurt=2</script>"
