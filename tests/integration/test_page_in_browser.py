@@ -151,6 +151,25 @@ def test_pointing_at_an_expert_shows_its_figures(browser: Browser, pages: dict[s
     require_quiet(page, pages["report"])
 
 
+def test_touching_an_expert_shows_its_figures(browser: Browser, pages: dict[str, Path], shots: Path) -> None:
+    """They stay when the finger is gone, until it touches something else."""
+    page = browser.page()
+    page.emulate(390, 844, phone=True)
+    page.open(pages["report"])
+    page.ask("document.querySelector('svg.outer').scrollIntoView({block: 'center', behavior: 'instant'})")
+    page.ask("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    box = "document.querySelector('svg.outer').getBoundingClientRect()"
+    left, top, width, height = page.ask(f"[{box}.left, {box}.top, {box}.width, {box}.height]")
+    page.touch(left + 2.5 / 4 * width, top + 1.5 / 2 * height)
+    assert (tip(page) or "").startswith("Layer 3, expert 2")
+    page.screenshot(shots / "expert-touched.png", whole=False)
+    page.touch(left + 0.5 / 4 * width, top + 0.5 / 2 * height)
+    assert (tip(page) or "").startswith("Layer 1, expert 0")
+    page.touch(5, 5)
+    assert tip(page) is None
+    require_quiet(page, pages["report"])
+
+
 def test_everything_can_be_reached_by_keyboard(browser: Browser, pages: dict[str, Path]) -> None:
     page = browser.page()
     page.emulate(1280, 900)
