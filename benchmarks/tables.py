@@ -130,21 +130,28 @@ def merge_short() -> str:
 
 
 def tie_reference() -> str:
-    """Every part of tying, and whole models at 60 % of their experts' bytes."""
-    rows = load("tie_reference")["rows"]
+    """Every part of tying, whole models at 60 % of their experts' bytes, and these distilled."""
+    rows, lines = load("tie_reference")["rows"], []
     whole = rows[0]["expert_bytes"]
+    for row in rows:
+        took = [f"{row['tokens']:,}", f"{row['training_seconds'] / 60:.1f}"] if "tokens" in row else ["", ""]
+        sizes = [format_bytes(row[key]) for key in ("stored_bytes", "resident_bytes")]
+        shares = [format_percent(row["expert_bytes"] / whole), *sizes, f"{row['total_params'] / 1e6:.2f} M"]
+        lines.append([row["name"], *shares, *took, *scores(row["tasks"])])
     return table(
-        ["", "bytes of routed experts", "stored", *TASKS],
-        [
-            [
-                row["name"],
-                format_percent(row["expert_bytes"] / whole),
-                format_bytes(row["stored_bytes"]),
-                *scores(row["tasks"]),
-            ]
-            for row in rows
-        ],
+        ["", "bytes of routed experts", "stored", "in memory", "parameters", "tokens", "minutes", *TASKS], lines
     )
+
+
+def layerwise_memory() -> str:
+    """Memory and time of healing a large checkpoint layer by layer."""
+    found = load("layerwise_memory")
+    run = found["run"]
+    stages = ", ".join(f"{stage} {time}" for stage, time in run["stages"].items())
+    peaks = [format_bytes(run[key]) for key in ("peak_rss_bytes", "peak_rss_bytes_children")]
+    seconds = f"{run['seconds'] / 60:.0f} min"
+    header = ["checkpoint", "layers", "peak of the run", "of the process that reloads", "time", "of which"]
+    return table(header, [[format_bytes(found["checkpoint_bytes"]), str(found["layers"]), *peaks, seconds, stages]])
 
 
 def skip_reference() -> str:
@@ -444,7 +451,8 @@ TABLES: dict[str, Callable[[], str]] = {
         prune_reference, prune_criteria, prune_readme, merge_reference, merge_short, tie_reference, skip_reference,
         skip_trained, skip_control,
         skip_speed, distill_reference, quantize_allocations, quantize_sizes, quantize_readme, quantize_frontier,
-        streaming, kill_resume, allocation, lm_eval_reference, gptq_speed, plan_accuracy, audit_reference,
+        streaming, layerwise_memory, kill_resume, allocation, lm_eval_reference, gptq_speed, plan_accuracy,
+        audit_reference,
     )
 }  # fmt: skip
 

@@ -1,47 +1,84 @@
-"""Tying on the built-in model: which part of it matters, and what the bytes cost.
+"""Tying on the built-in model: which part of it matters, what the bytes cost, and what distillation gives back.
 
-    python -m benchmarks.tie_reference [--folder DIR] [--only TEXT]
+    python -m benchmarks.tie_reference [--folder DIR] [--only TEXT] [--made DIR]
 
 Pairs of the four middle layers, as `op: tie` does it by default: taken as they come, matched, fitted, and with a
 difference for each expert. Then all layers, in groups of 2, 4 and 8, with differences of as large a rank as leaves 60 %
-of the routed experts' bytes. Calibrated and judged as in `merge_reference`. Nothing is distilled.
+of the routed experts' bytes; then the packaged recipes that distil such models. Calibrated as the packaged recipes are,
+on 256 sequences of 512 tokens, and judged on whole tables of the `reference` tasks. `resident_bytes` are those of the
+loaded model's tensors, `seconds` are wall-clock on a shared machine, `training_seconds` those of distillation alone.
 
-Results go to `benchmarks/results/tie_reference.json` after every row; rows that are there are kept.
+Results go to `benchmarks/results/tie_reference.json` after every row; rows that are there are kept. `--made` is a
+folder of finished runs of the packaged recipes, by their names, that are judged as they are.
 """
 
 from __future__ import annotations
 
+import json
+import time
+from functools import partial
 from pathlib import Path
 
-from benchmarks.merge_reference import Row, main
+from benchmarks import merge_reference
+from benchmarks.merge_reference import Row, arguments_parser, finished, main
+from moe_compress import run
+from moe_compress.checkpoint.source import open_checkpoint
+from moe_compress.recipe import load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "tie_reference.json"
+CALIBRATION = {"dataset": "reference", "num_samples": 256, "sequence_length": 512, "batch_size": 8}
 ALL = {"prelude": 0, "coda": 0}
 RANKS = {2: 6, 4: 24, 8: 33}  # group size -> rank at 60 % of the experts' bytes
+DISTILLED = ("tie-2-distill", "tie-8-distill")
 
 
 def steps() -> dict[str, Row]:
-    """Name -> the step of a row."""
+    """Name -> the step of a row, or its recipe's."""
     tie = {"op": "tie"}
     naive = tie | {"match": False, "align": False, "fit": "average"}
+    matched = {"match": "output", "align": "weights"}
     found: dict[str, Row] = {
-        "pairs: average": naive,
-        "pairs: average, neurons aligned": naive | {"align": "weights"},
-        "pairs: matched by weights": naive | {"align": "weights", "match": "weights"},
-        "pairs: matched by output": naive | {"align": "weights", "match": "output"},
-        "pairs: fitted in closed form": tie,
-        "pairs: fitted by gradient": tie | {"fit": "gradient"},
-        "pairs: rank 8, not matched, average": naive | {"residual_rank": 8},
-        "pairs: rank 8": tie | {"residual_rank": 8},
-        "pairs: rank 8, fitted by gradient": tie | {"residual_rank": 8, "fit": "gradient"},
-        "pairs: rank 16": tie | {"residual_rank": 16},
+        "middle pairs: average": naive,
+        "middle pairs: matched": naive | matched,
+        "middle pairs: matched, fitted": tie,
+        "middle pairs: matched, fitted by gradient": tie | {"fit": "gradient"},
+        "middle pairs: matched, fitted, rank 8": tie | {"residual_rank": 8},
     }
-    found |= {
-        f"all layers in groups of {size}, rank {rank}": tie | ALL | {"group_size": size, "residual_rank": rank}
-        for size, rank in RANKS.items()
-    }
+    for size, rank in RANKS.items():
+        group, difference = ALL | {"group_size": size}, {"residual_rank": rank}
+        if size == 4:
+            found[f"groups of {size}: matched, fitted, rank {rank}"] = tie | group | difference
+            continue
+        found |= {
+            f"groups of {size}: average": naive | group,
+            f"groups of {size}: average, rank {rank}": naive | group | difference,
+            f"groups of {size}: matched": naive | matched | group,
+            f"groups of {size}: matched, fitted": tie | group,
+            f"groups of {size}: matched, fitted, rank {rank}": tie | group | difference,
+        }
+    return found | {f"recipe {name}": {"steps": recipe_steps(name)} for name in DISTILLED}
+
+
+def recipe_steps(name: str) -> list[Row]:
+    found: list[Row] = load_recipe(name).model_dump(mode="json", exclude_unset=True)["steps"]
     return found
 
 
+def make(made: Path | None, title: str, step: Row, folder: Path, calibration: Row) -> Row:
+    """One row; those of recipes by a whole run."""
+    if "steps" not in step:
+        return merge_reference.run(title, step, folder, calibration)
+    started, name = time.monotonic(), title.removeprefix("recipe ")
+    out = (made or folder) / name
+    if not out.exists():
+        run(name, out, **{"eval.tasks": [], "eval.speed": False})
+    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))["steps"][-1]
+    row = finished(title, step, open_checkpoint(str(out)), started)
+    return row | {"tokens": plan["tokens"], "training_seconds": plan["seconds"]}
+
+
 if __name__ == "__main__":
-    main(RESULTS, steps(), __doc__)
+    parser = arguments_parser(__doc__)
+    parser.add_argument("--made", type=Path, help="finished runs of the packaged recipes, by their names")
+    arguments = parser.parse_args()
+    main(RESULTS, steps(), arguments, CALIBRATION, lambda _: CALIBRATION, partial(make, arguments.made))

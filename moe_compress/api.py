@@ -33,8 +33,15 @@ def inspect(model: str | Path, *, revision: str | None = None, scores: str | Pat
 
 
 def validate(recipe: RecipeSource, overrides: Sequence[str] = (), **settings: Any) -> Recipe:
-    """The recipe, resolved; `RecipeError` holds every mistake, what its export tier cannot hold included."""
-    return load_recipe(recipe, overrides, settings, runnable=True)
+    """The recipe, resolved; `RecipeError` holds every mistake, what its export tier cannot hold included.
+
+    A model that lies on this disk is held against the steps: `UsageError` and `UnsupportedModelError` as from `run`.
+    """
+    loaded = load_recipe(recipe, overrides, settings, runnable=True)
+    from moe_compress import preview
+
+    preview.foresee(loaded)
+    return loaded
 
 
 def score(

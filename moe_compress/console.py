@@ -17,8 +17,6 @@ from rich.text import Text
 
 from moe_compress.text import listed
 
-# The settings of a quantize step that a plan shows.
-
 TIERS = {
     "stock": "plain transformers loads the result",
     "plugin": "the result needs this package to load",
@@ -195,7 +193,7 @@ def _duration(seconds: float) -> str:
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """A report's comparison, the random prunings beside it, and its checks, as far as it has them."""
+    """A report's comparison, the random baselines beside it, and its checks, as far as it has them."""
     from moe_compress.report.tables import summary_rows
 
     rows = [[row.label, row.baseline, row.compressed, row.ratio, row.recovery] for row in summary_rows(report)]
@@ -242,7 +240,7 @@ def print_push(planned: Mapping[str, Any], hub: str) -> None:
 
 
 def _random_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """The chosen criterion beside the random prunings: their mean and the best of them."""
+    """The chosen criterion beside the random baselines: their mean and the best of them."""
     from moe_compress.report.tables import NOTHING, format_metric, format_number, metric_label
 
     rows = [["", "compressed", "random: mean", "random: best", "seeds"]]
@@ -261,12 +259,15 @@ def _console() -> Console:
 
 def print_frontier(setting: str, found: Sequence[Mapping[str, Any]]) -> None:
     """Bytes against predicted loss, a line for each budget."""
-    from moe_compress.report.tables import format_bytes
+    from moe_compress.report.tables import NOTHING, format_bytes
 
     rows = [["budget", "bits per weight", "stored size", "experts dropped", "predicted loss", "proven"]]
     for entry in found:
-        proven = "optimal" if entry["optimal"] else f"above {entry['relaxation_bound']:.4g}"
         budget = f"{entry[setting]:g}" if setting == "average_bits" else format_bytes(entry[setting])
+        if entry["infeasible"]:
+            rows.append([budget, *[NOTHING] * 4, f"cannot be met: {entry['infeasible']}"])
+            continue
+        proven = "optimal" if entry["optimal"] else f"above {entry['relaxation_bound']:.4g}"
         stored = format_bytes(entry["stored"])
         loss = f"{entry['predicted_loss']:.4g}"
         rows.append([budget, f"{entry['bits']:.3f}", stored, str(entry["dropped_experts"]), loss, proven])

@@ -19,6 +19,10 @@ class UsageError(MoECompressError):
     exit_code = 2
 
 
+class NoAllocationError(UsageError):
+    """No allocation keeps to a budget and its rules, or none was found in time."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One mistake in a recipe: the setting's dotted path, its line in the file if there is one, and what is wrong."""

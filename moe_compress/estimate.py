@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ import torch
 
 from moe_compress.compress.demand import FLOAT, Demand, ModelSize
 from moe_compress.compress.operation import Outlook
+from moe_compress.eval.memory import free_bytes
 from moe_compress.eval.precision import compute_dtype
 from moe_compress.recipe import Recipe
+from moe_compress.report.tables import format_bytes
 from moe_compress.steps import make_step
 from moe_compress.verification.checks import WHOLE_MODEL_BYTES
 
@@ -79,7 +81,7 @@ def stages(recipe: Recipe, outlooks: Sequence[Outlook], device: str) -> list[Sta
     if not recipe.steps:
         largest = max(before.size.loading(layer) for layer in before.size.layers)
         found.append(_stage("identity", Demand("apply", 0, largest, moved=2 * before.stored_bytes), device))
-    found.append(_verification(after))
+    found.append(_verification(after, recipe.export.tier))
     if recipe.eval.tasks:
         models = [after] + ([before] if recipe.eval.baseline else [])
         found.append(_evaluation(models, device))
@@ -109,6 +111,18 @@ def peaks(found: Sequence[Stage]) -> dict[str, Any]:
             for stage in found
         ],
     }
+
+
+def memory_warnings(memory: Mapping[str, Any], device: str) -> list[str]:
+    """Where less memory is free on this machine than `peaks` found, a sentence each."""
+    needed = {"memory": (memory["host"], free_bytes("cpu"))}
+    if device.startswith("cuda"):
+        needed["the device's memory"] = memory["device"], free_bytes(device)
+    return [
+        f"the run takes about {format_bytes(takes)} of {what}, and {format_bytes(free)} are free on this machine now."
+        for what, (takes, free) in needed.items()
+        if takes > free
+    ]
 
 
 def disk_needed(
@@ -167,12 +181,18 @@ def _stage(title: str, demand: Demand, device: str) -> Stage:
     )
 
 
-def _verification(after: Outlook) -> Stage:
-    """Hashing, while a fresh process loads the result: whole in float32, or a layer at a time where that is large."""
+def _verification(after: Outlook, tier: str) -> Stage:
+    """Hashing, while a fresh process loads the result: whole in float32, or a layer at a time where that is large.
+
+    transformers reads all tensors, and casts them, before it puts together those of single experts: beside the whole
+    model lies what its tensors took before. In the tier `plugin` packed weights stay so.
+    """
     size = after.size
     elements = sum(sum(layer.experts) + layer.others for layer in size.layers) + size.embedding + size.head
-    if elements * FLOAT <= WHOLE_MODEL_BYTES:
-        loaded = elements * FLOAT + after.stored_bytes
+    read = min(elements * FLOAT, after.stored_bytes * FLOAT // size.stored)
+    held = read if tier == "plugin" else elements * FLOAT
+    if held <= WHOLE_MODEL_BYTES:
+        loaded = held + read + after.stored_bytes
     else:
         loaded = max(2 * FLOAT * max(layer.experts, default=0) + FLOAT * layer.others for layer in size.layers)
         loaded += size.tables_loading()

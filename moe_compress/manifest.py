@@ -45,8 +45,8 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
 def file_hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file of a finished folder by its name there, without the manifest that holds them.
 
-    The model card is left out too, since it is its owner's to edit, and so is the page, which is made of the other
-    files and can be made again.
+    The model card is left out too, since it is its owner's to edit (the manifest says by itself what it was), and so is
+    the page, which is made of the other files and can be made again.
     """
     names = [entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if entry.is_file()]
     known = {shard.file: shard.sha256 for shard in Ledger.load(folder).shards}

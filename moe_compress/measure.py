@@ -15,12 +15,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.index import TensorIndex
-from moe_compress.checkpoint.rewrite import dense_config, open_rewritten
+from moe_compress.checkpoint.rewrite import dense_config
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.stream import stored_targets
 from moe_compress.checkpoint.writer import write_json
-from moe_compress.compress.prune.config import PruneConfig
-from moe_compress.compress.prune.step import PruneStep
 from moe_compress.compress.quantize.sizes import active_bytes, active_shares
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import MeasurementError
@@ -31,6 +29,7 @@ from moe_compress.models.layers import PACKED, SECTION, decoder_layers, find_moe
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.progress import Stage
 from moe_compress.recipe import Recipe
+from moe_compress.steps import make_step, run_step
 
 # How a packed weight is called that is stored as it is.
 DENSE_NAME = re.compile(r"\.weight_(packed|scale|shape|zero_point|absmax|plain)$")
@@ -185,29 +184,27 @@ def cost_figures(costs: dict[str, Any]) -> dict[str, Any]:
 
 
 def random_baselines(recipe: Recipe, source: Checkpoint, work: Path, around: Surroundings) -> Iterator[dict[str, Any]]:
-    """The evaluation of random prunings at the recipe's own budgets, one per seed.
+    """The evaluation of the recipe with its choices drawn at random, at its own budgets, one per seed.
 
-    Which experts are super experts is known from the scores of the first step.
+    The first step takes the scores of the run, which say what super experts are. Experts that saw few tokens are no
+    reason to refuse what was drawn.
     """
     steps = {"steps": [step.model_dump(mode="json") for step in recipe.steps]}
     subject = evaluated(source, recipe.eval, around) | steps
+    lenient = around.calibration.model_copy(update={"min_tokens_per_expert": 0})
+    around = replace(around, calibration=lenient, original=source)
     for seed in range(recipe.eval.random_baselines):
         file = work / "eval" / f"random-{seed}.json"
         figures = known(file, subject)
         if figures is None:
-            current, scores = source, Scores.load(work / "step-0" / "scores")
-            for number, step in enumerate(recipe.steps):
-                assert isinstance(step, PruneConfig), "recipes with other steps have no random baselines"
-                title = f"random seed {seed}"
-                drawn = PruneStep(step.model_copy(update={"criterion": "random", "seed": seed}))
-                plan = drawn.plan(scores, current.config)
-                kept = [found.select(layer.keep) for found, layer in zip(scores.layers, plan.layers, strict=True)]
-                folder = work / f"random-{seed}-{number}"
-                drawn.apply(plan, current, folder, around, title, scores)
-                scores = replace(scores, layers=kept)
-                current = open_rewritten(folder, current)
-            settings = recipe.eval.model_copy(update={"speed": False})
-            found = evaluate(current, settings, around, f"random seed {seed}")
+            title, current = f"random seed {seed}", source
+            for number, settings in enumerate(recipe.steps):
+                folder, step = work / f"random-{seed}-{number}", make_step(settings)
+                if number == 0 and (work / "step-0" / "scores" / "scores.json").exists():
+                    scores = Scores.load(work / "step-0" / "scores")
+                    replace(scores, min_tokens_per_expert=0).save(folder / "scores")
+                current = run_step(step.at_random(seed) or step, current, folder, around, title)
+            found = evaluate(current, recipe.eval.model_copy(update={"speed": False}), around, title)
             figures = {"seed": seed} | model_figures(current, found)
             keep(file, subject, figures)
             for folder in work.glob(f"random-{seed}-*"):

@@ -5,6 +5,7 @@ checkpoint -> step -> checkpoint -> ... -> verify -> eval -> report -> OUT
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from transformers import PretrainedConfig
 
 from moe_compress import __version__, preview
 from moe_compress.calibrate.scores import Scores
+from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.checkpoint.memory import give_back
 from moe_compress.checkpoint.record import Record
 from moe_compress.checkpoint.rewrite import PROBE_FILE
@@ -26,16 +28,18 @@ from moe_compress.compress.scoring import read_calibration
 from moe_compress.compress.scoring import score as measure_all
 from moe_compress.compress.surroundings import Surroundings, resolved
 from moe_compress.errors import CheckpointError, MeasurementError, UsageError, VerificationError
-from moe_compress.estimate import disk_needed, stages
+from moe_compress.estimate import disk_needed, memory_warnings, peaks, stages
 from moe_compress.eval.config import EvalConfig
 from moe_compress.manifest import FORMAT, describe_source, file_hashes, hardware, identity_digest, library_versions
 from moe_compress.measure import measure, model_figures, random_baselines
 from moe_compress.preview import (
     calibration_differences,
+    foresee,
     inspect,
     look_ahead,
     plan,
     require_same_model,
+    step_warnings,
     task_warnings,
 )
 from moe_compress.progress import Progress, SilentProgress
@@ -68,7 +72,7 @@ from moe_compress.workspace import (
 
 FIRST_SCORES = "step-0/scores"  # in the work folder
 
-__all__ = ["dry_run", "evaluate_checkpoint", "inspect", "plan", "run", "score", "verify"]
+__all__ = ["dry_run", "evaluate_checkpoint", "foresee", "inspect", "plan", "run", "score", "verify"]
 
 
 def score(
@@ -79,7 +83,7 @@ def score(
     An interrupted measurement is continued, unless `force` starts it over.
     """
     around = surroundings(recipe, device, progress)
-    config, folder, _ = look(recipe, {"WORK": work})
+    config, folder, _, _ = look(recipe, {"WORK": work})
     if force or not (work / "scores.json").exists():
         around = replace(around, data=read_calibration(folder, config, recipe.calibration))
     source = open_checkpoint(recipe.model, recipe.revision)
@@ -121,7 +125,7 @@ def run(
         refuse_existing(out, force)
     around = surroundings(recipe, device, progress)
     folders = {"OUT": out, "the work folder": work} | ({"--scores": scores} if scores else {})
-    config, folder, outlooks = look(recipe, folders)
+    config, folder, outlooks, warnings = look(recipe, folders)
     if resume and out.exists():
         report = _finished(recipe, out)
         if report is not None:
@@ -129,7 +133,8 @@ def run(
             return report
     refuse_existing(out, force)
     given = _given_scores(recipe, scores)
-    for warning in task_warnings(recipe):
+    foreseen = stages(recipe, outlooks, around.device)
+    for warning in [*warnings, *memory_warnings(peaks(foreseen), around.device)]:
         around.progress.note(f"warning: {warning}")
     if recipe.eval.tasks:
         from moe_compress.eval.harness import check_tasks
@@ -149,7 +154,6 @@ def run(
         require_same_calibration(given, around, scores)
     if not work.exists():
         stored = source.index.nbytes
-        foreseen = stages(recipe, outlooks, around.device)
         require_space(work, disk_needed(recipe, outlooks, foreseen, source_bytes=stored, keep_steps=keep_steps))
         if not same_disk(work, out):
             require_space(out, source.index.nbytes)
@@ -199,7 +203,7 @@ def _run(
             _report(recipe, source, finished, records, measured, randoms, checks, manifest)
         )
         _write_report(finished.folder, report, recipe, plans, source, audit)
-        manifest |= {"files": file_hashes(finished.folder)}
+        manifest |= {"files": file_hashes(finished.folder), "card": sha256_of(finished.folder / "README.md")}
         write_json(finished.folder / verification.MANIFEST_FILE, manifest)
         write_page([finished.folder])
         try:
@@ -239,9 +243,15 @@ def dry_run(
 
 
 def sweep(recipe: Recipe, scores: Path, setting: str, values: Sequence[float], output: Path) -> list[dict[str, Any]]:
-    """The frontier of a quantize step (see `preview.sweep`), kept in the file `output`."""
+    """The frontier of a quantize step (see `preview.sweep`), kept in the file `output`, as CSV if its name says so."""
     found = preview.sweep(recipe, scores, setting, values)
-    write_json(output, found)
+    if output.suffix == ".csv":
+        with output.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(found[0]))
+            writer.writeheader()
+            writer.writerows(found)
+    else:
+        write_json(output, found)
     return found
 
 
@@ -294,15 +304,16 @@ def _places(out: Path, work: Path | None) -> tuple[Path, Path]:
     return out, (work or out.with_name(f"{out.name}.work")).absolute()
 
 
-def look(recipe: Recipe, folders: dict[str, Path]) -> tuple[PretrainedConfig, Path, list[Outlook]]:
-    """The model's configuration, the folder of its tokenizer, and what each step leads to.
+def look(recipe: Recipe, folders: dict[str, Path]) -> tuple[PretrainedConfig, Path, list[Outlook], list[str]]:
+    """The model's configuration, the folder of its tokenizer, what each step leads to, and warnings.
 
     Raises all refusals that need no weights.
     """
     refuse_overlap(folders | _folder_of("the model", recipe.model))
     config, index = open_config(recipe.model, recipe.revision)
-    _, outlooks = look_ahead(recipe, config, index)
-    return config, small_files(recipe.model, recipe.revision)[0], outlooks
+    planned, outlooks = look_ahead(recipe, config, index)
+    folder, _ = small_files(recipe.model, recipe.revision)
+    return config, folder, outlooks, [*task_warnings(recipe), *step_warnings(planned)]
 
 
 def _folder_of(name: str, model: str) -> dict[str, Path]:

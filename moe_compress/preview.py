@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,18 @@ from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.rewrite import dense_config
 from moe_compress.checkpoint.source import Checkpoint, open_config, small_files
 from moe_compress.compress.operation import Outlook
+from moe_compress.compress.quantize.config import BUDGETS
 from moe_compress.compress.quantize.step import QuantizeStep
 from moe_compress.compress.surroundings import resolved
 from moe_compress.errors import RecipeError, UsageError
-from moe_compress.estimate import disk_needed, look_at_machine, peaks, seconds, stages
+from moe_compress.estimate import disk_needed, look_at_machine, memory_warnings, peaks, seconds, stages
 from moe_compress.eval.cost import cost, stored_by_part
 from moe_compress.health import NEEDED, routing_health
 from moe_compress.manifest import describe_source
 from moe_compress.measure import cost_figures
-from moe_compress.models.layers import find_moe_layers
+from moe_compress.models.layers import PACKED, SECTION, find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
-from moe_compress.recipe import Recipe, check_tier
+from moe_compress.recipe import REFERENCE, Recipe, check_tier, load_recipe
 from moe_compress.steps import make_step
 
 
@@ -35,6 +36,7 @@ def inspect(model: str, *, revision: str | None = None, scores: Path | None = No
     if revision is not None and (model == "reference" or Path(model).expanduser().is_dir()):
         raise UsageError(f"`--revision` has no effect: {model} is no Hub id; leave it out.")
     config, index = open_config(model, revision, quantized=True)
+    tiers = [_what_loads_it(config)]
     config = dense_config(config)
     layers = find_moe_layers(build_skeleton(config))
     figures = cost(config, stored_bytes=index.nbytes if index is not None else None)
@@ -69,10 +71,21 @@ def inspect(model: str, *, revision: str | None = None, scores: Path | None = No
         "context": figures.context,
         "kv_bytes_per_token": figures.kv_bytes_per_token,
         "notes": list(figures.notes),
-        "tiers": [
-            "stock: plain transformers loads it; pruning to one expert count for all layers keeps it so.",
-        ],
+        "tiers": tiers,
     } | routing
+
+
+def _what_loads_it(config: Any) -> str:
+    """The tier that a checkpoint is of, and what it takes to load it."""
+    if (section := getattr(config, SECTION, None)) is not None:
+        packed = ", its experts packed" if PACKED in section else ""
+        return f"plugin: it needs this package to load{packed}: `import moe_compress`, or trust_remote_code=True."
+    found = (getattr(part, "quantization_config", None) for part in (config, config.get_text_config()))
+    quantization = next((one for one in found if one is not None), None)
+    if quantization is None:
+        return "stock: plain transformers loads it; pruning to one expert count for all layers keeps it so."
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    return f"stock: plain transformers loads it with what it needs for `{method}`; it is no source to compress."
 
 
 def plan(
@@ -101,6 +114,7 @@ def plan(
         ]
     warnings += tier_warnings(recipe)
     planned, outlooks = look_ahead(recipe, config, index, scores=measured)
+    warnings += step_warnings(planned)
     after = outlooks[-1]
     predicted = cost(after.config).to_dict()
     predicted |= {"stored_bytes": after.stored_bytes, "active_bytes_per_token": after.active_bytes}
@@ -108,6 +122,7 @@ def plan(
     device = resolved(device)
     found = stages(recipe, outlooks, device)
     taken = {"memory": peaks(found)}
+    warnings += memory_warnings(taken["memory"], device)
     if clocked_at is not None:
         batch = recipe.calibration.batch_size * recipe.calibration.sequence_length
         taken["time"] = seconds(found, look_at_machine(clocked_at, outlooks[0].size, batch, device))
@@ -135,7 +150,8 @@ def look_ahead(
     else:
         scale = figures.stored_bytes / figures.total_params
         parts = {part: round(count * scale) for part, count in figures.params.items() if count}
-    outlooks = [Outlook(config, figures.stored_bytes, figures.active_bytes_per_token, scores, parts)]
+    original = _checkpoint(recipe.model, recipe.revision, config, index) if index is not None else None
+    outlooks = [Outlook(config, figures.stored_bytes, figures.active_bytes_per_token, scores, parts, original)]
     planned = []
     for step in recipe.steps:
         entry, after = make_step(step).preview(outlooks[-1], recipe.export.tier)
@@ -147,30 +163,50 @@ def look_ahead(
 def sweep(recipe: Recipe, scores: Path, setting: str, values: Sequence[float]) -> list[dict[str, Any]]:
     """The frontier of the recipe's quantize step: its best allocation for each value of the budget `setting`.
 
-    Only the scores decide, nothing is read of the weights. Each entry has the budget, the bits and bytes it leads to,
-    and the predicted loss with the bound that proves it. Raises `UsageError` when the recipe's first step is no
-    quantize step, or a budget cannot be met.
+    Whatever the recipe says of bits and budgets gives way to it. Only the scores decide, nothing is read of the
+    weights. Each entry has the budget, the bits and bytes it leads to, and the predicted loss with the bound that
+    proves it, or why it cannot be met. Raises `UsageError` when the recipe's first step is no quantize step.
     """
-    step = make_step(recipe.steps[0]) if recipe.steps else None
-    if not isinstance(step, QuantizeStep):
+    if not recipe.steps or recipe.steps[0].op != "quantize":
         raise UsageError("--sweep needs a recipe whose first step is `quantize`.")
+    if setting not in BUDGETS:
+        raise UsageError(f"--sweep needs one of the budgets of `quantize`: {', '.join(BUDGETS)}.")
     config, index = open_config(recipe.model, recipe.revision)
     figures = cost(config, stored_bytes=index.nbytes if index is not None else None)
     measured = Scores.load(scores)
     require_same_model(measured, *_revision_of(recipe.model, recipe.revision, config, index), scores)
     before = Outlook(config, figures.stored_bytes, figures.active_bytes_per_token, measured)
-    return step.sweep(before, recipe.export.tier, setting, values)
+    found = []
+    for value in values:
+        step = make_step(_with_budget(recipe, setting, value).steps[0])
+        assert isinstance(step, QuantizeStep)
+        found.append({setting: value} | step.point(before, recipe.export.tier))
+    return found
+
+
+def _with_budget(recipe: Recipe, setting: str, value: float) -> Recipe:
+    """The recipe with this budget and no other in its first step."""
+    given = recipe.model_dump(exclude_unset=True)
+    first, *rest = given["steps"]
+    kept = {key: value for key, value in first.items() if key not in ("bits", *BUDGETS)}
+    budget = value if setting == "average_bits" else int(value)
+    return load_recipe(given | {"steps": [kept | {setting: budget}, *rest]})
 
 
 def _revision_of(
     model: str, revision: str | None, config: Any, index: TensorIndex | None
 ) -> tuple[str | None, str | None]:
     """What `require_same_model` compares: the commit of a Hub id, and the fingerprint of weights that are there."""
-    folder, commit = small_files(model, revision)
     if index is None:
-        return commit, None
-    fingerprint: str = describe_source(Checkpoint(folder, config, model, commit, index))["fingerprint"]
-    return commit, fingerprint
+        return small_files(model, revision)[1], None
+    checkpoint = _checkpoint(model, revision, config, index)
+    fingerprint: str = describe_source(checkpoint)["fingerprint"]
+    return checkpoint.revision, fingerprint
+
+
+def _checkpoint(model: str, revision: str | None, config: Any, index: TensorIndex) -> Checkpoint:
+    folder, commit = small_files(model, revision)
+    return Checkpoint(folder, config, model, commit, index)
 
 
 def require_same_model(scores: Scores, commit: str | None, fingerprint: str | None, folder: Path) -> None:
@@ -206,6 +242,20 @@ def calibration_differences(scores: Scores, calibration: CalibrationConfig) -> l
         for key in two
         if one.get(key) != two[key]
     ]
+
+
+def foresee(recipe: Recipe) -> list[str]:
+    """Warnings about what the recipe would do to its model, if that lies on this disk; raises what `run` refuses."""
+    if recipe.model != REFERENCE and not Path(recipe.model).expanduser().is_dir():
+        return []
+    config, index = open_config(recipe.model, recipe.revision)
+    planned, _ = look_ahead(recipe, config, index)
+    return [*task_warnings(recipe), *step_warnings(planned)]
+
+
+def step_warnings(planned: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the steps have to say of their settings."""
+    return [f"steps.{index}.{said}" for index, entry in enumerate(planned) for said in entry.get("warnings", ())]
 
 
 def tier_warnings(recipe: Recipe) -> list[str]:

@@ -53,11 +53,15 @@ class OperationSettings(Protocol):
         """Whether routers choose among more experts than are stored afterwards; then only `distill` and
         `quantize` may follow."""
 
+    def chance(self, step: Mapping[str, Any]) -> str | None:
+        """What the step would be with its choice drawn at random (`Step.at_random`), such as `pruning`; None where
+        nothing is drawn."""
+
     def needs_tokens(self, step: Mapping[str, Any]) -> bool:
         """Whether calibration tokens pass through the model."""
 
     def idle(self, step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Every setting that is given and would change nothing, with the reason."""
+        """Every setting (`name`, or `name.inner`) that is given and would change nothing, with the reason."""
 
     def beyond_stock(self, step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """Settings whose result plain transformers cannot load, or loads wrong without a word, with the reason."""
@@ -79,6 +83,12 @@ OPERATIONS: dict[str, OperationSettings] = {
     "topk": topk,
     "zero_experts": zero_experts,
 }
+
+
+def random_word(steps: Sequence[Mapping[str, Any]]) -> str | None:
+    """What these steps are with their choices drawn at random, such as `pruning`; None where nothing is drawn."""
+    found = dict.fromkeys(operation.chance(step) for step in steps if (operation := _operation(step)) is not None)
+    return " and ".join(word for word in found if word is not None) or None
 
 
 class ExportConfig(BaseModel):
@@ -143,7 +153,7 @@ def load_recipe(
     for path, why in _idle(document.values):
         document.problem(path, f"has no effect: {why}")
     if runnable:
-        for path, why in _beyond_tier(document.values):
+        for path, why in [*_beyond_tier(document.values), *_impossible(document.values)]:
             document.problem(path, why)
         for path, why in _uncalibrated(document.values):
             document.problem(path, f"has no effect: {why}")
@@ -157,7 +167,7 @@ def load_eval_config(settings: Mapping[str, Any], overrides: Sequence[str] = ())
     """An `EvalConfig` of `settings` with `key=value` overrides on top; `RecipeError` with every mistake."""
     document = Document(plain(settings))
     document.override(overrides)
-    for path, why in _idle_evaluation(document.values, prunes=False):
+    for path, why in _idle_evaluation(document.values, can_draw=False):
         document.problem(path[1:], f"has no effect: {why}")
     config = document.validate(EvalConfig)
     document.check()
@@ -166,9 +176,9 @@ def load_eval_config(settings: Mapping[str, Any], overrides: Sequence[str] = ())
 
 
 def check_tier(recipe: Recipe) -> None:
-    """Raise `RecipeError` when a step makes what the recipe's export tier may not hold (nothing is read for it)."""
+    """Raise `RecipeError` when a step makes what the recipe's export tier may not hold, or cannot be run at all."""
     document = Document(recipe.model_dump())
-    for path, why in _beyond_tier(document.values):
+    for path, why in [*_beyond_tier(document.values), *_impossible(document.values)]:
         document.problem(path, why)
     document.check()
 
@@ -250,17 +260,14 @@ def _idle(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
     operations = [_operation(step) for step in _steps(values)]
     for index, (step, operation) in enumerate(zip(_steps(values), operations, strict=True)):
         for key, why in operation.idle(step) if operation is not None else ():
-            yield ("steps", index, key), why
+            yield ("steps", index, *key.split(".")), why
     if operations and operations[0] is distill and not _steps(values)[0].get("teacher_model"):
         why = (
             "no step before it has changed the model, so it would learn from itself; put it after one, or name another "
         )
         yield ("steps", 0, "op"), why + "`teacher_model`"
     if isinstance(evaluation, dict):
-        others = [
-            step["op"] for step, found in zip(_steps(values), operations, strict=True) if found not in (None, prune)
-        ]
-        yield from _idle_evaluation(evaluation, prune in operations, others)
+        yield from _idle_evaluation(evaluation, None in operations or random_word(_steps(values)) is not None)
 
 
 def _idle_calibration(calibration: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
@@ -274,9 +281,7 @@ def _idle_calibration(calibration: Mapping[str, Any]) -> Iterator[tuple[Location
         yield ("calibration", "dataset", 0, "weight"), "there is one data set only"
 
 
-def _idle_evaluation(
-    evaluation: Mapping[str, Any], prunes: bool, others: Sequence[str] = ()
-) -> Iterator[tuple[Location, str]]:
+def _idle_evaluation(evaluation: Mapping[str, Any], can_draw: bool) -> Iterator[tuple[Location, str]]:
     draws = evaluation.get("random_baselines")
     draws_some = isinstance(draws, int) and draws > 0
     misspelt = set(evaluation) - set(EvalConfig.model_fields)  # perhaps `tasks` itself
@@ -286,17 +291,22 @@ def _idle_evaluation(
                 yield ("eval", key), "`eval.tasks` is empty"
         if draws_some:
             yield ("eval", "random_baselines"), "`eval.tasks` is empty"
-    if draws_some and others:
-        why = f"random prunings are no match for what `{others[0]}` makes; prune alone to compare"
-        yield ("eval", "random_baselines"), why
-    elif draws_some and not prunes:
-        yield ("eval", "random_baselines"), "there is no prune step to compare with random ones"
+    if draws_some and not can_draw:
+        yield ("eval", "random_baselines"), "no step chooses what could be drawn at random, such as experts to drop"
 
 
 def _uncalibrated(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
     """The calibration of a run that measures nothing; `score` needs no steps."""
     if "calibration" in values and not values.get("steps") and not set(values) - set(Recipe.model_fields):
         yield ("calibration",), "there are no steps, so no expert is measured"
+
+
+def _impossible(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
+    """Every step that no model could be run through, with the reason."""
+    for index, step in enumerate(_steps(values)):
+        if _operation(step) is quantize:
+            for key, why in quantize.impossible(step):
+                yield ("steps", index, *([key] if key else [])), why
 
 
 def _beyond_tier(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:

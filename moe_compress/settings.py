@@ -6,9 +6,11 @@ It knows pydantic models, but no recipe: which settings there are and how they d
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -275,6 +277,24 @@ def format_size(size: int) -> str:
     """The shortest exact form that `parse_size` reads back: `4GB`, `1500MB`, `12345B`."""
     unit = next(unit for unit in ("TB", "GB", "MB", "KB", "B") if size % _UNITS[unit] == 0)
     return f"{size // _UNITS[unit]}{unit}"
+
+
+def shown_size(size: float, *, up: bool = False) -> str:
+    """`12.34MB`: four digits, rounded down, or with `up` so that asking for it is enough; `parse_size` reads it."""
+    unit = next(unit for unit in ("TB", "GB", "MB", "KB", "B") if size >= _UNITS[unit] or unit == "B")
+    value = Decimal(size * (1 - 1e-12) if up and isinstance(size, float) else size) / _UNITS[unit]
+    step = Decimal(1).scaleb(value.adjusted() - 3) if unit != "B" and value else Decimal(1)
+    return f"{value.quantize(step, ROUND_CEILING if up else ROUND_FLOOR).normalize():f}{unit}"
+
+
+def shown_budget(name: str, value: float, *, up: bool = False) -> str:
+    """A budget as a person writes it: bits in four digits, all else in bytes; with `up` never less than it is."""
+    if name != "average_bits":
+        return shown_size(value, up=up)
+    if not up or value == 0:
+        return f"{value:.6g}"
+    step = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return f"{math.ceil(value / step - 1e-6) * step:.4g}"
 
 
 Size = Annotated[

@@ -79,7 +79,7 @@ def audit(
     """
     _check(settings)
     around = surroundings(recipe, device, progress)
-    config, folder, _ = look(recipe, {"WORK": work} | ({"--scores": scores} if scores else {}))
+    config, folder, _, _ = look(recipe, {"WORK": work} | ({"--scores": scores} if scores else {}))
     known = scoring.read_calibration(folder, config, recipe.calibration)
     around = replace(around, data=known)
     held_out = _held_out(folder, config, recipe.calibration, settings)

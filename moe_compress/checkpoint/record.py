@@ -6,17 +6,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from moe_compress.settings import shown_size
+
+SIZE = "size"  # of `Target.shown`: bytes in human units
+
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that a step was asked for; with `at_most` it may be smaller. `tolerance` is in the figure's own unit."""
+    """A figure that a step was asked for; with `at_most` it may be smaller. `tolerance` is in the figure's own unit.
+
+    With `on_disk` it is the bytes of the checkpoint's tensors, counted again whenever the checkpoint is verified.
+    """
 
     what: str
     asked: float
     achieved: float
     tolerance: float
     at_most: bool = False
-    shown: str = ",.6g"  # format of the figures
+    shown: str = ",.6g"  # format of the figures; or `SIZE`
+    on_disk: bool = False
 
     @property
     def is_met(self) -> bool:
@@ -26,6 +34,8 @@ class Target:
 
     def __str__(self) -> str:
         most = "at most " if self.at_most else ""
+        if self.shown == SIZE:
+            return f"{self.what} {shown_size(self.achieved, up=True)} (asked: {most}{shown_size(self.asked)})"
         return f"{self.what} {self.achieved:{self.shown}} (asked: {most}{self.asked:{self.shown}})"
 
 

@@ -25,7 +25,7 @@ from moe_compress.compress.allocate_problem import (
     total,
 )
 from moe_compress.compress.allocate_program import OutOfTimeError, available_solver, minimise
-from moe_compress.errors import UsageError
+from moe_compress.errors import NoAllocationError
 
 __all__ = [
     "DROP",
@@ -57,8 +57,9 @@ def solve(
 
     `gap` is the relative distance from the optimum at which the search may stop; `time_limit` is in seconds, for the
     integer search (the linear relaxation comes before it). When time runs out first, the best allocation so far is
-    returned with the gap that is proven. Raises `UsageError` for wrong names or numbers, for budgets or rules that
-    nothing can keep to (by how much, and which rule or pin is to blame), and when time ran out with nothing found.
+    returned with the gap that is proven. Raises `UsageError` for wrong names or numbers, `NoAllocationError` for
+    budgets or rules that nothing can keep to (by how much, and which rule or pin is to blame), and when time ran out
+    with nothing found.
     """
     check(items, budget, rules)
     return _solve(Model(items, rules), budget, time_limit, gap)
@@ -92,11 +93,11 @@ def _solve(model: Model, budget: Budget, time_limit: float, gap: float) -> Alloc
         try:
             solution = minimise(program, gap, time_limit, solver)
         except OutOfTimeError:
-            raise UsageError(
-                f"no allocation was found within {time_limit:g} s; raise time_limit or loosen the budget."
+            raise NoAllocationError(
+                f"no allocation was found within {time_limit:g} s; loosen the budget, or offer fewer options."
             ) from None
         if solution is None:
-            raise UsageError(explain(model.items, budget, model.rules))
+            raise NoAllocationError(explain(model.items, budget, model.rules))
         if relaxation is None:
             # The later rounds only ask for less, so what bounds the first one bounds the problem.
             relaxation = solution.relaxation

@@ -17,7 +17,7 @@ from moe_compress.compress.allocate_blame import explain
 from moe_compress.compress.allocate_model import Model, allowed_options, common_options, groups, scheme_of
 from moe_compress.compress.allocate_problem import DROP, Allocation, Budget, Item, Option, Rules, ceiling, check, total
 from moe_compress.compress.allocate_program import OutOfTimeError, minimise
-from moe_compress.errors import UsageError
+from moe_compress.errors import NoAllocationError
 
 NO_RULES = Rules()
 SECONDS_TO_START = 60.0
@@ -146,12 +146,12 @@ def _start(items: Sequence[Item], budget: Budget, rules: Rules, order: Sequence[
         try:
             solution = minimise(program, START_GAP, SECONDS_TO_START)
         except OutOfTimeError:
-            raise UsageError(
+            raise NoAllocationError(
                 f"no allocation to begin with was found in {SECONDS_TO_START} s; loosen the budget."
             ) from None
         if solution is not None:
             return model.chosen(solution.values)
-    raise UsageError(explain(items, budget, rules))
+    raise NoAllocationError(explain(items, budget, rules))
 
 
 def _keeping(items: Sequence[Item], rules: Rules) -> Rules:

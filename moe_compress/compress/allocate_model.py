@@ -188,10 +188,10 @@ def groups(items: Sequence[Item]) -> list[list[int]]:
 
 
 def scheme_of(item: Item, rules: Rules) -> tuple[bool, int | None]:
-    """Whether an item shares its option with others, and with which layer (None: with all)."""
-    if rules.same_option:
-        return True, None
-    return rules.same_option_per_layer and item.layer is not None, item.layer
+    """Whether an item shares its option with others, and with which layer (None: with those of all layers)."""
+    if item.layer is None:
+        return False, None
+    return rules.same_option or rules.same_option_per_layer, None if rules.same_option else item.layer
 
 
 def _is_mean(metric: str) -> bool:

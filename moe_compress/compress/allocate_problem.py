@@ -63,11 +63,12 @@ class Rules:
     """What an allocation must keep to, besides its budget."""
 
     pins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # item name -> options it may take
+    pinned_by: str = ""  # the setting that pins are made by, for the reader
     minimum_counts: Mapping[str, int] = field(default_factory=dict)  # option -> items of every layer that offers it
     max_drops_per_layer: Mapping[int, int] = field(default_factory=dict)  # layer -> experts it may lose
     equal_drops: bool = False  # every layer with experts loses the same number of them
-    same_option: bool = False  # all items that are not dropped take one option
-    same_option_per_layer: bool = False  # the same within each layer; items without a layer are free
+    same_option: bool = False  # all items that are not dropped take one option; items without a layer are free
+    same_option_per_layer: bool = False  # the same within each layer
 
 
 @dataclass(frozen=True)

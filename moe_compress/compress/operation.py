@@ -32,6 +32,7 @@ class Outlook:
 
     `config` is that of a dense model; `stored_bytes` are of the weights, `active_bytes` those read per token; `scores`
     were measured on this very checkpoint. `parts` are the stored bytes by part of the model, empty where unknown.
+    `original` is the checkpoint that the recipe begins with, where its weights are at hand.
     """
 
     config: Any
@@ -39,6 +40,7 @@ class Outlook:
     active_bytes: int
     scores: Scores | None = None
     parts: Mapping[str, int] = field(default_factory=dict)
+    original: Checkpoint | None = None
 
     @cached_property
     def size(self) -> ModelSize:
@@ -53,7 +55,8 @@ class Outlook:
             part: round(stored * after.params[part] / before.params[part]) if before.params.get(part) else stored
             for part, stored in self.parts.items()
         }
-        return Outlook(config, round(after.stored_bytes * scale), after.active_bytes_per_token, None, parts)
+        stored, active = round(after.stored_bytes * scale), after.active_bytes_per_token
+        return Outlook(config, stored, active, None, parts, self.original)
 
     def of_size(
         self, *, stored_bytes: int, active_bytes: int | None = None, saved: Mapping[str, int] | None = None
@@ -85,12 +88,17 @@ class Step(ABC, Generic[Settings]):
         """Whether what happens to an expert is decided by scores."""
         return True
 
+    def at_random(self, seed: int) -> Step[Settings] | None:
+        """The same step with its choice drawn at random, to compare with; None where it has none."""
+        return None
+
     @abstractmethod
     def preview(self, before: Outlook, tier: str) -> tuple[dict[str, Any], Outlook]:
         """What the step would do, and what it leads to; no weights are read.
 
         The first has at least `op` and `summary`, sentences for the reader; `layers` where it is known what happens to
-        each expert. Raises `UsageError` or `UnsupportedModelError` when the step cannot be.
+        each expert; `warnings` where settings change nothing. Raises `UsageError` or `UnsupportedModelError` when the
+        step cannot be.
         """
 
     def check_inputs(self, folder: Path, config: Any) -> None:

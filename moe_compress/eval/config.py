@@ -35,6 +35,9 @@ class EvalConfig(BaseModel):
     seed: int = Field(default=0, ge=0, description="Seed of few-shot sampling and of sampled generation.")
     baseline: bool = Field(default=True, description="Evaluate the original model too.")
     random_baselines: int = Field(
-        default=0, ge=0, description="Prunings with random experts to evaluate beside the chosen criterion."
+        default=0,
+        ge=0,
+        description="How often to draw the recipe's choices (experts to drop, bits of a budget) at random, and to "
+        "evaluate that beside it.",
     )
     speed: bool = Field(default=True, description="Measure prefill and decode speed and peak memory.")

@@ -128,12 +128,12 @@ class Hub:
             )
         return str(made.oid)
 
-    def contents(self, repo_id: str, commit: str) -> dict[str, tuple[int, str | None]]:
-        """Size of every file of a commit, and the sha256 of the large ones."""
+    def contents(self, repo_id: str, commit: str) -> dict[str, str]:
+        """What the Hub knows every file of a commit by: the sha256 of a large one, the git id of any other."""
         with self._sentences(repo_id):
             tree = self._api.list_repo_tree(repo_id, recursive=True, revision=commit)
             return {
-                entry.path: (entry.size, entry.lfs.sha256 if entry.lfs else None)
+                entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
                 for entry in tree
                 if isinstance(entry, RepoFile)
             }

@@ -40,7 +40,15 @@ class Push:
     remote: Remote | None  # None: there is no such repository yet, or the Hub was not asked
     removed: list[str]  # files of an earlier checkpoint
     asked: bool  # whether the Hub was asked
-    note: str | None = None
+    unasked: str | None = None  # why it was not
+
+    @property
+    def note(self) -> str | None:
+        """What else is to be known."""
+        edited = (
+            f"{CARD_FILE} was edited since the run wrote it: nothing checks its figures." * self.bundle.card_was_edited
+        )
+        return " ".join(filter(None, (self.unasked, edited))) or None
 
     @property
     def private(self) -> bool:
@@ -90,13 +98,13 @@ def prepare(
     named = None if branch == MAIN else branch
     planned = Push(bundle.for_repository(repo_id, named), repo_id, branch, private, None, [], asked=False)
     if dry_run and not hub.has_token:
-        return replace(planned, note="there is no token here, so the Hub was not asked; log in before you push.")
+        return replace(planned, unasked="there is no token here, so the Hub was not asked; log in before you push.")
     try:
         full = hub.full_name(repo_id)
         remote = hub.look(full, branch)
     except UnreachableError as error:
         if dry_run:
-            return replace(planned, note=f"the Hub was not asked: {error}")
+            return replace(planned, unasked=f"the Hub was not asked: {error}")
         raise
     bundle = bundle.for_repository(full, named)
     if remote is not None and private and not remote.private:
@@ -160,11 +168,8 @@ def push(
 
 def _addition(bundle: Bundle, name: str) -> CommitOperationAdd:
     """A file to upload; a hash that was just computed is not computed again."""
-    if name == CARD_FILE and bundle.card is not None:
-        return CommitOperationAdd(name, bundle.card.encode())
-    addition = CommitOperationAdd(name, bundle.folder / name)
-    if name in bundle.hashes:
-        addition.upload_info.sha256 = bytes.fromhex(bundle.hashes[name])
+    addition = CommitOperationAdd(name, bundle.content(name))
+    addition.upload_info.sha256 = bytes.fromhex(bundle.hashes[name])
     return addition
 
 
@@ -198,13 +203,9 @@ def _is_weight(name: str) -> bool:
     return "/" not in name and name.endswith(MIXED_UP)
 
 
-def _require_arrived(bundle: Bundle, found: Mapping[str, tuple[int, str | None]], repo_id: str) -> None:
-    """The commit holds every file, in full; a rule of the repository may have kept one out."""
-    wrong = []
-    for name, size in bundle.sizes.items():
-        there, sha256 = found.get(name, (None, None))
-        if there != size or (sha256 is not None and sha256 != bundle.hashes.get(name, sha256)):
-            wrong.append(name)
+def _require_arrived(bundle: Bundle, found: Mapping[str, str], repo_id: str) -> None:
+    """The commit holds every file as it was sent; a rule of the repository may have kept one out."""
+    wrong = [name for name in bundle.sizes if not bundle.is_known_by(name, found.get(name, ""))]
     if wrong:
         raise PublishError(
             f"{repo_id} does not hold {listed(wrong, MAX_LISTED)} as it was sent; if it has a .gitignore, remove that, "

@@ -19,7 +19,10 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from moe_compress.recipe import random_word
+
 FORMAT = 1
+SETTINGS = frozenset({"not_measured", "context", "speed_settings"})  # no figures, but what those hold for
 MEASURED = frozenset({"stored_bytes", "peak_rss_bytes", "peak_gpu_bytes", "speed", "tasks"})
 # The metric that stands for a task, the first that it has; lm-eval appends a filter after a comma.
 HEADLINE_METRICS = ("exact_match", "pass@1", "acc", "acc_norm", "f1", "bits_per_byte", "byte_perplexity")
@@ -34,7 +37,7 @@ def build_report(
 ) -> dict[str, Any]:
     """The content of `report.json`, free of NaN and infinity (they become null).
 
-    `random` are the M of random prunings, each with its `seed`. `provenance` says of every key of M whether it is
+    `random` are the M of random baselines, each with its `seed`. `provenance` says of every key of M whether it is
     "measured" (`MEASURED`) or "derived" (all else). `ratio` is compressed / baseline. `recovery` is, per task and for
     its headline metric, compressed / baseline where higher is better and baseline / compressed where lower is; null
     where the divisor is 0 or the direction unknown. Its standard error follows from the two by first-order
@@ -78,6 +81,12 @@ def headline_metric(metrics: Mapping[str, Any]) -> str:
     return next(iter(metrics))
 
 
+def random_name(report: Mapping[str, Any], count: int = 1) -> str:
+    """What the random baselines of these steps are called: `random pruning`, `random bit allocations`."""
+    word = random_word(report["settings"].get("steps") or ()) or "choice"
+    return f"random {word}{'s' if count != 1 else ''}"
+
+
 def recovery(baseline: Mapping[str, Any], compressed: Mapping[str, Any]) -> dict[str, float | None]:
     """How much of one metric is left, 1 being all of it: {"value", "stderr"}, null where that is undefined."""
     higher_is_better = compressed.get("higher_is_better", baseline.get("higher_is_better"))
@@ -111,11 +120,11 @@ def _ratios(baseline: Mapping[str, Any], compressed: Mapping[str, Any]) -> dict[
     ratios: dict[str, Any] = {}
     for key, value in compressed.items():
         other = baseline.get(key)
-        if key == "context":
+        if key in SETTINGS:
             continue
         if _is_number(value) and _is_number(other):
             ratios[key] = value / other if other else None
-        elif key not in ("tasks", "speed_settings") and isinstance(value, dict) and isinstance(other, dict):
+        elif key != "tasks" and isinstance(value, dict) and isinstance(other, dict):
             inner = _ratios(other, value)
             if inner:
                 ratios[key] = inner
@@ -123,7 +132,7 @@ def _ratios(baseline: Mapping[str, Any], compressed: Mapping[str, Any]) -> dict[
 
 
 def _random_summary(compressed: Mapping[str, Any], draws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Per task and metric: the random prunings' mean, spread (standard deviation over seeds) and best, and who wins."""
+    """Per task and metric: the random baselines' mean, spread (standard deviation over seeds), best, and who wins."""
     summary: dict[str, Any] = {}
     for task, metrics in compressed.get("tasks", {}).items():
         for metric, chosen in metrics.items():
@@ -150,9 +159,7 @@ def _provenance(report: Mapping[str, Any]) -> dict[str, str]:
     kinds: dict[str, str] = {}
     for figures in (report["baseline"], report["compressed"]):
         for key, value in figures.items():
-            if key in ("not_measured", "context"):
-                continue
-            if _is_number(value) or (isinstance(value, dict) and value):
+            if key not in SETTINGS and (_is_number(value) or (isinstance(value, dict) and value)):
                 kinds[key] = "measured" if key in MEASURED else "derived"
     computed = ("ratio", "recovery", "recovery_by_metric", "random_summary")
     return (

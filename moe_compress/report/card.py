@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from moe_compress import __version__
 from moe_compress.recipe import OPERATIONS
 from moe_compress.report.citations import papers
-from moe_compress.report.markdown import check_table, comparison_table, headline, limits, random_lines
+from moe_compress.report.markdown import check_table, comparison_table, headline, limits, random_section
 from moe_compress.report.scores import is_hub_id, model_index
 
 LOCATION = "path/to/this/folder"
@@ -58,7 +58,7 @@ def model_card(
         ("How to load", _loading_lines(tier, _relation(steps) == "quantized")),
         ("What was done", _step_lines(steps)),
         ("Calibration", _calibration_lines(report)),
-        ("Against random pruning", random_lines(report)),
+        random_section(report),
         ("Verification", check_table(report)),
         ("Commands", _command_lines(recipe, name, revision)),
         ("Limits", [f"* {limit}" for limit in limits(report)]),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from moe_compress.report.build import recovery
+from moe_compress.report.build import random_name, recovery
 
 Report = Mapping[str, Any]
 
@@ -49,7 +49,7 @@ def mean_recovery(report: Report, tasks: Sequence[str]) -> tuple[float, float | 
 
 
 def random_recoveries(report: Report, task: str) -> list[float]:
-    """Recovery of each random pruning on a task, by its headline metric, as far as it is known."""
+    """Recovery of each random baseline on a task, by its headline metric, as far as it is known."""
     name = report["recovery_metric"][task]
     baseline = report["baseline"]["tasks"][task][name]
     drawn = [draw.get("tasks", {}).get(task, {}).get(name) for draw in report["random"]]
@@ -76,7 +76,7 @@ def points(reports: Sequence[Report], names: Sequence[str], *, relative: bool = 
         for number, draw in enumerate(report["random"]):
             if all(len(values) == len(report["random"]) for values in by_task):
                 size = draw.get("stored_bytes", after) / unit
-                label = f"random pruning, seed {draw.get('seed', number)}"
+                label = f"{random_name(report)}, seed {draw.get('seed', number)}"
                 randoms.append(Point("random", owner, label, size, fmean(values[number] for values in by_task)))
     return [*found, *originals.values(), *randoms]
 

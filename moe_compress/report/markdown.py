@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from moe_compress.recipe import random_word
+from moe_compress.report.build import random_name
 from moe_compress.report.tables import (
     format_bytes,
     format_count,
@@ -32,7 +34,7 @@ def report_markdown(report: Mapping[str, Any], recipe_yaml: str, plans: Sequence
     settings = report["settings"]
     sections: list[tuple[str, Iterable[str]]] = [
         ("Result", comparison_table(report)),
-        ("Against random pruning", random_lines(report)),
+        random_section(report),
         ("Steps", [line for index, plan in enumerate(plans) for line in _plan_lines(index, plan)]),
         ("Calibration", _calibration_lines(settings.get("calibration"))),
         ("Verification", check_table(report)),
@@ -89,11 +91,19 @@ def comparison_table(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def random_section(report: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Title and lines of what was chosen beside the same drawn at random."""
+    drawable = random_word(report["settings"].get("steps") or ())
+    return f"Against {random_name(report) if drawable else 'chance'}", random_lines(report)
+
+
 def random_lines(report: Mapping[str, Any]) -> list[str]:
-    """The chosen criterion beside random prunings of the same size, and a plain sentence for every task metric."""
+    """What was chosen beside random choices of the same size, and a plain sentence for every task metric."""
     summary = report["random_summary"]
+    if not summary and random_word(report["settings"].get("steps") or ()) is None:
+        return ["These steps have no random counterpart to compare them with."]
     if not summary:
-        return ["No random pruning was evaluated, so nothing here shows that the criterion is better than chance."]
+        return [f"No {random_name(report)} was evaluated, so nothing here shows that the choice is better than chance."]
     criterion = _inline(report["settings"].get("criterion", "the criterion"))
     rows, sentences = [], []
     for task, metrics in summary.items():
@@ -102,7 +112,8 @@ def random_lines(report: Mapping[str, Any]) -> list[str]:
             label = metric_label(task, name, chosen.get("higher_is_better"))
             drawn = ["-" if draws[key] is None else format_score(draws[key]) for key in ("mean", "spread", "best")]
             rows.append((label, format_metric(chosen), *drawn, str(draws["count"])))
-            sentences.append(f"* {task}, {name}: {_verdict(criterion, chosen, draws)}")
+            others = random_name(report, draws["count"])
+            sentences.append(f"* {task}, {name}: {_verdict(criterion, chosen, draws, others)}")
     header = ("", criterion, "random: mean", "spread over seeds", "best seed", "seeds")
     seeds = ", ".join(str(draw["seed"]) for draw in report["random"] if "seed" in draw)
     used = f"Spread is the standard deviation over seeds{f' ({seeds})' if seeds else ''}."
@@ -160,11 +171,11 @@ def limits(report: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _verdict(criterion: str, chosen: Mapping[str, Any], draws: Mapping[str, Any]) -> str:
+def _verdict(criterion: str, chosen: Mapping[str, Any], draws: Mapping[str, Any], others: str) -> str:
     if draws["beats_mean"] is None:
         return "cannot be judged (no value, or it is not known which direction is better)."
     does = "beats" if draws["beats_mean"] else "does not beat"
-    sentence = f"{criterion} {does} the mean of {draws['count']} random pruning{'s' if draws['count'] > 1 else ''}"
+    sentence = f"{criterion} {does} the mean of {draws['count']} {others}"
     spread = draws["spread"]
     if spread is not None and abs(chosen["value"] - draws["mean"]) <= spread:
         sentence += (

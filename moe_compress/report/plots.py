@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from moe_compress.report.build import random_name
 from moe_compress.report.frontier import Point, dominating, random_recoveries, staircase, ticks
 from moe_compress.report.tables import format_bytes, format_percent, metric_label
 
@@ -67,7 +68,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Strip:
-    """One task: its dots, random prunings first; dots that would hide each other lie in `lanes` below each other."""
+    """One task: its dots, random baselines first; dots that would hide each other lie in `lanes` below each other."""
 
     label: str
     dots: tuple[Dot, ...]
@@ -84,7 +85,7 @@ def letter(number: int) -> str:
 def recovery_strips(
     reports: Sequence[Mapping[str, Any]], names: Sequence[str]
 ) -> tuple[Axis, tuple[Strip, ...], float] | None:
-    """Recovery by task, beside that of random prunings, an axis for all, and where 100 % is; None without tasks."""
+    """Recovery by task, beside that of random baselines, an axis for all, and where 100 % is; None without tasks."""
     tasks = list(dict.fromkeys(task for report in reports for task in report["recovery"]))
     table: dict[str, list[tuple[str, int, float, float | None]]] = {}
     for task in tasks:
@@ -103,7 +104,7 @@ def recovery_strips(
     scale = tight_axis([*edges, 1.0], lambda value: f"{100 * value:g} %")
     strips = []
     for task, rows in table.items():
-        dots = sorted((_dot(row, scale, names) for row in rows), key=lambda dot: dot.kind == "result")
+        dots = sorted((_dot(row, scale, names, reports) for row in rows), key=lambda dot: dot.kind == "result")
         report = next(report for report in reports if report["recovery"].get(task) is not None)
         name = report["recovery_metric"][task]
         better = report["compressed"]["tasks"][task][name].get("higher_is_better")
@@ -115,7 +116,7 @@ def recovery_strips(
 
 
 def in_lanes(dots: Sequence[Dot]) -> list[Dot]:
-    """The same dots, random prunings in a lane of their own, the others each in the first where there is room."""
+    """The same dots, random baselines in a lane of their own, the others each in the first where there is room."""
     placed = [dot for dot in dots if dot.kind == "random"]
     first = 1 if placed else 0
     ends: list[float] = []
@@ -126,9 +127,11 @@ def in_lanes(dots: Sequence[Dot]) -> list[Dot]:
     return placed
 
 
-def _dot(row: tuple[str, int, float, float | None], scale: Axis, names: Sequence[str]) -> Dot:
+def _dot(
+    row: tuple[str, int, float, float | None], scale: Axis, names: Sequence[str], reports: Sequence[Mapping[str, Any]]
+) -> Dot:
     kind, owner, value, error = row
-    what = "random pruning" if kind == "random" else names[owner]
+    what = random_name(reports[owner]) if kind == "random" else names[owner]
     if kind == "random" and len(names) > 1:
         what += f" beside {names[owner]}"
     low, high = (scale.at(value + sign * (error or 0.0)) for sign in (-1, 1))
@@ -137,7 +140,7 @@ def _dot(row: tuple[str, int, float, float | None], scale: Axis, names: Sequence
 
 
 def against_chance(report: Mapping[str, Any], task: str, metric: str) -> str:
-    """How a metric compares with random prunings, in a few words; empty where there are none."""
+    """How a metric compares with random baselines, in a few words; empty where there are none."""
     drawn = report["random_summary"].get(task, {}).get(metric)
     if drawn is None or drawn["beats_mean"] is None:
         return ""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_compress.report.audit import AUDIT_FILE, criterion_rows, verdicts
+from moe_compress.report.build import random_name
 from moe_compress.report.experts import EXPERTS_FILE, expert_maps, survivors
 from moe_compress.report.frontier import mean_recovery, points, shared_tasks
 from moe_compress.report.heatmap import heat_maps
@@ -59,6 +60,7 @@ def single(result: Result) -> dict[str, Any]:
         "summaries": [
             ((task, metric), drawn) for task, by in report["random_summary"].items() for metric, drawn in by.items()
         ],
+        "random": random_name(report),
         "seeds": [draw.get("seed", number) for number, draw in enumerate(report["random"])],
     }
 
@@ -147,7 +149,7 @@ def tiles(report: Report) -> list[dict[str, Any]]:
     judged = [win for win in wins if win is not None]
     if judged:
         seeds = max(drawn["count"] for by in report["random_summary"].values() for drawn in by.values())
-        lines = [f"metrics better than the mean of {seeds} random prunings"]
+        lines = [f"metrics better than the mean of {seeds} {random_name(report, seeds)}"]
         found.append(_tile("Against chance", f"{sum(judged)} of {len(judged)}", lines, "measured", not any(judged)))
     if report["checks"]:
         passed = sum(check["passed"] for check in report["checks"].values())
@@ -273,7 +275,7 @@ def evaluated_tasks(report: Report) -> dict[str, Any] | None:
 
 
 def all_figures(report: Report) -> list[dict[str, Any]]:
-    """Every number of both models, of their ratio and recovery, and of the random prunings, under its path."""
+    """Every number of both models, of their ratio and recovery, and of the random baselines, under its path."""
     sides = [flat(report[side]) for side in ("baseline", "compressed")]
     ratio = flat(report["ratio"])
     left = {("tasks", *path): value for path, value in flat(report["recovery_by_metric"]).items()}
@@ -283,7 +285,7 @@ def all_figures(report: Report) -> list[dict[str, Any]]:
         values = [side.get(path) for side in sides] + [ratio.get(path, left.get(path))]
         values += [draw.get(path) for draw in draws]
         if path != ("seed",) and any(is_figure(value) for value in values):
-            kind = report["provenance"].get(path[0], "") if path[0] != "speed_settings" else "a setting"
+            kind = report["provenance"].get(path[0], "a setting")
             rows.append({"path": path, "kind": kind, "cells": values})
     return rows
 

@@ -271,7 +271,8 @@ def _with_differences(experts: Any, hidden_TH: Tensor, index_TK: Tensor, gate_TK
         token_N, gate_N = pair_N // index_TK.shape[1], gate_TK.flatten()[pair_N]
         if observer is not None:
             observer.expert(slot, token_N, gate_N, output_NH)
-        routed_TH.index_add_(0, token_N, output_NH * gate_N[:, None].to(output_NH.dtype))
+        gated_NH = output_NH * gate_N[:, None].to(output_NH.dtype)
+        routed_TH.index_add_(0, token_N, gated_NH.to(routed_TH.dtype))  # which autocast makes unlike
     if observer is not None:
         slot_TK = _lookup(experts.bank.slots, experts.bank.experts, index_TK)
         observer.block(slot_TK.masked_fill(gate_TK == 0, experts.bank.experts), routed_TH)

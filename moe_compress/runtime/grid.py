@@ -44,7 +44,7 @@ class Grid:
         if self.bits == 1 and not self.symmetric:
             raise UsageError("1 bit has no zero point; set symmetric to true or take 2 bits.")
         if self.group_size is not None and self.group_size < 1:
-            raise UsageError(f"group_size is {self.group_size}; choose 1 or more, or null for one group per row.")
+            raise UsageError(f"group_size is {self.group_size}; choose 1 or more, or `channel`.")
 
     @property
     def lowest(self) -> int:
@@ -95,7 +95,7 @@ def check_group_size(grid: Grid, width: int, what: str) -> None:
     choices = ", ".join(map(str, sizes)) or str(width)
     raise UsageError(
         f"{what} has {width} input channels, which group_size {grid.group_size} does not divide; choose one of "
-        f"{choices}, or null for one group per row."
+        f"{choices}, or `channel`."
     )
 
 

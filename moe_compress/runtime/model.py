@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from moe_compress.errors import UsageError
 from moe_compress.models.experts import expert_weight, projections
 from moe_compress.models.layers import (
     PACKED,
@@ -36,6 +37,7 @@ from moe_compress.runtime.packed import (
     PackedProjection,
     PackedWeight,
     TiedHead,
+    cache_bytes,
     pack_experts,
 )
 from moe_compress.runtime.remote_code import HINT, write_remote_code
@@ -43,13 +45,16 @@ from moe_compress.runtime.routing import set_routing
 from moe_compress.runtime.scheme import Scheme
 from moe_compress.runtime.zero_experts import add_zero_experts
 
+RUNTIME = "runtime"  # in the section: settings that may be changed by hand
 SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"  # read by transformers when it loads a checkpoint
 
 
 class CompressedModel(PreTrainedModel):
     """Mixed into a family's causal language model; `config.moe_compress` says how its layers depart from the family.
 
-    `expert_cache_bytes` is how much memory may hold dequantized experts between uses; 0 dequantizes at every use.
+    `expert_cache_bytes` is how much memory may hold dequantized experts between uses, in bytes or as `1GB`; 0
+    dequantizes at every use. Not given, it is what `config.moe_compress["runtime"]` says, else 0. Raises `UsageError`
+    for what is no size, and where no expert is packed.
     `use_zero_experts=False` gives the model back that zero experts were added to.
     """
 
@@ -57,15 +62,14 @@ class CompressedModel(PreTrainedModel):
         self,
         config: PretrainedConfig,
         *inputs: Any,
-        expert_cache_bytes: int | None = None,
+        expert_cache_bytes: int | str | None = None,
         use_zero_experts: bool | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(config, *inputs, **settings)
         _set_expert_counts(self)
         set_routing(self, use_zero_experts)
-        runtime = getattr(config, SECTION).get("runtime", {})
-        limit = runtime.get("expert_cache_bytes", 0) if expert_cache_bytes is None else expert_cache_bytes
+        limit = _cache_limit(getattr(config, SECTION), expert_cache_bytes)
         found = _banked_experts(self)
         for experts, bank, _ in found:
             furnish(experts, bank)
@@ -80,7 +84,12 @@ class CompressedModel(PreTrainedModel):
     def from_pretrained(  # type: ignore[override]
         cls, path: Any, *inputs: Any, dequantize: bool = False, **settings: Any
     ) -> Any:
-        """As in transformers; with `dequantize` all weights are dense in memory, which is the fast path."""
+        """As in transformers; with `dequantize` all weights are dense in memory, which is the fast path.
+
+        A cache of unpacked experts has nothing to do then: `UsageError` when both are asked for.
+        """
+        if dequantize and settings.get("expert_cache_bytes") is not None:
+            raise UsageError("expert_cache_bytes has no effect with dequantize: no expert stays packed; leave one out.")
         with _one_thread():
             loaded = super().from_pretrained(path, *inputs, **settings)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -95,10 +104,16 @@ class CompressedModel(PreTrainedModel):
         return tied | {name: stored for name, stored in _shared_names(self).items() if name in parameters}
 
     def dequantize(self, dtype: torch.dtype | None = None) -> None:
-        """Replace every packed weight by its numbers, in the model's dtype; saving then writes a dense checkpoint."""
+        """Replace every packed weight by its numbers, in the model's dtype; saving then writes a dense checkpoint.
+
+        The cache of unpacked experts goes, with what it held.
+        """
         dtype = dtype or self.dtype
         stored_by = {id(experts): owner for experts, _, owner in _banked_experts(self)}
-        for module in [module for module in self.modules() if isinstance(module, PackedExperts)]:
+        packed = [module for module in self.modules() if isinstance(module, PackedExperts)]
+        for module in packed:
+            module.cache = None
+        for module in packed:
             _unpack_experts(module, dtype, stored_by.get(id(module)))
         for name, module in [*self.named_modules()]:
             if isinstance(module, PackedLinear):
@@ -107,7 +122,8 @@ class CompressedModel(PreTrainedModel):
         if isinstance(embeddings, PackedEmbedding):
             self._unpack_ends(embeddings, dtype)
         section = dict(getattr(self.config, SECTION))
-        section.pop(PACKED, None)
+        for key in (PACKED, RUNTIME):
+            section.pop(key, None)
         setattr(self.config, SECTION, section)
 
     def _unpack_ends(self, packed: PackedEmbedding, dtype: torch.dtype) -> None:
@@ -154,7 +170,17 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         if before is None:
-            del os.environ[SYNCHRONOUS]
+            os.environ.pop(SYNCHRONOUS, None)
+        else:
+            os.environ[SYNCHRONOUS] = before
+
+
+def _cache_limit(section: Mapping[str, Any], asked: object) -> int:
+    """Bytes of the cache of unpacked experts: what was asked for, else what the configuration says."""
+    if asked is not None and PACKED not in section:
+        raise UsageError("expert_cache_bytes has no effect: no expert of this checkpoint is packed; leave it out.")
+    runtime = section.get(RUNTIME) or {}
+    return cache_bytes(runtime.get("expert_cache_bytes", 0) if asked is None else asked)
 
 
 def _set_expert_counts(model: PreTrainedModel) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from moe_compress.errors import UsageError
 from moe_compress.models.experts import experts_forward, matrix_shape, projections
 from moe_compress.runtime.scheme import Scheme, Shapes
+from moe_compress.settings import parse_size
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -115,6 +116,16 @@ class TiedHead(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., H] to [..., V]."""
         return F.linear(inputs, self._shared[0].dense(inputs.dtype))
+
+
+def cache_bytes(value: object) -> int:
+    """Bytes of `expert_cache_bytes`: 0 (no cache) or a size such as `1GB`; `UsageError` for anything else."""
+    if value == 0 and not isinstance(value, bool):
+        return 0
+    try:
+        return parse_size(value)
+    except ValueError:
+        raise UsageError(f"expert_cache_bytes should be 0 or a size such as `1GB`, got `{value}`.") from None
 
 
 class ExpertCache:
@@ -249,11 +260,21 @@ class _Part(ConversionOps):
         return _Join()
 
 
+_SLOTS = [name for base in WeightConverter.__mro__ for name in getattr(base, "__slots__", ())]
+
+
 class _PackedConverter(WeightConverter):
     """Of one kind of tensor of one projection; matches the numbers of experts alone.
 
-    The loader copies a converter for every tensor of a checkpoint, which took most of the time of loading one.
+    The loader copies a converter for every tensor of a checkpoint, and asks every one about every name, which took most
+    of the time of loading one.
     """
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        if not source_key.endswith(self.target_patterns[0].rpartition("experts")[2]):
+            return source_key, None
+        found: tuple[str, str | None] = super().rename_source_key(source_key)
+        return found
 
     def reverse_transform(self) -> WeightConverter:
         (target,) = self._original_target_patterns
@@ -262,7 +283,11 @@ class _PackedConverter(WeightConverter):
         return saving
 
     def __deepcopy__(self, memo: Any) -> _PackedConverter:
-        copied = copy(self)
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        for name in _SLOTS:
+            if hasattr(self, name):
+                object.__setattr__(copied, name, getattr(self, name))
         copied.collected_tensors, copied.layer_targets = defaultdict(list), defaultdict(set)
         return copied
 

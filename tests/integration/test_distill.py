@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -66,6 +67,14 @@ def losses(out: Path, number: int = 1) -> list[dict[str, Any]]:
     """The lines of metrics of a step, but for the clock."""
     lines = read_metrics(out.with_name(f"{out.name}.work") / f"step-{number}" / "training")
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def round_to_nf4(model: Any) -> None:
+    """Give every expert's matrices and the attention's the values that bitsandbytes makes of them."""
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1 and (".experts." in name or ".self_attn." in name):
+            packed, state = quantize_4bit(weight.float().view(-1, 64), blocksize=64, quant_type="nf4")
+            weight.copy_(dequantize_4bit(packed, state).view_as(weight))
 
 
 def distilled(recipe: dict[str, Any], out: Path, *, number: int = 1, **options: Any) -> list[dict[str, Any]]:
@@ -127,11 +136,12 @@ def test_a_cache_of_all_logits_teaches_like_the_model(recipe: Callable[..., dict
     assert few[0]["nll"] == pytest.approx(online[0]["nll"])
 
 
+@pytest.mark.parametrize("teacher", ["online", "nf4"])
 def test_the_first_loss_is_that_of_plain_transformers(
-    recipe: Callable[..., dict[str, Any]], source: Path, tmp_path: Path
+    recipe: Callable[..., dict[str, Any]], source: Path, teacher: str, tmp_path: Path
 ) -> None:
     settings = {"batch_size": 8, "epochs": 1, "nll_share": 0.3, "hidden_weight": 0.5, "temperature": 2.0}
-    (line,) = distilled(recipe(PRUNE, DISTILL | settings), tmp_path / "out")
+    (line,) = distilled(recipe(PRUNE, DISTILL | settings | {"teacher": teacher}), tmp_path / "out")
     work = tmp_path / "out.work"
     tokens = load_file(work / "step-1" / "training" / "tokens.safetensors")["tokens"]
     folders = {"student": work / "step-0" / "checkpoint", "teacher": source}
@@ -139,6 +149,8 @@ def test_the_first_loss_is_that_of_plain_transformers(
     for name, folder in folders.items():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
         with torch.no_grad():
+            if (name, teacher) == ("teacher", "nf4"):
+                round_to_nf4(model)
             found[name] = model(input_ids=tokens, output_hidden_states=True, use_cache=False)
     s, p = ((found[name].logits / 2).softmax(-1) for name in ("student", "teacher"))
     kl = 4 * (p * (p / s).log()).sum(-1).mean()

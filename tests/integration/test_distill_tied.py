@@ -22,10 +22,11 @@ LAYERWISE = FULL | {"mode": "layerwise"}
     ("settings", "moved"),
     [
         (FULL, {"experts", "differences"}),
+        (FULL | {"precision": "bfloat16"}, {"experts", "differences"}),
         (LAYERWISE, {"experts"}),
         (LAYERWISE | {"trainable": ["residuals"]}, {"differences"}),
     ],
-    ids=["full", "layerwise", "residuals"],
+    ids=["full", "bfloat16", "layerwise", "residuals"],
 )
 def test_a_shared_bank_is_trained_once(settings: dict[str, Any], moved: set[str], tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "model", num_hidden_layers=6)

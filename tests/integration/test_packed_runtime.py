@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
@@ -25,10 +26,12 @@ from moe_compress.compress.quantize.config import PartConfig, QuantizeConfig
 from moe_compress.compress.quantize.plan import KEEP, QuantizedLayer, QuantizePlan
 from moe_compress.compress.quantize.shapes import linear_layers
 from moe_compress.compress.quantize.storage import scale_dtype_of
+from moe_compress.errors import UsageError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.harness import evaluate
 from moe_compress.models.experts import projections
 from moe_compress.progress import SilentProgress
+from moe_compress.runtime.model import SYNCHRONOUS, _one_thread
 from moe_compress.runtime.packed import ExpertCache, PackedExperts, PackedProjection, PackedWeight
 from moe_compress.runtime.remote_code import FILE
 from tests.tiny_checkpoint import tiny_checkpoint
@@ -300,6 +303,46 @@ def test_cache_of_experts_gives_the_same_and_keeps_its_limit(folder: Path, monke
     assert opened(folder, config=config).model.layers[0].mlp.experts.cache.limit == 5 * matrix
 
 
+def test_size_of_the_cache_is_checked_wherever_it_is_said(folder: Path, tmp_path: Path) -> None:
+    def limit(model: Any) -> int:
+        cache = model.model.layers[0].mlp.experts.cache
+        return 0 if cache is None else int(cache.limit)
+
+    def said(value: object) -> Any:
+        config = AutoConfig.from_pretrained(folder)
+        config.moe_compress = config.moe_compress | {"runtime": {"expert_cache_bytes": value}}
+        return config
+
+    for value, size in (("1GB", 10**9), ("1.5 MiB", 3 * 2**19), (4096, 4096), (0, 0)):
+        assert limit(opened(folder, expert_cache_bytes=value)) == limit(opened(folder, config=said(value))) == size
+    for value in (-1, "-1GB", "much", True, 0.5):
+        for settings in ({"expert_cache_bytes": value}, {"config": said(value)}):
+            with pytest.raises(UsageError, match=f"should be 0 or a size such as `1GB`, got `{value}`"):
+                opened(folder, **settings)
+    with pytest.raises(UsageError, match="no effect with dequantize"):
+        opened(folder, expert_cache_bytes="1GB", dequantize=True)
+    model = opened(folder, config=said("1GB"))
+    logits(model)
+    cache = weakref.ref(model.model.layers[0].mlp.experts.cache)
+    assert cache().size > 0
+    model.dequantize()
+    assert cache() is None, "nothing holds on to what was unpacked"
+    model.save_pretrained(tmp_path / "dense")
+    assert "runtime" not in json.loads((tmp_path / "dense/config.json").read_text())["moe_compress"]
+    with pytest.raises(UsageError, match="no expert of this checkpoint is packed"):
+        opened(tmp_path / "dense", expert_cache_bytes="1GB")
+
+
+@pytest.mark.parametrize("before", [None, "", "0", "1"])
+def test_loading_leaves_the_environment_as_it_was(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SYNCHRONOUS, raising=False)
+    if before is not None:
+        monkeypatch.setenv(SYNCHRONOUS, before)
+    with _one_thread():
+        assert os.environ[SYNCHRONOUS] == (before or "1")
+    assert os.environ.get(SYNCHRONOUS) == before
+
+
 def test_lm_eval_measures_the_same_as_on_the_dense_model(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,11 +428,11 @@ def test_loading_the_packed_reference_takes_no_longer(tmp_path: Path) -> None:
 
     packed = packed_checkpoint(REFERENCE, tmp_path / "packed", ("3",), rounding(group_size=32))
     seconds: dict[Path, list[float]] = {REFERENCE: [], packed: []}
-    for _ in range(5):
+    for _ in range(9):
         for path, times in seconds.items():
             start = time.process_time()
             AutoModelForCausalLM.from_pretrained(path)
             times.append(time.process_time() - start)
-    dense_s, packed_s = (median(times[1:]) for times in seconds.values())
+    dense_s, packed_s = (min(times) for times in seconds.values())
     print(f"loading: dense {dense_s:.3f} s, packed {packed_s:.3f} s of CPU time")
-    assert packed_s <= 1.5 * dense_s
+    assert packed_s <= 1.15 * dense_s, "as long, but for what else the machine does"

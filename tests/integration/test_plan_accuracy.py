@@ -18,9 +18,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 FEW = ["eval.speed=false", "calibration.num_samples=32", "calibration.batch_size=4"]
 
 
-@pytest.mark.parametrize(
-    "model, recipe", [("reference", "w4-stock"), ("reference", "mc-2.5bit"), ("wide", "prune-reap-25")]
-)
+@pytest.mark.parametrize("model, recipe", [("reference", "w4-stock"), ("wide", "prune-reap-25")])
 def test_predictions(model: str, recipe: str, tmp_path: Path) -> None:
     place = REFERENCE
     if model == "wide":

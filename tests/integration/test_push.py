@@ -169,6 +169,7 @@ def large_files(folder: Path) -> set[str]:
 def test_push_and_pull(hub: Hub, stock: Path, tmp_path: Path) -> None:
     dry, done = command(hub, tmp_path, ["push", str(stock), "me/small", "--dry-run"], ["push", str(stock), "small"])
     assert dry["code"] == done["code"] == 0, dry["err"] + done["err"]
+    assert "edited" not in dry["out"] + done["out"]
     assert "nothing was sent" in dry["out"]
     nbytes = sum(map(len, local_files(stock, "me/small").values())) - len(GITATTRIBUTES)
     for answer in (dry, done):
@@ -365,13 +366,20 @@ def test_owners_words_travel_and_strangers_files_do_not(hub: Hub, stock: Path, t
     folder = tmp_path / "out"
     shutil.copytree(stock, folder)
     (folder / ".env").write_text("HF_TOKEN=hf_valid")
-    (folder / "report.html").write_text("<!doctype html>" + "x" * 10_000)  # made again after the run; large
+    (folder / "report.html").write_text("<!doctype html>somebody's figures")
     (folder / "README.md").write_text((folder / "README.md").read_text() + "\n## Contact\n\nAsk me.\n")
     answer = pushed(hub, tmp_path, str(folder), "me/small")
     head = hub.repositories["me/small"].head()
     assert head["README.md"].decode().endswith("Ask me.\n") and ".env" not in head
-    assert head["report.html"] == (folder / "report.html").read_bytes()
+    assert head["report.html"] == (stock / "report.html").read_bytes(), "made anew of the records"
     assert "left out, no run wrote it: .env\n" in answer["out"]
+    assert "README.md was edited since the run wrote it" in answer["out"]
+    for name in ("report.html", "README.md"):
+        (folder / name).unlink()
+    answer = pushed(hub, tmp_path, str(folder), "me/bare")
+    assert not {"report.html", "README.md"} & hub.repositories["me/bare"].head().keys()
+    assert "edited" not in answer["out"]
+    shutil.copy(stock / "README.md", folder)
 
     hub.ignored = {"ledger.json"}
     (kept_out,) = command(hub, tmp_path, ["push", str(folder), "me/third"])
@@ -479,6 +487,15 @@ except PublishError as error:
     assert done["commit"] == hub.repositories["me/small"].refs["main"] and done["private"]
     assert done["url"] == f"{hub.url}/me/small"
     assert "does not accept your token" in refused and "hf_wrong" not in refused
+
+
+def test_files_are_known_by_sha256_or_by_git(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("hello\n")
+    found = bundle.Bundle(tmp_path, {"a": sha256_of(tmp_path / "a")}, {"b": "hello\n"}, [], False)
+    for name in "ab":
+        assert found.is_known_by(name, "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03")
+        assert found.is_known_by(name, "ce013625030ba8dba906f756967f9e9ca394464a")  # `git hash-object`
+        assert not any(found.is_known_by(name, other) for other in ("", "0" * 40, "0" * 64))
 
 
 def test_push_knows_what_verify_calls_things() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import signal
@@ -22,12 +23,17 @@ from typer.testing import CliRunner
 import moe_compress
 from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.checkpoint.index import TensorIndex
+from moe_compress.checkpoint.source import open_config
 from moe_compress.cli import app
+from moe_compress.compress.quantize.config import QuantizeConfig
+from moe_compress.compress.quantize.plan import effective
+from moe_compress.compress.quantize.sizes import Sizes, with_group_size
 from moe_compress.compress.quantize.step import QuantizeStep
-from moe_compress.errors import MoECompressError, RecipeError, UsageError, VerificationError
+from moe_compress.errors import MoECompressError, RecipeError, UnsupportedModelError, UsageError, VerificationError
 from moe_compress.preview import sweep
 from moe_compress.progress import SilentProgress
 from moe_compress.recipe import load_recipe
+from moe_compress.settings import shown_size
 from moe_compress.verification import checks
 from tests.integration.test_reuse import Recording
 from tests.integration.test_run import content, interrupted_at
@@ -68,6 +74,9 @@ def out(made: Path, tmp_path: Path) -> Path:
 
 
 def test_prune_then_drops_and_bits_in_plugin(made: Path, source: Path) -> None:
+    assert moe_compress.inspect(made)["tiers"] == [
+        "plugin: it needs this package to load, its experts packed: `import moe_compress`, or trust_remote_code=True."
+    ]
     report = json.loads((made / "report.json").read_text())
     assert all(check["passed"] for check in report["checks"].values())
     first, second = json.loads((made / "plan.json").read_text())["steps"]
@@ -108,6 +117,8 @@ def test_four_bits_in_stock(source: Path, texts: Path, tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     assert config["model_type"] == "qwen3_moe" and "moe_compress" not in config
+    (sentence,) = moe_compress.inspect(out)["tiers"]
+    assert sentence.startswith("stock: plain transformers loads it with what it needs for `compressed-tensors`")
 
 
 # ------------------------------------------------------------------------------------------------------ the five checks
@@ -271,7 +282,30 @@ def failure(settings: dict[str, Any], folder: Path, exit_code: int) -> str:
         ({"bits": None, "average_bits": 3, "options": [0, 4]}, "plugin", "steps.0.options"),
         ({"group_size": 0}, "plugin", "steps.0.group_size"),
         ({"group_size": 24}, "plugin", "group_size: 24 does not divide the 32 inputs of gate_proj in layer 0"),
-        ({"attention": {"group_size": 24}}, "plugin", "(attention) has 32 input channels, which group_size 24 does"),
+        (
+            {"attention": {"group_size": 24}},
+            "plugin",
+            "attention.group_size: 24 does not divide the 32 inputs of self_attn.q_proj in layer 0; choose one of 8, "
+            "16, 32, which divide all that it holds for, or `channel`.",
+        ),
+        (
+            {"embeddings": {"group_size": 48}},
+            "plugin",
+            "embeddings.group_size: 48 does not divide the 32 inputs of the embeddings; choose one of 8, 16, 32, which",
+        ),
+        ({"bits": None, "average_bits": 3, "options": []}, "plugin", "options: should name at least one width"),
+        ({"bits": None, "average_bits": 2.5, "options": [4]}, "plugin", "offers no fewer than 4 bits"),
+        (
+            {"bits": None, "average_bits": 3, "minimum_counts": {"5": 1}},
+            "plugin",
+            "steps.0.minimum_counts: `options` does not offer 5 bits",
+        ),
+        (
+            {"bits": None, "average_bits": 3, "minimum_counts": {"3": 9}},
+            "plugin",
+            "minimum_counts asks for 9 experts, and layer 0 has 8",
+        ),
+        ({"method": "nf4", "bits": None, "attention": {"bits": 4}}, "plugin", "steps.0.attention.bits: has no effect"),
         ({"bits": None}, "plugin", "give either `bits`"),
         ({"bits": None, "average_bits": 3}, "stock", "silently wrong"),
         ({"bits": None, "average_bits": 3, "keep_option": True, "allow_drop": True}, "stock", "one scheme"),
@@ -292,6 +326,48 @@ def test_settings_are_refused(
     message = failure(recipe(source, texts, step, tier=tier), tmp_path, 2)
     assert said in message
     assert not (tmp_path / "out.work").exists()
+    validated = CliRunner().invoke(app, ["validate", str(tmp_path / "recipe.yaml")])
+    assert validated.exit_code == 2 and said in " ".join(validated.output.split())
+
+
+def test_settings_with_nothing_to_act_on_are_named(source: Path, texts: Path, tmp_path: Path) -> None:
+    step = {"op": "quantize", "method": "rtn", "average_bits": 6, "group_size": 16, "shared_experts": {"bits": 4},
+            "allocation": "random", "cost": "pmq"}  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(source, texts, step)))
+    expected = [
+        "steps.0.shared_experts: this model has no such linear layers, so it changes nothing; leave it out.",
+        "steps.0.cost: allocation `random` looks at no loss, so it changes only the loss that is reported; leave it "
+        "out.",
+        "steps.0.average_bits: 6 is more than the options can take, 4 (super experts aside), so every expert gets the "
+        "most.",
+    ]
+    assert moe_compress.plan(tmp_path / "recipe.yaml")["warnings"] == expected
+    validated = CliRunner().invoke(app, ["validate", str(tmp_path / "recipe.yaml")])
+    assert validated.exit_code == 0
+    assert validated.output.splitlines()[:3] == [f"warning: {said}" for said in expected]
+    fine = step | {"average_bits": 3, "shared_experts": None, "allocation": "optimal"}
+    assert moe_compress.plan(recipe(source, texts, fine))["warnings"] == []
+
+
+def test_formats_of_bitsandbytes_are_said_to_have_groups_of_their_own(source: Path, texts: Path) -> None:
+    for method, said in (("nf4", "nf4, blocks of 64 weights: 4.000"), ("int8", "int8, a scale per row: 8.000")):
+        step = {"op": "quantize", "method": method, "embeddings": {"bits": 8}}
+        (entry,) = moe_compress.plan(recipe(source, texts, step))["steps"]
+        assert entry["summary"][0].startswith(said)
+        shapes = Sizes.of_config(open_config(str(source))[0], 0)
+        config = with_group_size(QuantizeConfig.model_validate(step), shapes)
+        assert config.group_size == 32 and "group_size" in effective(config), "that of the embeddings"
+        plain = QuantizeConfig.model_validate(step | {"embeddings": None})
+        assert not {"group_size", "symmetric", "scale_search", "options"} & effective(plain).keys()
+
+
+def test_what_cannot_be_packed_is_known_before_the_weights_are_read(texts: Path, tmp_path: Path) -> None:
+    """`run` refuses it too, later steps or not."""
+    save(tiny_model(tiny_config("gpt_oss")), tmp_path / "model")
+    for steps in ([W4], [UNEVEN | {"scope": "layer"}, W4]):
+        settings = recipe(tmp_path / "model", texts, *steps, tier="stock")
+        with pytest.raises(UnsupportedModelError, match="not stored expert by expert"):
+            moe_compress.plan(settings)
 
 
 def test_nothing_follows_quantization(source: Path, texts: Path, tmp_path: Path) -> None:
@@ -339,6 +415,9 @@ def test_stored_bytes_is_held_exactly(source: Path, texts: Path, tmp_path: Path,
         moe_compress.run(recipe(source, texts, step), out)
         achieved = json.loads((out / "manifest.json").read_text())["steps"][0]["targets"][0]["achieved"]
         assert TensorIndex.from_folder(out).nbytes == achieved <= budget
+    edit(out / "manifest.json", lambda manifest: manifest["steps"][0]["targets"][0].update(asked=achieved // 2))
+    edit(out / "manifest.json", lambda manifest: manifest["steps"][0]["targets"][0].update(achieved=1))
+    assert f"stored_bytes {shown_size(achieved, up=True)} (asked: at most" in failed(out)["target"], "counted again"
 
 
 def test_experts_without_tokens_are_quantized_and_listed(source: Path, texts: Path, tmp_path: Path) -> None:
@@ -406,10 +485,26 @@ def test_a_resumed_run_keeps_its_plan(
     assert json.loads((out / "plan.json").read_text())["steps"] == [chosen]
 
 
-def test_a_sweep_takes_scores_of_this_model_alone(source: Path, texts: Path, tmp_path: Path) -> None:
-    settings = recipe(source, texts, DROPS)
+def test_a_sweep_needs_no_budget_and_goes_on_where_one_cannot_be_met(source: Path, texts: Path, tmp_path: Path) -> None:
+    settings = recipe(source, texts, {key: value for key, value in DROPS.items() if key != "average_bits"})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    words = ["plan", str(tmp_path / "recipe.yaml")]
+    assert "a budget can be average_bits 1 to 4 or stored_bytes" in CliRunner().invoke(app, words).output
     moe_compress.score(settings, tmp_path / "scores")
-    assert sweep(load_recipe(settings), tmp_path / "scores", "average_bits", [2.0, 4.0])
+    words += ["--scores", str(tmp_path / "scores")]
+    frontier = tmp_path / "frontier.csv"
+    done = CliRunner().invoke(app, [*words, "--sweep", "average_bits=0.5:4:1.75", "--output", str(frontier)])
+    assert done.exit_code == 0, done.output
+    first, *others = csv.DictReader(frontier.open())
+    assert "0.5 cannot be reached: the least possible is 1" in first["infeasible"] and first["stored"] == ""
+    assert first["infeasible"][:40] in done.output
+    assert [float(entry["bits"]) for entry in others] == [4 * 13 / 24, 4.0]  # 13 of 24 experts stay
+    assert not any(entry["infeasible"] for entry in others)
+    for other in (2.25, 4):  # the same as of the budget in the recipe
+        planned = moe_compress.plan(settings, scores=tmp_path / "scores", overrides=[f"steps.0.average_bits={other}"])
+        assert f"{planned['predicted']['stored_bytes']}" in [entry["stored"] for entry in others]
+    done = CliRunner().invoke(app, [*words, "--sweep", "stored_bytes=1KB:2KB:1KB"])
+    assert done.exit_code == 2 and "no budget of the sweep can be met" in done.output
     twin = tiny_checkpoint(tmp_path / "twin", seed=1)
     with pytest.raises(UsageError, match="measured on another model"):
         sweep(load_recipe(settings | {"model": str(twin)}), tmp_path / "scores", "average_bits", [2.0])

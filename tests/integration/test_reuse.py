@@ -335,6 +335,47 @@ def test_another_evaluation_continues_the_same_run(
         moe_compress.run(recipe, out, resume=True)
 
 
+@pytest.mark.usefixtures("no_reload")
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"op": "prune", "criterion": "reap", "keep": 0.5}, {"op": "quantize", "method": "rtn", "bits": 4}],
+        [{"op": "quantize", "method": "rtn", "average_bits": 3.5, "options": [2, 4, 8], "keep_option": True}],
+    ],
+    ids=["prune, then bits", "budget"],
+)
+def test_random_baselines_draw_what_is_chosen_and_leave_the_rest(
+    steps: list[dict[str, Any]], source: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: dict[str, list[dict[str, Any]]] = {}
+    scored = Recording()
+
+    def evaluate(checkpoint: Any, config: Any, around: Any, name: str) -> dict[str, Any]:
+        if name.startswith("random"):
+            places = [tmp_path / "out.work" / f"random-{name[-1]}-{number}" for number in range(len(steps))]
+            plans[name] = [json.loads((place / "plan.json").read_text()) for place in places]
+        return {"tasks": {}, "settings": {}}
+
+    monkeypatch.setattr(measure, "evaluate", evaluate)
+    recipe = tiny_recipe(source, texts, 0.75, eval=EVALUATED | {"random_baselines": 2}) | {
+        "steps": steps,
+        "export": {"tier": "plugin"},
+    }
+    report = moe_compress.run(recipe, tmp_path / "out", progress=scored)
+    own = json.loads((tmp_path / "out" / "plan.json").read_text())["steps"]
+    assert list(plans) == ["random seed 0", "random seed 1"]
+    assert len({json.dumps(found) for found in (own, *plans.values())}) == 3, "each draws another"
+    assert sum("score" in stage for stage in scored.stages) == 1, "nothing is measured again"
+    for found, drawn in zip(plans.values(), report["random"], strict=True):
+        if steps[0]["op"] == "prune":
+            assert found[0]["config"]["criterion"] == "random"
+            assert [len(layer["keep"]) for layer in found[0]["layers"]] == [4, 4]
+            assert drawn["stored_bytes"] == report["compressed"]["stored_bytes"]
+        else:
+            assert found[0]["config"]["allocation"] == "random" and found[0]["allocation"]["average_bits"] <= 3.5
+            assert drawn["stored_bytes"] < report["baseline"]["stored_bytes"]
+
+
 def test_kept_results_are_those_of_the_same_checkpoint(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

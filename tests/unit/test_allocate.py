@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_compress.compress import allocate_program
+from moe_compress.compress import allocate_blame, allocate_program
 from moe_compress.compress.allocate import (
     Allocation,
     Budget,
@@ -87,7 +87,8 @@ def keeps(items: list[Item], chosen: tuple[Option, ...], budget: Budget, rules: 
                 return False
         if rules.same_option_per_layer and len({name for _, name in mine} - {"drop"}) > 1:
             return False
-    return not (rules.same_option and len(set(names) - {"drop"}) > 1)
+    inside = {name for item, name in zip(items, names, strict=True) if item.layer is not None}
+    return not (rules.same_option and len(inside - {"drop"}) > 1)
 
 
 def brute_force(items: list[Item], budget: Budget, rules: Rules) -> float | None:
@@ -194,6 +195,7 @@ def test_items_outside_layers_and_experts() -> None:
     )
     for rules in (Rules(), Rules(same_option_per_layer=True), Rules(minimum_counts={"keep": 1}, equal_drops=True)):
         agree(items, BUDGETS["stored"](items, 0.5), rules)
+    agree([item for item in items if item.name != "l0.attention"], Budget(stored_bytes=2000), Rules(same_option=True))
 
 
 @settings(max_examples=60, deadline=None)
@@ -315,7 +317,7 @@ def test_nothing_found_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
         raise allocate_program.OutOfTimeError
 
     monkeypatch.setattr("moe_compress.compress.allocate.minimise", never)
-    with pytest.raises(UsageError, match=r"no allocation was found within 3 s; raise time_limit"):
+    with pytest.raises(UsageError, match=r"no allocation was found within 3 s; loosen the budget"):
         solve(make(0), Budget(average_bits=3), time_limit=3)
 
 
@@ -390,13 +392,13 @@ INFEASIBLE: list[tuple[list[Item], Budget, Rules, list[str]]] = [
         even(),
         Budget(stored_bytes=210),
         Rules(minimum_counts={"4": 1}),
-        ["stored_bytes: 210 cannot", "the least possible is 250; raise it, or loosen minimum_counts (4: 1)."],
+        ["stored_bytes: 210B cannot", "the least possible is 250B; raise it, or loosen minimum_counts (4: 1)."],
     ),
     (
         even(drop=True),
         Budget(active_bytes=4.0),
         Rules(max_drops_per_layer={0: 1, 1: 1}),
-        ["active_bytes: 4 cannot", "least possible is 6; raise it, or loosen max_drops_per_layer (0: 1, 1: 1)."],
+        ["active_bytes: 4B cannot", "least possible is 6B; raise it, or loosen max_drops_per_layer (0: 1, 1: 1)."],
     ),
     (
         even(),
@@ -408,7 +410,7 @@ INFEASIBLE: list[tuple[list[Item], Budget, Rules, list[str]]] = [
         even(drop=True),
         Budget(stored_bytes=150),
         Rules(max_drops_per_layer={0: 0}, equal_drops=True),
-        ["least possible is 200; raise it, or loosen max_drops_per_layer (0: 0) or equal_drops."],
+        ["least possible is 200B; raise it, or loosen max_drops_per_layer (0: 0) or equal_drops."],
     ),
     (
         even(),
@@ -457,10 +459,36 @@ def test_what_is_to_blame(items: list[Item], budget: Budget, rules: Rules, messa
         assert message in str(caught.value)
 
 
+def test_a_search_out_of_time_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not found in time is neither impossible nor possible; a bound that is proven still counts."""
+    rules, calls, slow = Rules(minimum_counts={"4": 1}), list[int](), set[int]()
+    original = allocate_blame.minimise
+
+    def hurried(program: Any, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) in slow:
+            raise allocate_program.OutOfTimeError
+        return original(program, *arguments)
+
+    monkeypatch.setattr(allocate_blame, "minimise", hurried)
+    for late, said in (
+        (
+            set(range(99)),
+            "stored_bytes: 210B cannot be reached, and why was not found in time; raise it, or loosen min",
+        ),
+        ({1}, "the least possible is 250B; raise it, or loosen minimum_counts (4: 1)."),  # whether anything is possible
+        ({2}, "why was not found in time"),  # the least
+        ({3}, "the least possible is 250B; raise it, or try to loosen minimum_counts (4: 1) (time ran out"),
+    ):
+        calls.clear()
+        slow = late
+        assert said in allocate_blame.explain(even(), Budget(stored_bytes=210), rules)
+
+
 def test_several_rules_at_once_are_to_blame() -> None:
     pins = {"l0.e1": ("4",), "l0.e2": ("2",)}
     rules = Rules(pins=pins, minimum_counts={"2": 4, "4": 1}, same_option=True)
-    with pytest.raises(UsageError, match=r"loosen at least two of pins, minimum_counts, same_option"):
+    with pytest.raises(UsageError, match=r"loosen at least two of pins, minimum_counts .2: 4, 4: 1., same_option"):
         solve(even(), Budget(average_bits=3.0), rules)
 
 
@@ -468,7 +496,7 @@ def test_budgets_that_exclude_each_other() -> None:
     a = (Option("a", 2, 10, 100.0, 1.0), Option("b", 2, 100, 10.0, 1.0))
     with pytest.raises(UsageError) as caught:
         solve([Item("x", 0, 1, a)], Budget(stored_bytes=50, active_bytes=50.0))
-    expected = "active_bytes: 50 cannot be reached together with stored_bytes: 50: the least possible is 100"
+    expected = "active_bytes: 50B cannot be reached together with stored_bytes: 50B: the least possible is 100B"
     assert expected in str(caught.value)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import moe_compress
-from moe_compress.errors import RecipeError
+from moe_compress.errors import RecipeError, UsageError
 from moe_compress.eval.config import EvalConfig
 
 
@@ -75,7 +75,9 @@ def test_evaluate_takes_a_config_or_settings(calls: dict[str, Any]) -> None:
 
 
 def test_validate_returns_the_recipe_or_raises_every_mistake() -> None:
-    assert moe_compress.validate("demo", ["steps.0.keep=3"]).steps[0].keep == 3
+    assert moe_compress.validate("demo", ["steps.0.keep=5"]).steps[0].keep == 5
+    with pytest.raises(UsageError, match="leaves 3 of 16 experts"):
+        moe_compress.validate("demo", ["steps.0.keep=3"])
     with pytest.raises(RecipeError) as caught:
         moe_compress.validate("demo", ["steps.0.scope=global"], revsion="auto", export={"tier": "stokc"})
     assert {problem.path for problem in caught.value.problems} == {"steps.0.scope", "revsion", "export.tier"}

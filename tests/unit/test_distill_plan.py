@@ -14,6 +14,7 @@ from torch import nn
 from moe_compress.compress.distill import parts
 from moe_compress.compress.distill.config import DistillConfig
 from moe_compress.compress.distill.plan import Schedule, full_memory, thinned
+from moe_compress.compress.distill.step import teacher_floats
 from moe_compress.errors import RecipeError, UsageError
 from moe_compress.models.layers import find_moe_layers
 from moe_compress.recipe import dump_recipe, load_recipe
@@ -57,6 +58,14 @@ def test_memory_counts_weights_gradients_moments_and_logits() -> None:
     assert full_memory(config(nll_share=1), **sizes) == 4 * (1000 + 300 + 2 * 8 * 50)
     two = config(processes=2, micro_batch_size=4)
     assert full_memory(two, **sizes) == 2 * 4 * (1000 + 300 + 2000 + 3 * 4 * 8 * 50)
+
+
+def test_an_nf4_teacher_counts_the_packed_matrices_of_its_layers() -> None:
+    model = tiny_model()
+    matrices = sum(p.numel() for p in model.model.layers.parameters() if p.ndim > 1)
+    whole = sum(p.numel() for p in model.parameters())
+    assert teacher_floats(config(), model) == whole
+    assert teacher_floats(config(teacher="nf4"), model) == pytest.approx(whole - matrices + matrices * 4.5 / 32)
 
 
 def test_a_long_curve_is_thinned_to_its_ends_and_what_lies_between() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import DeepseekV3Config
 
 import moe_compress
@@ -15,11 +16,15 @@ from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.source import open_checkpoint
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.compress.demand import Demand, ModelSize
+from moe_compress.compress.distill.plan import state_bytes
+from moe_compress.compress.distill.state import save_state
 from moe_compress.compress.operation import Outlook
 from moe_compress.console import print_plan
 from moe_compress.estimate import Machine, Stage, look_at_machine, peaks, seconds
 from moe_compress.eval.cost import stored_by_part
 from moe_compress.models.skeleton import build_skeleton
+from moe_compress.preview import look_ahead
+from moe_compress.recipe import load_recipe
 from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
 
 
@@ -123,7 +128,38 @@ def test_training_is_a_stage_of_its_own(plain: Path) -> None:
     assert stages["step 2/2 distill: train"] - estimate.PROGRAM_BYTES > 4 * 4 * count
 
 
-def test_a_600b_model_from_its_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_disk_holds_what_a_training_keeps(plain: Path, tmp_path: Path) -> None:
+    """Parameters and two moments, as they are saved, twice while one file replaces the other; a layer's once."""
+    parameter = torch.nn.Parameter(torch.ones(300, 400))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    save_state(tmp_path, 1, {"weight": parameter}, optimizer, "it")
+    assert (tmp_path / "state.pt").stat().st_size == pytest.approx(state_bytes(parameter.numel()) / 2, rel=0.01)
+
+    def scratch(**settings: Any) -> int:
+        data = {"dataset": "reference", "num_samples": 8, "sequence_length": 64}
+        step = {"op": "distill", "teacher_model": "reference", "data": data, "trainable": ["all"]} | settings
+        loaded = load_recipe({"model": str(plain), "steps": [step]})
+        _, outlooks = look_ahead(loaded, open_checkpoint(str(plain)).config)
+        return max(stage.scratch for stage in estimate.stages(loaded, outlooks, "cpu"))
+
+    config = open_checkpoint(str(plain)).config
+    model = build_skeleton(config)
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    hidden = 4 * 8 * 64 * config.hidden_size
+    assert scratch(teacher="online") == state_bytes(everything)
+    cached = scratch(teacher="cached", top_logits=16)
+    assert cached - state_bytes(everything) == 8 * 64 * (16 * 8 + 4), "16 logits of 8 bytes, and what they leave out"
+    for inputs, streams in (("teacher", 1), ("student", 2)):
+        found = scratch(mode="layerwise", trainable=["routers", "norms", "experts"], inputs=inputs)
+        assert 2 * streams * hidden < found <= 4 * layers + 2 * streams * hidden
+
+
+def test_a_600b_model_from_its_config_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """DeepSeek-V3's shape: 671 billion parameters in its report (arXiv 2412.19437), prediction heads not counted."""
     DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"], dtype="bfloat16").save_pretrained(tmp_path)
     planned = moe_compress.plan("prune-reap-25", model=str(tmp_path), device="cpu")
@@ -137,6 +173,10 @@ def test_a_600b_model_from_its_config_alone(tmp_path: Path, capsys: pytest.Captu
     print_plan(planned)
     shown = capsys.readouterr().out
     assert "memory: about" in shown and "tier: stock, plain transformers" in shown and "time:" not in shown
+    monkeypatch.setattr(estimate, "free_bytes", lambda device: planned["memory"]["host"] + above)
+    for above in (-1, 0):
+        warnings = moe_compress.plan("prune-reap-25", model=str(tmp_path), device="cpu")["warnings"]
+        assert any("are free on this machine" in warning for warning in warnings) == (above < 0)
     quantized = moe_compress.plan(
         "mc-2.5bit", model=str(tmp_path), overrides=["steps.0.average_bits=null", "steps.0.stored_bytes=250GB"]
     )

@@ -16,7 +16,8 @@ PACKAGE = Path(moe_compress.__file__).parent
 ROWS = (
     ("__main__",),
     ("cli", "api"),
-    ("console", "cli_base"),
+    ("verbs",),
+    ("console",),
     ("auditing",),
     ("pipeline", "reference", "publish"),
     ("preview",),

@@ -162,7 +162,8 @@ def test_errors_are_sentences() -> None:
     with pytest.raises(UsageError, match="group_size is 0"):
         Grid(4, 0, True)
     with pytest.raises(
-        UsageError, match=r"layer 3 has 96 input channels, which group_size 64 .* 8, 12, 16, 24, 32, 48"
+        UsageError,
+        match=r"layer 3 has 96 input channels, which group_size 64 .* 8, 12, 16, 24, 32, 48, 96, or `channel`",
     ):
         check_group_size(Grid(4, 64, True), 96, "layer 3")
     check_group_size(Grid(4, None, True), 97, "layer 3")

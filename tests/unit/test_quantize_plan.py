@@ -26,7 +26,8 @@ from moe_compress.compress.quantize.plan import (
     plan_quantize,
 )
 from moe_compress.compress.quantize.storage import scheme_of
-from moe_compress.errors import DataError, UsageError
+from moe_compress.errors import DataError, NoAllocationError, UsageError
+from moe_compress.settings import parse_size
 
 EXPERTS, LAYERS, TOP_K = 6, 3, 2
 PROJECTIONS = {"gate_proj": (16, 32), "up_proj": (16, 32), "down_proj": (32, 16)}
@@ -254,6 +255,36 @@ def test_budgets_that_cannot_be(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError) as caught:
         planned(settings)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("granularity", ["expert", "projection", "layer"])
+def test_super_experts_and_minimum_counts_are_blamed(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """18 experts at 1 bit but for one at 8: (17 + 8) / 18 = 1.389 bits."""
+    monkeypatch.setattr(plan_module, "super_experts", lambda scores, layers: {(0, 3)})
+    settings = {"average_bits": 1.2, "granularity": granularity}
+    with pytest.raises(NoAllocationError) as caught:
+        planned(settings)
+    part = " gate_proj" if granularity == "projection" else ""
+    assert "1.2 cannot be reached: the least possible is 1.389;" in str(caught.value)
+    assert f"loosen protect_super_experts (pins `layer 0 expert 3{part}` to 8" in str(caught.value)
+    if granularity == "expert":
+        counts = {"minimum_counts": {"3": 1}}  # alone (18 + 3 * 2) / 18 = 1.333
+        with pytest.raises(NoAllocationError, match=r"at least two of protect_super_experts, minimum_counts .3: 1."):
+            planned(settings | counts)
+        with pytest.raises(NoAllocationError, match=r"loosen protect_super_experts .* or minimum_counts .3: 1.\.$"):
+            planned(settings | counts | {"average_bits": 1.4})
+
+
+def test_a_missed_size_is_that_of_the_checkpoint_in_both_tiers() -> None:
+    settings = {"options": [2, 3], "protect_super_experts": False}
+    for tier in ("stock", "plugin"):
+        with pytest.raises(
+            NoAllocationError, match=r"stored_bytes: 5\.1KB cannot be reached: .* is (\d+\.\d+)KB"
+        ) as caught:
+            planned({"stored_bytes": 5100} | settings, tier=tier)
+        least = parse_size(str(caught.value).partition("least possible is ")[2].split(",")[0])
+        plan = planned({"stored_bytes": least} | settings, tier=tier)
+        assert plan.average_bits == 2 and bytes_of(plan) <= least
 
 
 def test_groups_of_the_router_forbid_drops() -> None:

@@ -75,6 +75,18 @@ def test_a_budget_in_bytes_is_what_it_leads_to() -> None:
     assert reach(quantize(stored_bytes=10 * round(high)), SHAPES, FIXED, "plugin").expert_bytes == high - FIXED
 
 
+def test_minimum_counts_raise_the_least() -> None:
+    """Of 16 experts one at 4 bits and 15 at 2: 34 / 16 bits; more than there are is refused."""
+    counts = {"minimum_counts": {"4": 1}, "options": [2, 4]}
+    assert reach(quantize(average_bits=3, **counts), SHAPES, FIXED, "plugin").ranges["average_bits"] == (2.125, 4.0)
+    dropping = reach(quantize(average_bits=3, allow_drop=True, **counts), SHAPES, FIXED, "plugin")
+    assert dropping.ranges["average_bits"] == ((4 + 3 * 2) / 16, 4.0)
+    with pytest.raises(UsageError, match=r"2\.1 cannot be reached, 2\.125 is the least .* and minimum_counts"):
+        reach(quantize(average_bits=2.1, **counts), SHAPES, FIXED, "plugin")
+    with pytest.raises(UsageError, match="minimum_counts asks for 17 experts, and layer 0 has 16"):
+        reach(quantize(average_bits=3, options=[2, 4], minimum_counts={"4": 9, "2": 8}), SHAPES, FIXED, "plugin")
+
+
 @pytest.mark.parametrize(
     ("budget", "least"),
     [

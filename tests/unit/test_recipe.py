@@ -19,10 +19,12 @@ from moe_compress.recipe import (
     load_eval_config,
     load_recipe,
     packaged_recipes,
+    random_word,
     recipe_file,
     recipe_schema,
 )
 from moe_compress.settings import format_size, parse_size
+from moe_compress.steps import make_step
 
 PRUNE = {"op": "prune", "criterion": "reap", "keep": 0.75}
 RECIPE: dict[str, Any] = {"model": "org/model", "calibration": {"dataset": "reference"}, "steps": [PRUNE]}
@@ -295,7 +297,7 @@ def test_eval_settings_alone() -> None:
     assert (config.tasks, config.num_fewshot) == (["a"], 5)
     with pytest.raises(RecipeError, match="did you mean `num_fewshot`"):
         load_eval_config({"tasks": ["a"]}, ["num_fewshots=5"])
-    with pytest.raises(RecipeError, match=r"^random_baselines: has no effect: there is no prune step"):
+    with pytest.raises(RecipeError, match=r"^random_baselines: has no effect: no step chooses"):
         load_eval_config({"tasks": ["a"]}, ["random_baselines=3"])
     with pytest.raises(RecipeError, match=r"^limit: has no effect"):
         load_eval_config({"limit": 10})
@@ -340,7 +342,23 @@ def test_the_schema_knows_every_section() -> None:
     assert {"PruneConfig", "CalibrationConfig", "EvalConfig", "ExportConfig"} <= set(schema["$defs"])
 
 
-def test_random_prunings_are_not_drawn_beside_a_quantized_model() -> None:
-    steps = [PRUNE, {"op": "quantize", "bits": 4}]
-    found = mistakes(RECIPE | {"steps": steps, "eval": {"tasks": ["a"], "random_baselines": 3}})
-    assert "`quantize`" in found["eval.random_baselines"][1]
+@pytest.mark.parametrize(
+    ("steps", "word"),
+    [
+        ([], None),
+        ([{"op": "quantize", "bits": 4}], None),
+        ([{"op": "merge", "grouping": "hc", "keep": 0.5}], None),
+        ([PRUNE, PRUNE, {"op": "quantize", "bits": 4}], "pruning"),
+        ([{"op": "quantize", "average_bits": 2.5}], "bit allocation"),
+        ([PRUNE, {"op": "quantize", "average_bits": 2.5}], "pruning and bit allocation"),
+    ],
+)
+def test_random_baselines_need_a_choice_that_can_be_drawn(steps: list[dict[str, Any]], word: str | None) -> None:
+    assert random_word(steps) == word
+    recipe = RECIPE | {"steps": steps, "eval": {"tasks": ["a"], "random_baselines": 3}, "export": {"tier": "plugin"}}
+    if word is None:
+        assert list(mistakes(recipe)) == ["eval.random_baselines"]
+    for step, config in zip(steps, load_recipe(recipe, [] if word else ["eval.random_baselines=0"]).steps, strict=True):
+        drawn = make_step(config).at_random(7)
+        assert (drawn is not None) == (random_word([step]) is not None), "`chance` says what `at_random` does"
+        assert drawn is None or drawn.config.seed == 7

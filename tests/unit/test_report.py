@@ -54,6 +54,7 @@ def draw(seed: int, bits: float, acc: float) -> dict[str, Any]:
 SETTINGS = {
     "model": "org/model",
     "criterion": "reap",
+    "steps": [{"op": "prune", "criterion": "reap"}],
     "calibration": {"calibration_tokens": 262144, "fewest_tokens_per_expert": 311, "starved": [[3, 17]]},
     "eval": {"limit": 200, "num_fewshot": 0},
     "versions": {"torch": "2.13.0"},
@@ -125,7 +126,7 @@ def test_missing_parts_are_left_out() -> None:
     assert rows["stored size"].baseline == rows["decode speed"].compressed == MISSING
     assert "FLOPs per token" not in rows
     text = report_markdown(report, RECIPE)
-    assert "No random pruning" in text
+    assert "## Against chance\n\nThese steps have no random counterpart" in text
     assert "No task was evaluated" in text
     assert "Speed was not compared" in text
     assert text.count("not run") == 5
@@ -200,6 +201,26 @@ def test_random_summary_in_both_directions(report: dict[str, Any]) -> None:
     )
     assert any(line.startswith("* arc_easy, acc: reap does not beat the mean") for line in lines)
     assert "(0, 1, 2)" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("steps", "title"),
+    [
+        ([{"op": "prune"}], "random pruning"),
+        ([{"op": "quantize", "average_bits": 2.5}], "random bit allocation"),
+        ([{"op": "quantize", "bits": 4}], "chance"),
+        ([{"op": "tie"}], "chance"),
+    ],
+)
+@pytest.mark.parametrize("draws", [[], [draw(0, 1.9, 0.61), draw(1, 2.1, 0.6)]])
+def test_it_is_said_what_was_drawn(steps: list[dict[str, Any]], title: str, draws: list[dict[str, Any]]) -> None:
+    report = build_report(model(), model(), draws, CHECKS, SETTINGS | {"steps": steps})
+    text = report_markdown(report, RECIPE)
+    assert f"\n## Against {title}\n" in text and text.count("## Against") == 1
+    if title != "chance":
+        assert f"beats the mean of 2 {title}s" in text if draws else f"No {title} was evaluated" in text
+    elif not draws:
+        assert "no random counterpart" in text
 
 
 def test_one_seed_has_no_spread() -> None:

@@ -85,10 +85,11 @@ class DistillConfig(BaseModel):
         default=1.0, gt=0, allow_inf_nan=False, description="Divides the logits where responses are sampled."
     )
 
-    teacher: Literal["online", "cached"] = Field(
+    teacher: Literal["online", "nf4", "cached"] = Field(
         default="online",
-        description="online: the teacher is in memory too. cached: its largest logits are written to disk first, by a "
-        "sweep that holds one layer in memory.",
+        description="online: the teacher is in memory too. nf4: so is a copy of it whose experts and linear layers are "
+        "packed by bitsandbytes, at about an eighth of the memory. cached: its largest logits are written to disk "
+        "first, by a sweep that holds one layer in memory.",
     )
     top_logits: int = Field(
         default=64, ge=1, description="Logits per token that the cached teacher keeps; the rest is one sum."
@@ -133,7 +134,7 @@ class DistillConfig(BaseModel):
                 f"batch_size ({self.batch_size}) should be a multiple of micro_batch_size x processes ({per_pass})"
             )
         if self.mode == "full" and self.hidden_weight and self.teacher == "cached":
-            raise ValueError("hidden_weight needs `teacher: online`: the cache holds logits, no hidden states")
+            raise ValueError("hidden_weight needs `teacher: online` or `nf4`: the cache holds logits, no hidden states")
         if self.stage == "on_policy" and (self.mode == "layerwise" or self.prompt_length is None):
             raise ValueError("`stage: on_policy` needs `mode: full` and a `prompt_length`")
         return self
@@ -142,6 +143,11 @@ class DistillConfig(BaseModel):
     def on_policy(self) -> bool:
         """Whether the student samples what it learns from."""
         return self.stage == "on_policy"
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher says anything that is part of the loss."""
+        return self.on_policy or self.uses_teacher_logits or self.hidden_weight > 0
 
     @property
     def uses_teacher_logits(self) -> bool:
@@ -180,6 +186,10 @@ _OFF_POLICY_ONLY = {
     "nll_share": _SCORED,
     "hidden_weight": _SCORED,
 }
+
+
+def chance(step: Mapping[str, Any]) -> str | None:
+    return None
 
 
 def needs_tokens(step: Mapping[str, Any]) -> bool:

@@ -159,11 +159,8 @@ class _Fit:
     ) -> None:
         self.student, self.index, self.config, self.folder = student, index, config, folder
         self.calls, self.inputs, self.targets = calls, inputs, targets
-        self.prefix = f"{student.layers_name}.{index}."
-        self.layer = to_float32(student.load(index))
-        self._use_trained_bank()
-        parameters = dict(self.layer.named_parameters())
-        self.trained = {name: parameters[name] for name in names if name in parameters}
+        self.prefix, self.names = f"{student.layers_name}.{index}.", names
+        self._load()
         pairs = zip(targets, entering, strict=True)
         change = sum(float((leaving - before).square().sum(dtype=torch.float64)) for leaving, before in pairs)
         self.scale = change / sum(leaving.numel() for leaving in targets) or 1.0
@@ -172,16 +169,22 @@ class _Fit:
         if config.target_skip is not None and index in student.moe_layers:
             self.skip = SkipTarget([student.moe_layers[index]], config.target_skip)
 
+    def _load(self) -> None:
+        """The layer with the weights of its checkpoint, those of a bank as they were trained."""
+        self.layer = to_float32(self.student.load(self.index))
+        self._use_trained_bank()
+        parameters = dict(self.layer.named_parameters())
+        self.trained = {name: parameters[name] for name in self.names if name in parameters}
+
     def train(self) -> dict[str, Any]:
         """Fit, round, and write the layer's tensors; returns the line of metrics."""
         line: dict[str, Any] = {"layer": self.index, "before": self._evaluate(), "updates": 0}
-        before = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
         if self.trained and line["before"]:
             line["updates"] = self._optimise()
-            self._set({name: self._rounded(name, value) for name, value in self.trained.items()})
+            self._round()
         line["loss"] = self._evaluate() if line["updates"] else line["before"]
         if not line["loss"] <= line["before"] and not self.skip:
-            self._set(before)
+            self._load()
             line |= {"loss": line["before"], "rejected": line["loss"]}
             self._evaluate()
         self._write()
@@ -248,12 +251,9 @@ class _Fit:
         return sum(losses) / sum(sizes)
 
     @torch.no_grad()
-    def _set(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            self.trained[name].copy_(value)
-
-    def _rounded(self, name: str, value: Tensor) -> Tensor:
-        return rounded(value.detach(), self.student, self.prefix + name, value)
+    def _round(self) -> None:
+        for name, value in self.trained.items():
+            value.copy_(rounded(value, self.student, self.prefix + name, value))
 
     def _use_trained_bank(self) -> None:
         """Experts that another layer stores are those that it was given when it was fitted."""

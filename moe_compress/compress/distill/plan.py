@@ -15,6 +15,7 @@ import numpy as np
 from moe_compress.compress.distill.config import DistillConfig
 
 FLOAT = 4  # bytes
+NF4_SHARE = (4 + 32 / 64) / 32  # of a float32's bytes: 4 bits, and a float32 for every 64 weights
 CURVE_POINTS = 100
 
 
@@ -62,18 +63,17 @@ def cosine(update: int, num_updates: int, warmup: float) -> float:
 
 
 def full_memory(
-    config: DistillConfig, *, student: int, trained: int, teacher: int, vocabulary: int, sequence_length: int
+    config: DistillConfig, *, student: int, trained: int, teacher: float, vocabulary: int, sequence_length: int
 ) -> int:
     """Bytes that the whole-model mode needs, activations inside the layers left out.
 
-    `student`, `trained` and `teacher` count parameters. Each process holds weights in float32, and of what is trained
-    the gradient and AdamW's two moments; logits of one pass lie in memory with their gradient and those of the teacher.
+    `student`, `trained` and `teacher` count parameters; the teacher's as many as would take its memory in float32. Each
+    process holds weights in float32, and of what is trained the gradient and AdamW's two moments; logits of one pass
+    lie in memory with their gradient and those of the teacher.
     """
-    online = config.on_policy or (
-        config.teacher == "online" and (config.uses_teacher_logits or config.hidden_weight > 0)
-    )
+    online = config.on_policy or (config.teacher != "cached" and config.asks_teacher)
     logits = (3 if online else 2) * config.micro_batch_size * sequence_length * vocabulary
-    return FLOAT * config.processes * (student + 3 * trained + (teacher if online else 0) + logits)
+    return round(FLOAT * config.processes * (student + 3 * trained + (teacher if online else 0) + logits))
 
 
 def layerwise_memory(*, layer: int, trained: int, teacher_layer: int, outside: int, tokens: int, width: int) -> int:
@@ -83,6 +83,11 @@ def layerwise_memory(*, layer: int, trained: int, teacher_layer: int, outside: i
     the layers; the float32 hidden states of all tokens are there three times (entering, leaving, wanted).
     """
     return FLOAT * (max(layer + 3 * trained, teacher_layer + layer) + outside + 3 * tokens * width)
+
+
+def state_bytes(trained: int) -> int:
+    """Bytes on disk while a training of so many parameters is saved: they and AdamW's moments, old beside new."""
+    return 2 * 3 * FLOAT * trained
 
 
 def plan_json(

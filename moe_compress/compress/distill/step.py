@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,26 @@ from transformers import AutoTokenizer
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import Calibration
 from moe_compress.checkpoint.record import Record, Target
-from moe_compress.checkpoint.rewrite import LEDGER_FILE, rewrite
+from moe_compress.checkpoint.rewrite import LEDGER_FILE, open_rewritten, rewrite
 from moe_compress.checkpoint.source import Checkpoint, open_checkpoint, open_config, small_files
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
-from moe_compress.compress.demand import Demand, apply_demand, num_tokens
+from moe_compress.compress.demand import FLOAT, Demand, apply_demand, hidden_bytes, num_tokens
 from moe_compress.compress.distill import parts
 from moe_compress.compress.distill.apply import DistillChange, Readers
 from moe_compress.compress.distill.balance import SkipTarget
 from moe_compress.compress.distill.config import DistillConfig
 from moe_compress.compress.distill.layerwise import heal_layers, trained_names, trained_readers
-from moe_compress.compress.distill.plan import Schedule, full_memory, layerwise_memory, plan_json, thinned
+from moe_compress.compress.distill.plan import (
+    NF4_SHARE,
+    Schedule,
+    full_memory,
+    layerwise_memory,
+    plan_json,
+    state_bytes,
+    thinned,
+)
 from moe_compress.compress.distill.sampling import PORTION, sample_responses
 from moe_compress.compress.distill.state import load_parameters, read_metrics, state_update
 from moe_compress.compress.distill.teacher import cache_bytes, write_cache
@@ -38,10 +47,12 @@ from moe_compress.compress.distill.train import CACHE, TOKENS_FILE, Job, load_mo
 from moe_compress.compress.distill.worker import train_in_processes
 from moe_compress.compress.metered import write_metered
 from moe_compress.compress.operation import Outlook, Step
+from moe_compress.compress.quantize.config import PartConfig, QuantizeConfig
+from moe_compress.compress.quantize.step import QuantizeStep
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import CheckpointError, UsageError
 from moe_compress.manifest import describe_source
-from moe_compress.models.layers import find_moe_layers
+from moe_compress.models.layers import decoder_layers, find_moe_layers
 from moe_compress.models.routing import EXPERTS_PER_TOKEN, layer_routings
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.progress import Stage
@@ -51,6 +62,10 @@ from moe_compress.workspace import require_space
 METERED_SEQUENCES = 64
 SKIP_TOLERANCE = 0.05  # of the share of slots that are skipped
 Watch = Callable[[dict[str, Any]], None]
+PACKED_TEACHER = "packed-teacher"
+NF4 = QuantizeConfig(
+    op="quantize", method="nf4", attention=PartConfig(), shared_experts=PartConfig(), dense_mlp=PartConfig()
+)
 
 
 class DistillStep(Step[DistillConfig]):
@@ -126,6 +141,7 @@ class DistillStep(Step[DistillConfig]):
         chosen = parts.chosen(parts.parts(parameters, find_moe_layers(skeleton)), self.config.trainable)
         count = sum(parameter.numel() for parameter in parameters.values())
         trained = sum(parameters[name].numel() for name in chosen)
+        vocabulary = before.config.get_text_config().vocab_size
         if self.config.mode == "layerwise":
             layers = [sum(layer.experts) + layer.others for layer in before.size.layers]
             needed = layerwise_memory(
@@ -136,20 +152,23 @@ class DistillStep(Step[DistillConfig]):
                 tokens=num_tokens(data),
                 width=before.size.hidden_size,
             )
+            streams = 2 if self.config.inputs == "student" else 1  # the last layer's hidden states beside the next's
+            scratch = FLOAT * trained + 2 * streams * hidden_bytes(before.size, num_tokens(data))
         else:
             needed = full_memory(
                 self.config,
                 student=count,
                 trained=trained,
-                teacher=count,
-                vocabulary=before.config.get_text_config().vocab_size,
+                teacher=teacher_floats(self.config, skeleton),
+                vocabulary=vocabulary,
                 sequence_length=data.sequence_length,
             )
+            scratch = state_bytes(trained)
+            if self.config.caches_logits:
+                scratch += cache_bytes(self.config, num_tokens(data), vocabulary)
         # forward, and twice that backward; the original forward once, or on new responses that are sampled before
         passes = 5 * self.config.epochs if self.config.on_policy else 3 * self.config.epochs + 1
         flops = before.size.flops_per_token * num_tokens(data) * passes
-        vocabulary = before.config.get_text_config().vocab_size
-        scratch = cache_bytes(self.config, num_tokens(data), vocabulary) if self.config.caches_logits else 0
         training = Demand("train", 0, needed, scratch=scratch, moved=2 * before.stored_bytes, flops=flops)
         return [training, apply_demand(before.size, after.size, 0, 0)]
 
@@ -177,7 +196,11 @@ class DistillStep(Step[DistillConfig]):
                     teacher, tokens_NS, work / CACHE, self.config, identity, around.device, around.progress, title
                 )
             save_file({"tokens": tokens_NS.contiguous()}, work / TOKENS_FILE)
-            job = Job(self.config, source.folder, teacher.folder, work, around.device, identity)
+            taught_by = teacher.folder
+            if self.config.teacher == "nf4" and self.config.asks_teacher:
+                QuantizeStep(NF4).run(teacher, work / PACKED_TEACHER, replace(around, tier="plugin"), title)
+                taught_by = open_rewritten(work / PACKED_TEACHER / "checkpoint", teacher).folder
+            job = Job(self.config, source.folder, taught_by, work, around.device, identity)
             with around.progress.stage(f"{title}: train", schedule.num_updates, "update") as stage:
                 for _ in range(first):
                     stage.advance("done before")
@@ -254,7 +277,7 @@ class DistillStep(Step[DistillConfig]):
             self.config,
             student=sum(parameter.numel() for parameter in parameters.values()),
             trained=sum(parameters[name].numel() for name in chosen),
-            teacher=sum(parameter.numel() for parameter in build_skeleton(teacher.config).parameters()),
+            teacher=teacher_floats(self.config, build_skeleton(teacher.config)),
             vocabulary=skeleton.config.get_text_config().vocab_size,
             sequence_length=schedule.sequence_length,
         )
@@ -302,6 +325,16 @@ def require_same_language(config: DistillConfig, folder: Path, model_config: Any
             f"{shapes[0][0]} of width {shapes[0][1]}, so hidden states cannot be compared; use `mode: full` without "
             "`hidden_weight`."
         )
+
+
+def teacher_floats(config: DistillConfig, skeleton: Any) -> float:
+    """How many float32 take the memory of the original in memory; `skeleton` is a model of its sizes."""
+    whole: int = sum(parameter.numel() for parameter in skeleton.parameters())
+    if config.teacher != "nf4":
+        return whole
+    inside = [parameter for layer in decoder_layers(skeleton)[1] for parameter in layer.parameters()]
+    packed: int = sum(parameter.numel() for parameter in inside if parameter.ndim > 1)
+    return whole - packed * (1 - NF4_SHARE)
 
 
 def require_memory(needed: int, device: str, advice: str) -> None:

@@ -110,12 +110,13 @@ def load_model(folder: Path, device: torch.device | str) -> Any:
 
 def make_teacher(job: Job, device: torch.device) -> Callable[[Sequence[int], Tensor], Lesson]:
     """What the losses compare with; without need of one, an empty lesson."""
-    hidden = job.config.hidden_weight > 0
-    if not job.config.uses_teacher_logits and not hidden:
+    if not job.config.asks_teacher:
         return lambda sequences, tokens_BS: Lesson(None)
     if job.config.caches_logits:
         return CachedTeacher(job.folder / CACHE, device)
-    return OnlineTeacher(load_model(job.teacher, device), logits=job.config.uses_teacher_logits, hidden=hidden)
+    return OnlineTeacher(
+        load_model(job.teacher, device), logits=job.config.uses_teacher_logits, hidden=job.config.hidden_weight > 0
+    )
 
 
 def loss_terms(config: DistillConfig, output: Any, lesson: Lesson, tokens_BS: Tensor) -> dict[str, Tensor]:

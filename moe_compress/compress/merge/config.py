@@ -88,6 +88,10 @@ GROUPINGS = {"hc": "2410.08589", "router": "2310.01334", "ream": "2604.04356"}
 DIFFERENCES = "2608.07814"
 
 
+def chance(step: Mapping[str, Any]) -> str | None:
+    return None
+
+
 def needs_tokens(step: Mapping[str, Any]) -> bool:
     return True
 

@@ -138,6 +138,10 @@ def leaves_banks(step: Mapping[str, Any]) -> bool:
     return step.get("replace") is not None
 
 
+def chance(step: Mapping[str, Any]) -> str | None:
+    return "pruning"
+
+
 def needs_tokens(step: Mapping[str, Any]) -> bool:
     return True
 

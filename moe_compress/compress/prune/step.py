@@ -33,11 +33,14 @@ TARGET_TOLERANCE = 0.02  # of the fraction of experts kept
 
 
 class PruneStep(Step[PruneConfig]):
-    """Drops experts; `plan` and `apply` are public so that random prunings can be compared."""
+    """Drops experts."""
 
     @property
     def is_calibrated(self) -> bool:
         return True
+
+    def at_random(self, seed: int) -> PruneStep:
+        return PruneStep(self.config.model_copy(update={"criterion": "random", "seed": seed}))
 
     def preview(self, before: Outlook, tier: str) -> tuple[dict[str, Any], Outlook]:
         require_no_banks(before.config, "prune")

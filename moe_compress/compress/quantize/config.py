@@ -13,8 +13,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from moe_compress.settings import Size
 
 BITSANDBYTES = ("nf4", "fp4", "int8")
-INTEGER_METHODS = ("gptq", "rtn")
 BUDGETS = ("average_bits", "stored_bytes", "active_bytes")
+OPTIONS = [1, 2, 3, 4]
+TARGET = "give either `bits`, the same for all experts, or a budget such as `average_bits: 2.5`"
 
 Bits = Annotated[int, Field(ge=1, le=8)]
 
@@ -26,8 +27,14 @@ def _check_group_size(value: Any) -> Any:
     return value
 
 
+def _check_options(value: Any) -> Any:
+    if value == []:
+        raise ValueError("should name at least one width, such as [2, 3, 4]")
+    return value
+
+
 GroupSize = Annotated[int | Literal["auto", "channel"], BeforeValidator(_check_group_size)]
-# What `auto` takes: the first that divides every matrix of the experts, else one group per row.
+# What `auto` takes: the first that divides every matrix it holds for, else one group per row.
 GROUP_SIZES = (128, 64, 32, 16)
 
 
@@ -60,7 +67,7 @@ class QuantizeConfig(BaseModel):
     """Quantize the routed experts, and other linear layers if asked.
 
     Either one width for all experts (`bits`, or a `method` of bitsandbytes), or a budget, for which the widths are
-    chosen by an integer program over the measured costs.
+    chosen by an integer program over the measured costs. Without either, costs can be measured and budgets swept.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -79,7 +86,9 @@ class QuantizeConfig(BaseModel):
     active_bytes: Size | None = Field(
         default=None, description="Budget: bytes of routed experts read per token, on average."
     )
-    options: list[Bits] = Field(default=[1, 2, 3, 4], min_length=1, description="The bits a budget chooses from.")
+    options: Annotated[list[Bits], BeforeValidator(_check_options)] = Field(
+        default=OPTIONS, description="The bits a budget chooses from."
+    )
     keep_option: bool = Field(default=False, description="A budget may also leave an expert as it is.")
     allow_drop: bool = Field(default=False, description="A budget may also drop an expert.")
     granularity: Literal["expert", "projection", "layer"] = Field(
@@ -109,7 +118,7 @@ class QuantizeConfig(BaseModel):
     group_size: GroupSize = Field(
         default="auto",
         description="Input weights that share a scale; `channel` for one scale per row; `auto` for the largest of 128, "
-        "64, 32 and 16 that divides every expert's matrices.",
+        "64, 32 and 16 that divides the matrices.",
     )
     symmetric: bool = Field(default=True, description="Without zero points; plain transformers loads no others.")
     act_order: bool = Field(default=False, description="gptq: columns in the order of their activations' size.")
@@ -137,8 +146,8 @@ class QuantizeConfig(BaseModel):
         budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         if self.method in BITSANDBYTES and (self.bits is not None or budgets):
             raise ValueError(f"method {self.method} has its own width; leave out {', '.join(budgets) or 'bits'}")
-        if self.method in INTEGER_METHODS and (self.bits is None) == (not budgets):
-            raise ValueError("give either `bits`, the same for all experts, or a budget such as `average_bits: 2.5`")
+        if self.bits is not None and budgets:
+            raise ValueError(f"{TARGET}, not both")
         unset = [name for name, part in self.parts.items() if part.bits is None]
         if unset and self.has_budget:
             raise ValueError(f"{unset[0]} needs `bits` of its own where the experts' are chosen by a budget")
@@ -168,8 +177,14 @@ class QuantizeConfig(BaseModel):
 
     @property
     def has_budget(self) -> bool:
-        """Whether bits are chosen, not given."""
-        return any(getattr(self, name) is not None for name in BUDGETS)
+        """Whether bits are chosen, not given; by a budget that is yet to be named, where costs are only measured."""
+        return self.method not in BITSANDBYTES and self.bits is None
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The budgets that are set, by name."""
+        values = {name: getattr(self, name) for name in BUDGETS}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def parts(self) -> dict[str, PartConfig]:
@@ -196,21 +211,50 @@ def leaves_banks(step: Mapping[str, Any]) -> bool:
     return False
 
 
+def chance(step: Mapping[str, Any]) -> str | None:
+    return "bit allocation" if any(step.get(name) is not None for name in BUDGETS) else None
+
+
 def needs_tokens(step: Mapping[str, Any]) -> bool:
-    return step.get("method", "gptq") == "gptq" or any(step.get(name) is not None for name in BUDGETS)
+    return step.get("method", "gptq") == "gptq" or chooses(step)
+
+
+def chooses(step: Mapping[str, Any]) -> bool:
+    """Whether bits are chosen, not given."""
+    return step.get("method", "gptq") not in BITSANDBYTES and step.get("bits") is None
+
+
+def impossible(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What keeps a step from being run, whatever the model: the setting, if it is one, and the reason."""
+    if not chooses(step):
+        return
+    if all(step.get(name) is None for name in BUDGETS):
+        yield "", TARGET
+    options, average, counts = step.get("options", OPTIONS), step.get("average_bits"), step.get("minimum_counts") or {}
+    bits = [option for option in options if isinstance(option, int)] if isinstance(options, list) else []
+    if bits and isinstance(average, int | float) and average < min(bits) and not step.get("allow_drop"):
+        yield "average_bits", f"`options` offers no fewer than {min(bits)} bits; offer fewer, or set `allow_drop`"
+    for name in counts if isinstance(counts, dict) and bits else ():
+        if name not in map(str, bits):
+            yield "minimum_counts", f"`options` does not offer {name} bits"
 
 
 def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     method = step.get("method", "gptq")
     if method in BITSANDBYTES:
+        tables = step.get("embeddings")  # which are rounded all the same
+        rounds = {"scale_search"} | ({"group_size"} if tables and not tables.get("group_size") else set())
         for key in ("group_size", "symmetric", "scale_search"):
-            if key in step:
+            if key in step and not (tables and key in rounds):
                 yield key, f"method `{method}` has its own"
+        for name in ("attention", "shared_experts", "dense_mlp"):
+            for key in step.get(name) or ():
+                yield f"{name}.{key}", f"method `{method}` has its own"
     if method != "gptq":
         for key in ("act_order", "damping"):
             if key in step:
                 yield key, "only the method `gptq` uses it"
-    if all(step.get(name) is None for name in BUDGETS):
+    if not chooses(step):
         for key in CHOICE_SETTINGS:
             if key in step:
                 yield key, "every expert gets the same bits; give a budget such as `average_bits` instead of `bits`"
@@ -256,7 +300,7 @@ def tags(step: Mapping[str, Any], tier: str) -> list[str]:
 
 def papers(step: Mapping[str, Any]) -> list[str]:
     found = [METHODS[step["method"]]] if step["method"] in METHODS else []
-    if all(step[name] is None for name in BUDGETS):
+    if not chooses(step):
         return found
     found += [MIXTURE_COMPRESSOR] if step["allocation"] == "optimal" else []
     return found + ([SUPER_EXPERTS] if step["protect_super_experts"] else [])

@@ -37,7 +37,7 @@ from moe_compress.compress.allocate import (
     uniform_by_layer,
 )
 from moe_compress.compress.prune.plan import super_experts
-from moe_compress.compress.quantize.config import BITSANDBYTES, COSTS, GROUP_SIZES, Pmq, QuantizeConfig
+from moe_compress.compress.quantize.config import BITSANDBYTES, COSTS, Pmq, QuantizeConfig, idle
 from moe_compress.errors import DataError, UsageError
 
 FORMAT = 1
@@ -102,7 +102,7 @@ class QuantizePlan:
             "format": FORMAT,
             "op": "quantize",
             "summary": self._summary(),
-            "config": self.config.model_dump(mode="json"),
+            "config": effective(self.config),
             "average_bits": self.average_bits,
             "expert_bytes": self.expert_bytes,
             "allocation": self.allocation,
@@ -114,7 +114,7 @@ class QuantizePlan:
         names = Counter(name for layer in self.layers for options in layer.options.values() for name in options)
         shares = ", ".join(f"{count / names.total():.1%} at {name}" for name, count in sorted(names.items()))
         lines = [
-            f"{config.method}, group size {config.group_size}: {self.average_bits:.3f} bits per routed expert weight, "
+            f"{config.method}, {_grouping(config)}: {self.average_bits:.3f} bits per routed expert weight, "
             f"scales not counted; matrices: {shares}."
         ]
         if self.num_dropped:
@@ -161,11 +161,8 @@ def plan_quantize(
     """Choose every expert's bits.
 
     `fixed_bytes` is what the checkpoint holds besides routed experts; `num_groups` the router's expert groups. Raises
-    `UsageError` for a group size that does not divide a matrix or a budget that cannot be met, `DataError` for costs
-    that are not finite.
+    `UsageError` for a budget that cannot be met, `DataError` for costs that are not finite.
     """
-    for layer in shapes:
-        check_shapes(config, layer)
     if not config.has_budget:
         name = config.method if config.method in BITSANDBYTES else str(config.bits)
         everywhere = {s.layer: {part: [name] * s.num_experts for part in s.projections} for s in shapes}
@@ -175,34 +172,37 @@ def plan_quantize(
     if config.allow_drop:
         require_equal_groups(num_groups)
     protected = super_experts(scores, num_decoder_layers) if config.protect_super_experts else set()
-    pins = [] if tier == "stock" else [str(SUPER_EXPERT_BITS)]
-    noted = SHAPE_BYTES if tier == "stock" else 0
-    items = _items(config, shapes, scores, protected, pins, noted)
-    stored_bytes = config.stored_bytes
-    if stored_bytes is not None and tier == "stock":  # one scheme for all items, so none may stand for the rest
-        stored_bytes -= fixed_bytes
-        if stored_bytes <= 0:
-            raise UsageError(
-                f"stored_bytes: what is not routed experts takes {fixed_bytes:,} bytes, so {config.stored_bytes:,} "
-                "cannot be reached; raise it, or quantize `attention` too."
-            )
-    elif stored_bytes is not None:
+    items = _items(config, shapes, scores, protected, tier)
+    if config.stored_bytes is not None:
         items.append(Item(REST, None, 1, (Option(KEEP, config.average_bits or 0.0, fixed_bytes, 0.0, 0.0),)))
     rules = Rules(
+        pins=_pins(items, protected, tier),
+        pinned_by="protect_super_experts",
         minimum_counts={str(bits): count for bits, count in config.minimum_counts.items()},
         max_drops_per_layer={layer.layer: layer.num_experts - layer.top_k for layer in shapes},
         equal_drops=tier == "stock",
         same_option=tier == "stock",
     )
-    budget = Budget(config.average_bits, stored_bytes, config.active_bytes)
+    budget = Budget(config.average_bits, config.stored_bytes, config.active_bytes)
     found = _allocate(config, items, budget, rules, scores)
     chosen = dict(zip((item.name for item in items), found.chosen, strict=True))
-    tables = _by_expert(config, shapes, chosen)
-    if config.granularity == "layer" and pins:
-        for index, expert in protected:
-            for names in tables[index].values():
-                names[expert] = pins[0]
-    return _plan(config, shapes, tables, found)
+    return _plan(config, shapes, _by_expert(shapes, chosen), found)
+
+
+def effective(config: QuantizeConfig) -> dict[str, Any]:
+    """The settings that have an effect, as JSON-able values."""
+    dumped: dict[str, Any] = config.model_dump(mode="json")
+    without = {key for key, _ in idle({key: value for key, value in dumped.items() if value is not None})}
+    return {key: value for key, value in dumped.items() if key not in without}
+
+
+def _grouping(config: QuantizeConfig) -> str:
+    """Which weights share a scale."""
+    if config.method in ("nf4", "fp4"):
+        return f"blocks of {BITSANDBYTES_BLOCK} weights"
+    if config.method == "int8" or config.group_size == "channel":
+        return "a scale per row"
+    return f"groups of {config.group_size} weights"
 
 
 def require_equal_groups(num_groups: int) -> None:
@@ -228,27 +228,6 @@ def _require_same_measurement(config: QuantizeConfig, scores: Scores) -> None:
         if measured.get(name) != value:
             raise UsageError(
                 f"the costs were measured with {name}: {measured.get(name)}, the recipe says {value}; score again."
-            )
-
-
-def with_group_size(config: QuantizeConfig, shapes: Sequence[ExpertShapes]) -> QuantizeConfig:
-    """The settings with the group size that `auto` stands for."""
-    if config.group_size != "auto":
-        return config
-    widths = {columns for shape in shapes for _, columns in shape.projections.values()}
-    size = next((size for size in GROUP_SIZES if all(width % size == 0 for width in widths)), "channel")
-    return config.model_copy(update={"group_size": size})
-
-
-def check_shapes(config: QuantizeConfig, shapes: ExpertShapes) -> None:
-    """Raise `UsageError` when the group size does not divide an expert's matrix."""
-    size = config.group_size
-    for name, (_, columns) in shapes.projections.items():
-        if size != "channel" and config.method not in BITSANDBYTES and columns % int(size):
-            fitting = [divisor for divisor in range(8, columns + 1) if columns % divisor == 0]
-            raise UsageError(
-                f"group_size: {size} does not divide the {columns} inputs of {name} in layer {shapes.layer}; choose "
-                f"one of {', '.join(map(str, fitting))}, or `channel`."
             )
 
 
@@ -308,49 +287,61 @@ def _shares(values: Array) -> Array:
 
 
 def _items(
-    config: QuantizeConfig,
-    shapes: Sequence[ExpertShapes],
-    scores: Scores,
-    protected: set[tuple[int, int]],
-    pins: list[str],
-    noted_bytes: int,
+    config: QuantizeConfig, shapes: Sequence[ExpertShapes], scores: Scores, protected: set[tuple[int, int]], tier: str
 ) -> list[Item]:
-    """What the program chooses for.
+    """What the program chooses for, each with all its options.
 
-    Protected experts take one of `pins`; without pins they are only not dropped. `noted_bytes` come with each matrix.
+    With `granularity: layer` the experts of a layer are one item, but for those that are protected.
     """
+    noted = SHAPE_BYTES if tier == "stock" else 0  # comes with each matrix
     items = []
     for shape, measured in zip(shapes, scores.layers, strict=True):
         assert shape.layer == measured.layer
         used = measured.statistics["tokens"] / max(1, measured.num_tokens)
+        own = {expert for layer, expert in protected if layer == shape.layer}
         parts = list(shape.projections) if config.granularity == "projection" else [WHOLE]
         for part in parts:
             matrices = list(shape.projections.values()) if part == WHOLE else [shape.projections[part]]
             names = [str(bits) for bits in dict.fromkeys(config.options)]
             names += [KEEP] if config.keep_option else []
-            costs = {name: expert_costs(config, measured, part, name)[0] for name in names}
+            wider = dict.fromkeys([*names, *protected_options(tier)]) if own else names
+            costs = {name: expert_costs(config, measured, part, name)[0] for name in wider}
             if config.allow_drop:  # of an expert's projections, the first answers for the drop of them all
                 drop = expert_costs(config, measured, WHOLE, DROP)[0]
                 costs[DROP] = drop if part == parts[0] else np.zeros(shape.num_experts)
-            if any(layer == shape.layer for layer, _ in protected):
-                costs |= {name: expert_costs(config, measured, part, name)[0] for name in pins}
             options = []
             for expert in range(shape.num_experts):
-                allowed = names + ([DROP] if config.allow_drop else [])
-                if (shape.layer, expert) in protected:
-                    allowed = pins or names
-                other = noted_bytes * len(matrices) + (shape.other_bytes if part == parts[0] else 0)
+                offered = [*(wider if expert in own else names), *([DROP] if config.allow_drop else [])]
+                other = noted * len(matrices) + (shape.other_bytes if part == parts[0] else 0)
                 options.append([
                     _option(name, matrices, costs[name][expert], used[expert], shape.weight_bytes, other, config)
-                    for name in allowed
+                    for name in offered
                 ])  # fmt: skip
             weights = sum(rows * columns for rows, columns in matrices)
-            if config.granularity == "layer":
-                items.append(_layer_item(shape, options, weights))
-                continue
-            for expert, found in enumerate(options):
-                items.append(Item(_name(shape.layer, expert, part), shape.layer, weights, tuple(found), expert))
+            together = [expert for expert in range(shape.num_experts) if expert not in own]
+            if config.granularity == "layer" and together:
+                items.append(_layer_item(shape.layer, [options[expert] for expert in together], weights))
+            for expert in sorted(own) if config.granularity == "layer" else range(shape.num_experts):
+                items.append(
+                    Item(_name(shape.layer, expert, part), shape.layer, weights, tuple(options[expert]), expert)
+                )
     return items
+
+
+def protected_options(tier: str) -> tuple[str, ...]:
+    """What super experts take; nothing of their own in the tier `stock`, whose one scheme holds for all experts."""
+    return () if tier == "stock" else (str(SUPER_EXPERT_BITS),)
+
+
+def _pins(items: Sequence[Item], protected: set[tuple[int, int]], tier: str) -> dict[str, tuple[str, ...]]:
+    """The options that super experts may take, by the names of their items, where that is not all."""
+    found = {}
+    for item in items:
+        names = tuple(option.name for option in item.options)
+        allowed = protected_options(tier) or tuple(name for name in names if name != DROP)
+        if (item.layer, item.expert) in protected and allowed != names:
+            found[item.name] = allowed
+    return found
 
 
 def _option(
@@ -367,22 +358,19 @@ def _option(
     return Option(name, option_bits(name), stored + other, stored * float(used), float(loss))
 
 
-def _layer_item(shape: ExpertShapes, options: Sequence[Sequence[Option]], weights: int) -> Item:
-    """All experts of a layer as one item; one that is a super expert adds its own bytes and loss to every option."""
-    names = [option.name for option in max(options, key=len)]
-    summed = []
-    for position, name in enumerate(names):
-        column = [found[position] if len(found) == len(names) else found[0] for found in options]
-        summed.append(
-            Option(
-                name,
-                sum(option.bits for option in column) / len(column),
-                sum(option.stored_bytes for option in column),
-                sum(option.active_bytes for option in column),
-                sum(option.loss for option in column),
-            )
+def _layer_item(layer: int, options: Sequence[Sequence[Option]], weights: int) -> Item:
+    """Experts of a layer, each of so many weights, as one item."""
+    summed = [
+        Option(
+            column[0].name,
+            column[0].bits,
+            sum(option.stored_bytes for option in column),
+            sum(option.active_bytes for option in column),
+            sum(option.loss for option in column),
         )
-    return Item(_name(shape.layer, None, WHOLE), shape.layer, weights * shape.num_experts, tuple(summed))
+        for column in zip(*options, strict=True)
+    ]
+    return Item(_name(layer, None, WHOLE), layer, weights * len(options), tuple(summed))
 
 
 def _name(layer: int, expert: int | None, part: str) -> str:
@@ -404,24 +392,20 @@ def _allocate(
     return by_frequency(items, usage, budget, rules)
 
 
-def _by_expert(
-    config: QuantizeConfig, shapes: Sequence[ExpertShapes], chosen: Mapping[str, str]
-) -> dict[int, dict[str, list[str]]]:
-    """Layer -> projection -> option of every expert, from the items' options."""
-    tables = {}
-    for shape in shapes:
-        table = {}
-        for part in shape.projections:
-            names = []
-            for expert in range(shape.num_experts):
-                if config.granularity == "layer":
-                    key = _name(shape.layer, None, WHOLE)
-                else:
-                    key = _name(shape.layer, expert, part if config.granularity == "projection" else WHOLE)
-                names.append(chosen[key])
-            table[part] = names
-        tables[shape.layer] = table
-    return tables
+def _by_expert(shapes: Sequence[ExpertShapes], chosen: Mapping[str, str]) -> dict[int, dict[str, list[str]]]:
+    """Layer -> projection -> option of every expert, from those of the items, each the smallest that holds it."""
+
+    def option(layer: int, expert: int, part: str) -> str:
+        names = (_name(layer, expert, part), _name(layer, expert, WHOLE), _name(layer, None, WHOLE))
+        return next(chosen[name] for name in names if name in chosen)
+
+    return {
+        shape.layer: {
+            part: [option(shape.layer, expert, part) for expert in range(shape.num_experts)]
+            for part in shape.projections
+        }
+        for shape in shapes
+    }
 
 
 def _plan(

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import torch
 
 from moe_compress.checkpoint.stream import TORCH_DTYPES, LayerStream
-from moe_compress.compress.quantize.config import QuantizeConfig
+from moe_compress.compress.quantize.config import BITSANDBYTES, GROUP_SIZES, QuantizeConfig
 from moe_compress.compress.quantize.plan import SHAPE_BYTES, ExpertShapes, QuantizePlan, matrix_bytes
 from moe_compress.compress.quantize.shapes import LinearLayer, expert_shapes, linear_layers
 from moe_compress.compress.quantize.storage import embedding_scheme, linear_savings, noted_bytes, scale_dtype_of
-from moe_compress.errors import UnsupportedModelError
+from moe_compress.errors import UnsupportedModelError, UsageError
 from moe_compress.models.layers import MoELayer, decoder_layers, find_moe_layers, owners
 from moe_compress.models.skeleton import build_skeleton
+
+LEAST_HINT = 8  # group sizes below this are not proposed: their scales take more than they save
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,51 @@ class Sizes:
             )
             saved[layer.layer] = len(layer.keep) * shape.weights * shape.weight_bytes - packed
         return saved
+
+
+def with_group_size(config: QuantizeConfig, sizes: Sizes) -> QuantizeConfig:
+    """The settings with the group size that `auto` stands for: the largest that divides every matrix it holds for."""
+    widths = {width for _, width in _grouped(config, sizes)["group_size"]}
+    if config.group_size != "auto" or not widths:
+        return config
+    size = next((size for size in GROUP_SIZES if all(width % size == 0 for width in widths)), "channel")
+    return config.model_copy(update={"group_size": size})
+
+
+def check_group_sizes(config: QuantizeConfig, sizes: Sizes) -> None:
+    """Raise `UsageError` where a group size does not divide the rows of a matrix that it holds for."""
+    for setting, matrices in _grouped(config, sizes).items():
+        part, _, _ = setting.rpartition(".")
+        size = getattr(config, part).group_size if part else config.group_size
+        if not isinstance(size, int):
+            continue
+        wrong = next((found for found in matrices if found[1] % size), None)
+        if wrong is not None:
+            common = gcd(*(width for _, width in matrices))
+            fitting = [str(divisor) for divisor in range(LEAST_HINT, common + 1) if common % divisor == 0]
+            one = f"one of {', '.join(fitting)}, which divide all that it holds for, or " if fitting else ""
+            raise UsageError(
+                f"{setting}: {size} does not divide the {wrong[1]} inputs of {wrong[0]}; choose {one}`channel`."
+            )
+
+
+def _grouped(config: QuantizeConfig, sizes: Sizes) -> dict[str, list[tuple[str, int]]]:
+    """Each setting that is a group size, and the matrices it holds for: what they are, and their inputs."""
+    found: dict[str, list[tuple[str, int]]] = {"group_size": []}
+
+    def enter(part: str, what: str, width: int) -> None:
+        own = getattr(config, part).group_size if part else None
+        found.setdefault("group_size" if own in (None, "auto") else f"{part}.group_size", []).append((what, width))
+
+    if config.method not in BITSANDBYTES:
+        for shape in sizes.shapes:
+            for name, (_, width) in shape.projections.items():
+                enter("", f"{name} in layer {shape.layer}", width)
+        for linear in (linear for linear in sizes.linears if linear.part in config.parts):
+            enter(linear.part, f"{linear.path} in layer {linear.layer}", linear.shape[1])
+    for number, table in enumerate(sizes.tables if config.embeddings is not None else ()):
+        enter("embeddings", "the output head" if number else "the embeddings", table.shape[1])
+    return found
 
 
 def active_shares(layers: Iterable[MoELayer], owners: Mapping[int, int]) -> dict[int, float]:

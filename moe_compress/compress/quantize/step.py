@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.gradients import channel_gradients
 from moe_compress.calibrate.scores import Scores
-from moe_compress.checkpoint.record import Record, Target
+from moe_compress.checkpoint.index import TensorIndex
+from moe_compress.checkpoint.record import SIZE, Record, Target
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, rewrite
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.stream import LayerStream
@@ -23,26 +24,27 @@ from moe_compress.compress.demand import Demand
 from moe_compress.compress.operation import Outlook, Step
 from moe_compress.compress.prune.apply import with_counts
 from moe_compress.compress.quantize.apply import QuantizeChange
-from moe_compress.compress.quantize.config import BITSANDBYTES, BUDGETS, QuantizeConfig
+from moe_compress.compress.quantize.config import BITSANDBYTES, QuantizeConfig
 from moe_compress.compress.quantize.demand import quantize_demands
 from moe_compress.compress.quantize.plan import (
     QuantizePlan,
-    check_shapes,
+    effective,
     measured_settings,
     plan_quantize,
-    with_group_size,
 )
 from moe_compress.compress.quantize.reach import reach
 from moe_compress.compress.quantize.sensitivity import ReducedRouters, Sensitivity, require_droppable
 from moe_compress.compress.quantize.shared import collect_moments, has_moments, joined
-from moe_compress.compress.quantize.sizes import Sizes, active_bytes
+from moe_compress.compress.quantize.sizes import Sizes, active_bytes, check_group_sizes, with_group_size
 from moe_compress.compress.quantize.storage import require_quantizable, scale_dtype_of
 from moe_compress.compress.surroundings import Surroundings
-from moe_compress.errors import UsageError
+from moe_compress.errors import NoAllocationError
 from moe_compress.models.layers import MoELayer, owners, routing_groups
 from moe_compress.runtime.families import causal_model
+from moe_compress.settings import shown_budget
 
 BUDGET_TOLERANCE = 0.02  # of the budget
+FRONTIER = ("bits", "stored", "dropped_experts", "predicted_loss", "relaxation_bound", "optimal", "infeasible")
 
 
 class QuantizeStep(Step[QuantizeConfig]):
@@ -56,6 +58,10 @@ class QuantizeStep(Step[QuantizeConfig]):
     def uses_scores(self) -> bool:
         return self.config.has_budget
 
+    def at_random(self, seed: int) -> QuantizeStep | None:
+        drawn = {"allocation": "random", "seed": seed}
+        return QuantizeStep(self.config.model_copy(update=drawn)) if self.config.has_budget else None
+
     def preview(self, before: Outlook, tier: str) -> tuple[dict[str, Any], Outlook]:
         if tier == "plugin":
             causal_model(before.config.to_dict())
@@ -63,10 +69,12 @@ class QuantizeStep(Step[QuantizeConfig]):
             require_droppable(before.config)
         sizes = Sizes.of_config(before.config, before.stored_bytes)
         entry: dict[str, Any] = self.config.model_dump(mode="json", exclude_unset=True)
-        config = with_group_size(self.config, sizes.shapes)
-        for shape in sizes.shapes:
-            check_shapes(config, shape)
-        if config.has_budget and before.scores is None:
+        config = with_group_size(self.config, sizes)
+        check_group_sizes(config, sizes)
+        if before.original is not None and (tier == "stock" or config.embeddings is not None):
+            require_quantizable(config, LayerStream(before.original), tier)
+        entry |= {"warnings": list(self._warnings(config, sizes, tier))}
+        if config.has_budget and (before.scores is None or not config.budgets):
             expected = reach(config, sizes.shapes, sizes.fixed_bytes(config, tier), tier)
             chosen = "the bits of every expert are chosen when its costs are measured"
             entry |= {"reachable": expected.ranges, "summary": [f"{expected.sentence(config)}; {chosen}."]}
@@ -87,9 +95,30 @@ class QuantizeStep(Step[QuantizeConfig]):
         shown = {key: found[key] for key in ("summary", "layers", "allocation")}
         return entry | shown | {"average_bits_chosen": plan.average_bits}, after
 
+    def _warnings(self, config: QuantizeConfig, sizes: Sizes, tier: str) -> Iterator[str]:
+        """What of the settings changes nothing here."""
+        found = {linear.part for linear in sizes.linears}
+        for part in config.parts:
+            if part not in found:
+                yield f"{part}: this model has no such linear layers, so it changes nothing; leave it out."
+        if config.allocation != "optimal":
+            for name in {"cost", "measured_by"} & config.model_fields_set:
+                what = (
+                    f"allocation `{config.allocation}` looks at no loss, so it changes only the loss that is reported"
+                )
+                yield f"{name}: {what}; leave it out."
+        if config.budgets:
+            ranges = reach(config, sizes.shapes, sizes.fixed_bytes(config, tier), tier).ranges
+            for name, value in config.budgets.items():
+                if value > (most := ranges[name][1]):
+                    yield (
+                        f"{name}: {shown_budget(name, value)} is more than the options can take, "
+                        f"{shown_budget(name, most, up=True)} (super experts aside), so every expert gets the most."
+                    )
+
     def _smaller(self, before: Outlook, sizes: Sizes, tier: str, stored_bytes: int, expert_bytes: int) -> Outlook:
         """The checkpoint in `stored_bytes`, of which the routed experts take `expert_bytes`."""
-        config = with_group_size(self.config, sizes.shapes)
+        config = with_group_size(self.config, sizes)
         outside = sizes.saved_outside(config, tier) - sizes.saved_unread(config)  # which every token reads
         share = sum(sizes.shares.values()) / len(sizes.shares)
         active = before.active_bytes - outside - share * (sizes.expert_bytes - expert_bytes)
@@ -98,41 +127,26 @@ class QuantizeStep(Step[QuantizeConfig]):
 
     def demands(self, before: Outlook, after: Outlook, calibration: CalibrationConfig) -> list[Demand]:
         sizes = Sizes.of_config(before.config, before.stored_bytes)
-        config = with_group_size(self.config, sizes.shapes)
+        config = with_group_size(self.config, sizes)
         return quantize_demands(config, sizes, before.size, after.stored_bytes, calibration)
 
-    def sweep(self, before: Outlook, tier: str, setting: str, values: Sequence[float]) -> list[dict[str, Any]]:
-        """The best allocation for each value of the budget `setting`; `UsageError` when one cannot be met."""
-        if setting not in BUDGETS:
-            raise UsageError(f"--sweep needs one of the budgets of `quantize`: {', '.join(BUDGETS)}.")
+    def point(self, before: Outlook, tier: str) -> dict[str, Any]:
+        """The best allocation for the budget, as a line of a frontier; `infeasible` says why there is none."""
         sizes = Sizes.of_config(before.config, before.stored_bytes)
-        entries = []
-        for value in values:
-            budget = dict.fromkeys(BUDGETS) | {
-                "bits": None,
-                setting: value if setting == "average_bits" else int(value),
-            }
-            step = QuantizeStep(self.config.model_copy(update=budget))
-            found = step.plan(before.scores, sizes, before.config, tier)
-            assert found.allocation is not None
-            entries.append(
-                {
-                    setting: value,
-                    "bits": found.average_bits,
-                    "stored": sizes.bytes_after(found, tier),
-                    "dropped_experts": found.num_dropped,
-                    "predicted_loss": found.allocation["loss"],
-                    "relaxation_bound": found.allocation["relaxation_bound"],
-                    "optimal": found.allocation["optimal"],
-                }
-            )
-        return entries
+        try:
+            plan = self.plan(before.scores, sizes, before.config, tier)
+        except NoAllocationError as error:
+            return dict.fromkeys(FRONTIER) | {"infeasible": str(error)}
+        assert plan.allocation is not None
+        found = (plan.average_bits, sizes.bytes_after(plan, tier), plan.num_dropped)
+        proof = (plan.allocation[name] for name in ("loss", "relaxation_bound", "optimal"))
+        return dict(zip(FRONTIER, (*found, *proof, None), strict=True))
 
     def score(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Scores:
         if not self.config.has_budget or (folder / "scores.json").exists():
             return scoring.score(source, folder, around, title)
         stream = LayerStream(source, around.device)
-        config = with_group_size(self.config, Sizes.of_stream(stream).shapes)
+        config = with_group_size(self.config, Sizes.of_stream(stream))
         weights = self._channel_weights(source, folder, around, title) if config.cost == "fisher" else {}
         return scoring.score(
             source,
@@ -151,7 +165,7 @@ class QuantizeStep(Step[QuantizeConfig]):
 
     def plan(self, scores: Scores | None, sizes: Sizes, model_config: Any, tier: str) -> QuantizePlan:
         """Choose every expert's bits by the scores and the budget."""
-        config = with_group_size(self.config, sizes.shapes)
+        config = with_group_size(self.config, sizes)
         return plan_quantize(
             config,
             sizes.shapes,
@@ -165,7 +179,9 @@ class QuantizeStep(Step[QuantizeConfig]):
     def run(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Record:
         stream = LayerStream(source, around.device)
         sizes = Sizes.of_stream(stream)
-        require_quantizable(with_group_size(self.config, sizes.shapes), stream, around.tier)
+        config = with_group_size(self.config, sizes)
+        check_group_sizes(config, sizes)
+        require_quantizable(config, stream, around.tier)
         folder.mkdir(parents=True, exist_ok=True)
         scores = self.score(source, folder / "scores", around, title) if self.config.has_budget else None
         if (folder / "plan.json").exists():  # a solver that ran out of time need not choose the same again
@@ -201,10 +217,10 @@ class QuantizeStep(Step[QuantizeConfig]):
         described = scoring.describe_data(source, data) if data is not None else {}
         return Record(
             op="quantize",
-            config=plan.config.model_dump(mode="json"),
+            config=effective(plan.config),
             label=label(plan.config),
             dropped_bytes=sizes.stored_bytes - stored,
-            targets=targets(plan, stored),
+            targets=targets(plan, TensorIndex.from_folder(folder / "checkpoint").nbytes),
             coverage=scores.summary() if scores else tokens,
             calibration=scores.fingerprint if scores else described,
             starved_dropped=[pair for pair in starved if pair not in kept],
@@ -235,7 +251,7 @@ class QuantizeStep(Step[QuantizeConfig]):
 
 
 def targets(plan: QuantizePlan, stored_bytes: int) -> list[Target]:
-    """What a budget asked for, and what came of it."""
+    """What a budget asked for, and what came of it; `stored_bytes` are those of the written files."""
     if plan.allocation is None:
         bits = plan.config.bits
         return [] if bits is None else [Target("average_bits", bits, plan.average_bits, 0.0)]
@@ -244,11 +260,17 @@ def targets(plan: QuantizePlan, stored_bytes: int) -> list[Target]:
         "stored_bytes": stored_bytes,
         "active_bytes": plan.allocation["active_bytes"],
     }
-    asked = {name: getattr(plan.config, name) for name in BUDGETS}
     return [
-        Target(name, value, achieved[name], BUDGET_TOLERANCE * value, at_most=True)
-        for name, value in asked.items()
-        if value is not None
+        Target(
+            name,
+            value,
+            achieved[name],
+            BUDGET_TOLERANCE * value,
+            at_most=True,
+            shown=",.6g" if name == "average_bits" else SIZE,
+            on_disk=name == "stored_bytes",
+        )
+        for name, value in plan.config.budgets.items()
     ]
 
 
@@ -267,5 +289,5 @@ def label(config: QuantizeConfig) -> str:
     """The method and the bits, in a few words."""
     if config.method in BITSANDBYTES:
         return config.method
-    budgets = [f"{name} {value}" for name in BUDGETS if (value := getattr(config, name)) is not None]
+    budgets = [f"{name} {shown_budget(name, value)}" for name, value in config.budgets.items()]
     return f"{config.method}, {', '.join(budgets) or f'{config.bits} bits'}"

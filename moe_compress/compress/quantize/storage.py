@@ -20,13 +20,13 @@ from moe_compress.checkpoint.rewrite import TableFormat, Tensors, described
 from moe_compress.checkpoint.stream import TORCH_DTYPES, LayerStream
 from moe_compress.checkpoint.writer import SAFETENSORS_DTYPES
 from moe_compress.compress.quantize.config import BITSANDBYTES, PartConfig, QuantizeConfig
-from moe_compress.compress.quantize.plan import KEEP, SHAPE_BYTES, QuantizePlan, check_shapes
-from moe_compress.compress.quantize.shapes import LinearLayer, expert_shapes, linear_layers
+from moe_compress.compress.quantize.plan import KEEP, SHAPE_BYTES, QuantizePlan
+from moe_compress.compress.quantize.shapes import LinearLayer, linear_layers
 from moe_compress.errors import UnsupportedModelError
 from moe_compress.models.experts import matrix_shape, projections
 from moe_compress.models.layers import PACKED, SECTION, MoELayer
 from moe_compress.runtime.families import plugin_config, plugin_section
-from moe_compress.runtime.grid import Grid, Quantized, check_group_size
+from moe_compress.runtime.grid import Grid, Quantized
 from moe_compress.runtime.pack import pack
 from moe_compress.runtime.scheme import Scheme
 
@@ -89,8 +89,6 @@ def embedding_tables(stream: LayerStream, config: QuantizeConfig) -> dict[str, T
                 f"embeddings of the class {type(module).__name__} cannot be packed; leave out `embeddings`."
             )
         for name in names:
-            assert scheme.grid is not None
-            check_group_size(scheme.grid, stream.checkpoint.index[name].shape[1], f"`{name}`")
             tables[name] = TableFormat(paths[module], scheme, scale_dtype)
     return tables
 
@@ -130,28 +128,19 @@ def noted_bytes(plan: QuantizePlan, num_linears: int, tier: str) -> int:
 
 
 def require_quantizable(config: QuantizeConfig, stream: LayerStream, tier: str) -> None:
-    """Raise what can be said against quantizing this checkpoint before any of its weights is read.
-
-    `UsageError` for a group size that does not divide a matrix, `UnsupportedModelError` for experts that
-    compressed-tensors cannot pack.
-    """
+    """Raise `UnsupportedModelError` for what cannot be packed; reads no weights."""
     embedding_tables(stream, config)
     packed: set[str] = set()
+    if tier != "stock":
+        return
     for moe in stream.moe_layers.values():
-        check_shapes(config, expert_shapes(moe, stream.stored_dtypes))
-        if tier == "stock":
-            for name in fused_parts(stream, moe):
-                packed |= _require_single(stream, moe.layer, name).keys()
+        for name in fused_parts(stream, moe):
+            packed |= _require_single(stream, moe.layer, name).keys()
     for linear in linear_layers(stream.layers, stream.moe_layers):
         if linear.part in config.parts:
-            scheme = linear_scheme(config, config.parts[linear.part])
-            if scheme.grid is not None:
-                what = f"`{linear.path}.weight` of layer {linear.layer} ({linear.part})"
-                check_group_size(scheme.grid, linear.shape[1], what)
-            if tier == "stock":
-                packed |= _require_single(stream, linear.layer, f"{linear.path}.weight").keys()
+            packed |= _require_single(stream, linear.layer, f"{linear.path}.weight").keys()
     # What transformers merges on loading it dequantizes first, and weights that are not packed get lost there.
-    lost = next((name for name in stream.merged() if name not in packed), None) if tier == "stock" else None
+    lost = next((name for name in stream.merged() if name not in packed), None)
     if lost is not None:
         raise UnsupportedModelError(
             f"plain transformers cannot load packed checkpoints of this architecture: it merges tensors like `{lost}`, "

@@ -70,6 +70,10 @@ def leaves_banks(step: Mapping[str, Any]) -> bool:
     return False
 
 
+def chance(step: Mapping[str, Any]) -> str | None:
+    return None
+
+
 def needs_tokens(step: Mapping[str, Any]) -> bool:
     return True
 

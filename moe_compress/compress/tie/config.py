@@ -65,6 +65,10 @@ RELATION: str | None = None  # the Hub has no word for tied
 TYING = "2606.16825"
 
 
+def chance(step: Mapping[str, Any]) -> str | None:
+    return None
+
+
 def needs_tokens(step: Mapping[str, Any]) -> bool:
     return True
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_compress.calibrate.scores import Scores
-from moe_compress.checkpoint.record import Record, Target
+from moe_compress.checkpoint.record import SIZE, Record, Target
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, Change, open_rewritten, rewrite
 from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.stream import LayerStream
@@ -186,7 +186,7 @@ class TieStep(Step[TieConfig]):
         tied, dropped = plan.group_of, sizes.expert_bytes - stored_bytes(plan, sizes.shapes)
         if self.config.stored_bytes is not None:
             reached = sizes.stored_bytes - dropped
-            targets = [Target("stored_bytes", self.config.stored_bytes, reached, 0, at_most=True)]
+            targets = [Target("stored_bytes", self.config.stored_bytes, reached, 0, at_most=True, shown=SIZE)]
         else:
             asked = sum(map(len, group_layers(self.config, sizes.shapes)))
             targets = [Target("tied layers", asked, len(tied), 0, shown="g")]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -61,6 +62,17 @@ def complain(message: str) -> None:
     """One message on stderr."""
     typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
     typer.echo(message, err=True)
+
+
+@contextmanager
+def interruptible(place: Path, advice: str) -> Iterator[None]:
+    """An interrupt says how to go on with what is kept in `place`, if anything is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"what is done is kept in {place}; {advice}"
+        complain(f"interrupted; {kept if place.exists() else 'nothing was written yet.'}")
+        raise typer.Exit(130) from None
 
 
 def print_version(wanted: bool) -> None:
