@@ -49,6 +49,8 @@ def test_learning_rate_rises_linearly_and_falls_by_a_cosine() -> None:
     assert factors[12] == pytest.approx(0.5 * (1 + math.cos(math.pi * 8 / 16)))
     assert 0 < factors[-1] < 0.01
     assert Schedule(config(batch_size=1, warmup=0), 20, 8).factor(0) == 1
+    constant = Schedule(config(batch_size=1, warmup=0.2, decay="constant"), 20, 8)
+    assert [constant.factor(update) for update in range(20)] == pytest.approx([0.25, 0.5, 0.75, *[1.0] * 17])
 
 
 def test_memory_counts_weights_gradients_moments_and_logits() -> None:
