@@ -177,12 +177,21 @@ def skip_trained() -> str:
                 format_percent(row["flops_per_token"] / original["flops_per_token"]),
                 *scores(row["tasks"]),
                 f"{100 * mean(row['tasks'][name] for name in TASKS if name not in TEXTS):.2f}",
-                *([f"{row['tokens']:,}", f"{row['seconds'] / 60:.1f}"] if "tokens" in row else ["", ""]),
+                *_training(row, others),
             ]
             for row in [original, *half]
             if "tasks" in row
         ],
     )
+
+
+def _training(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Tokens and minutes of all stages of a row."""
+    if "tokens" not in row:
+        return ["", ""]
+    stages = [row, *(earlier for earlier in rows if earlier["name"] == row["step"][0])]
+    tokens, seconds = (sum(stage[key] for stage in stages) for key in ("tokens", "seconds"))
+    return [f"{tokens:,}", f"{seconds / 60:.1f}"]
 
 
 def skip_control() -> str:
