@@ -77,7 +77,7 @@ TRAINED: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "ZEDA, off-policy": ("original", [ZERO, OFF]),
     "ZEDA, both stages": ("ZEDA, off-policy", [ON]),
     "ZEDA, target 25 %": ("original", [ZERO, OFF | SHORT | {"target_skip": 0.25}]),
-    "ZEDA, target 75 %": ("original", [ZERO, OFF | SHORT | {"target_skip": 0.75}]),
+    "ZEDA, target 75 %": ("ZEDA, off-policy", [OFF | SHORT | {"target_skip": 0.75}]),
 }
 CONTROLS = ("ZEDA, target 25 %", "ZEDA, target 75 %")  # of the skip ratio alone: not evaluated by task
 
