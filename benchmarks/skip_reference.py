@@ -98,8 +98,19 @@ def kept_rows(made_with: dict[str, Any]) -> list[dict[str, Any]]:
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if any(found.get(key) != value for key, value in made_with.items()):
         return []
-    wanted: dict[str, Any] = ROWS | {name: list(row) for name, row in TRAINED.items()}
-    return [row for row in found["rows"] if wanted.get(row["name"], ()) == row["step"]]
+    return [
+        row
+        for row in found["rows"]
+        if row["name"] in [*ROWS, *TRAINED] and row.items() >= identity(row["name"]).items()
+    ]
+
+
+def identity(name: str) -> dict[str, Any]:
+    """What a row is: its step, and of a trained row what it goes on from and how that was converted first."""
+    if name in ROWS:
+        return {"step": ROWS[name]}
+    origin, steps = TRAINED[name]
+    return {"from": origin} | ({"conversion": steps[0]} if len(steps) > 1 else {}) | {"step": steps[-1]}
 
 
 def trained(name: str, folder: Path) -> dict[str, Any]:
@@ -107,7 +118,7 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
     out = checkpoint(name, folder)
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))["compressed"]
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))["steps"]
-    row = {"name": name, "step": list(TRAINED[name]), "plan": [line for entry in plan for line in entry["summary"]]}
+    row = {"name": name} | identity(name) | {"plan": [line for entry in plan for line in entry["summary"]]}
     row |= flops(report) | {"tokens": plan[-1]["tokens"], "seconds": plan[-1]["seconds"]}
     if name not in CONTROLS:
         row["tasks"] = by_task(evaluate(out, EvalConfig(tasks=["reference"]))["tasks"])
@@ -173,7 +184,7 @@ def made(name: str, step: dict[str, Any] | None, folder: Path) -> dict[str, Any]
     report = moe_compress.run(recipe | ({"calibration": CALIBRATION} if calibrated else {}), folder)
     figures = report["compressed"]
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["steps"]
-    row = {"name": name, "step": step, "plan": [line for entry in plan for line in entry["summary"]]}
+    row = {"name": name} | identity(name) | {"plan": [line for entry in plan for line in entry["summary"]]}
     return row | flops(figures) | {"tasks": by_task(figures["tasks"])}
 
 

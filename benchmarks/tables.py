@@ -189,7 +189,7 @@ def _training(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list
     """Tokens and minutes of all stages of a row."""
     if "tokens" not in row:
         return ["", ""]
-    stages = [row, *(earlier for earlier in rows if earlier["name"] == row["step"][0])]
+    stages = [row, *(earlier for earlier in rows if earlier["name"] == row["from"])]
     tokens, seconds = (sum(stage[key] for stage in stages) for key in ("tokens", "seconds"))
     return [f"{tokens:,}", f"{seconds / 60:.1f}"]
 
@@ -205,7 +205,7 @@ def skip_control() -> str:
 
 def _asked(row: Mapping[str, Any]) -> float | None:
     """The skip ratio that a row was trained for."""
-    found: float | None = row["step"][1][-1].get("target_skip") if "tokens" in row else None
+    found: float | None = row["step"].get("target_skip") if "tokens" in row else None
     return found
 
 
