@@ -77,7 +77,7 @@ TRAINED: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "ZEDA, off-policy": ("original", [ZERO, OFF]),
     "ZEDA, both stages": ("ZEDA, off-policy", [ON]),
     "ZEDA, target 25 %": ("original", [ZERO, OFF | SHORT | {"target_skip": 0.25}]),
-    "ZEDA, target 75 %": ("original", [ZERO, OFF | SHORT | {"target_skip": 0.75}]),
+    "ZEDA, target 75 %": ("ZEDA, off-policy", [OFF | SHORT | {"target_skip": 0.75}]),
 }
 CONTROLS = ("ZEDA, target 25 %", "ZEDA, target 75 %")  # of the skip ratio alone: not evaluated by task
 
@@ -98,37 +98,51 @@ def kept_rows(made_with: dict[str, Any]) -> list[dict[str, Any]]:
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if any(found.get(key) != value for key, value in made_with.items()):
         return []
-    wanted: dict[str, Any] = ROWS | {name: list(row) for name, row in TRAINED.items()}
-    return [row for row in found["rows"] if wanted.get(row["name"], ()) == row["step"]]
+    return [
+        row
+        for row in found["rows"]
+        if row["name"] in [*ROWS, *TRAINED] and row.items() >= identity(row["name"]).items()
+    ]
+
+
+def identity(name: str) -> dict[str, Any]:
+    """What a row is: its step, and of a trained row what it goes on from and how that was converted first."""
+    if name in ROWS:
+        return {"step": ROWS[name]}
+    origin, steps = TRAINED[name]
+    return {"from": origin} | ({"conversion": steps[0]} if len(steps) > 1 else {}) | {"step": steps[-1]}
 
 
 def trained(name: str, folder: Path) -> dict[str, Any]:
-    """A trained row, its first row trained before it if need be; what is complete in `folder` is not done again."""
-    origin, steps = TRAINED[name]
-    out = folder / slug(name)
-    if not (out / "report.json").exists():
-        texts = folder / TEXTS
-        if not texts.exists():
-            write_texts(texts, TEXT_BYTES)
-        if origin in TRAINED:
-            trained(origin, folder)
-        written = [with_data(step, texts) | taught_by(step, origin) for step in steps]
-        recipe = {
-            "model": "reference" if origin == "original" else str(folder / slug(origin)),
-            "calibration": CALIBRATION,
-            "steps": written,
-            "export": {"tier": "plugin"},
-            "eval": {"tasks": [], "baseline": False, "speed": False},
-        }
-        moe_compress.run(recipe, out, keep_steps=True, resume=True)
+    """A trained row: what its training took, and the tasks unless it is a control."""
+    out = checkpoint(name, folder)
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))["compressed"]
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))["steps"]
-    row = {"name": name, "step": [origin, steps], "plan": [line for entry in plan for line in entry["summary"]]}
+    row = {"name": name} | identity(name) | {"plan": [line for entry in plan for line in entry["summary"]]}
     row |= flops(report) | {"tokens": plan[-1]["tokens"], "seconds": plan[-1]["seconds"]}
     if name not in CONTROLS:
-        tasks = evaluate(out, EvalConfig(tasks=["reference"]))["tasks"]
-        row["tasks"] = by_task(tasks)
+        row["tasks"] = by_task(evaluate(out, EvalConfig(tasks=["reference"]))["tasks"])
     return row
+
+
+def checkpoint(name: str, folder: Path) -> Path:
+    """The folder of a trained row, and of the row it goes on from; what is complete in `folder` is not done again."""
+    origin, steps = TRAINED[name]
+    out, texts = folder / slug(name), folder / TEXTS
+    if (out / "report.json").exists():
+        return out
+    if not texts.exists():
+        write_texts(texts, TEXT_BYTES)
+    model = "reference" if origin == "original" else str(checkpoint(origin, folder))
+    recipe = {
+        "model": model,
+        "calibration": CALIBRATION,
+        "steps": [with_data(step, texts) | taught_by(origin) for step in steps],
+        "export": {"tier": "plugin"},
+        "eval": {"tasks": [], "baseline": False, "speed": False},
+    }
+    moe_compress.run(recipe, out, resume=True)
+    return out
 
 
 def slug(name: str) -> str:
@@ -141,7 +155,7 @@ def with_data(step: dict[str, Any], texts: Path) -> dict[str, Any]:
     return step | ({"data": step["data"] | {"dataset": str(texts)}} if "data" in step else {})
 
 
-def taught_by(step: dict[str, Any], origin: str) -> dict[str, Any]:
+def taught_by(origin: str) -> dict[str, Any]:
     """The teacher, where the recipe does not begin with it."""
     return {} if origin == "original" else {"teacher_model": "reference"}
 
@@ -170,7 +184,7 @@ def made(name: str, step: dict[str, Any] | None, folder: Path) -> dict[str, Any]
     report = moe_compress.run(recipe | ({"calibration": CALIBRATION} if calibrated else {}), folder)
     figures = report["compressed"]
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["steps"]
-    row = {"name": name, "step": step, "plan": [line for entry in plan for line in entry["summary"]]}
+    row = {"name": name} | identity(name) | {"plan": [line for entry in plan for line in entry["summary"]]}
     return row | flops(figures) | {"tasks": by_task(figures["tasks"])}
 
 

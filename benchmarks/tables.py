@@ -179,12 +179,21 @@ def skip_trained() -> str:
                 format_percent(row["flops_per_token"] / original["flops_per_token"]),
                 *scores(row["tasks"]),
                 f"{100 * mean(row['tasks'][name] for name in TASKS if name not in TEXTS):.2f}",
-                *([f"{row['tokens']:,}", f"{row['seconds'] / 60:.1f}"] if "tokens" in row else ["", ""]),
+                *_training(row, others),
             ]
             for row in [original, *half]
             if "tasks" in row
         ],
     )
+
+
+def _training(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Tokens and minutes of all stages of a row."""
+    if "tokens" not in row:
+        return ["", ""]
+    stages = [row, *(earlier for earlier in rows if earlier["name"] == row["from"])]
+    tokens, seconds = (sum(stage[key] for stage in stages) for key in ("tokens", "seconds"))
+    return [f"{tokens:,}", f"{seconds / 60:.1f}"]
 
 
 def skip_control() -> str:
@@ -198,7 +207,7 @@ def skip_control() -> str:
 
 def _asked(row: Mapping[str, Any]) -> float | None:
     """The skip ratio that a row was trained for."""
-    found: float | None = row["step"][1][-1].get("target_skip") if "tokens" in row else None
+    found: float | None = row["step"].get("target_skip") if "tokens" in row else None
     return found
 
 

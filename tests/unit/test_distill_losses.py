@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.compress.distill import losses
-from moe_compress.compress.distill.losses import TopLogits, divergence, hidden_loss, next_token_loss
+from moe_compress.compress.distill.losses import TopLogits, divergence, hidden_loss, next_token_loss, policy_loss
 
 TOKENS, VOCABULARY = 7, 23
 
@@ -130,3 +130,16 @@ def test_hidden_loss_is_relative_to_the_teachers_size() -> None:
     one = (wanted[0] + torch.tensor([1.0, 0, 0, 0]), *wanted[1:])
     expected = (1 / wanted[0].double().square().sum(-1)).mean() / 3
     assert float(hidden_loss(one, wanted)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_policy_gradient_is_that_of_the_reverse_divergence(logits: tuple[Tensor, Tensor]) -> None:
+    """Its mean over all tokens that could be drawn, each as likely as the student finds it."""
+    student, teacher = logits
+    log_s, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    kl = (log_s.exp() * (log_s - log_p)).sum(-1)
+    for token in range(TOKENS):
+        own, old, wanted = log_s[token], log_s[token].detach(), log_p[token]
+        mean = torch.stack([old[v].exp() * policy_loss(own[v], old[v], wanted[v]) for v in range(VOCABULARY)]).sum()
+        assert mean.item() == pytest.approx(kl[token].item())
+        found, expected = (torch.autograd.grad(value, student, retain_graph=True)[0] for value in (mean, kl[token]))
+        torch.testing.assert_close(found, expected)

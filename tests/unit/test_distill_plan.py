@@ -49,6 +49,8 @@ def test_learning_rate_rises_linearly_and_falls_by_a_cosine() -> None:
     assert factors[12] == pytest.approx(0.5 * (1 + math.cos(math.pi * 8 / 16)))
     assert 0 < factors[-1] < 0.01
     assert Schedule(config(batch_size=1, warmup=0), 20, 8).factor(0) == 1
+    constant = Schedule(config(batch_size=1, warmup=0.2, decay="constant"), 20, 8)
+    assert [constant.factor(update) for update in range(20)] == pytest.approx([0.25, 0.5, 0.75, *[1.0] * 17])
 
 
 def test_memory_counts_weights_gradients_moments_and_logits() -> None:
@@ -85,6 +87,13 @@ def test_a_long_curve_is_thinned_to_its_ends_and_what_lies_between() -> None:
         ({"inputs": "teacher"}, "steps.1.inputs: has no effect"),
         ({"top_logits": 5}, "steps.1.top_logits: has no effect"),
         ({"nll_share": 1.0, "temperature": 2.0}, "steps.1.temperature: has no effect"),
+        ({"stage": "on_policy"}, "needs `mode: full` and a `prompt_length`"),
+        ({"stage": "on_policy", "prompt_length": 8, "teacher": "cached"}, "what is sampled is not known before"),
+        ({"stage": "on_policy", "prompt_length": 8, "nll_share": 0.5}, "steps.1.nll_share: has no effect"),
+        ({"mode": "layerwise", "prompt_length": 8}, "steps.1.prompt_length: has no effect"),
+        ({"sampling_temperature": 2.0}, "steps.1.sampling_temperature: has no effect"),
+        ({"balance_alpha": 1.0}, "steps.1.balance_alpha: has no effect"),
+        ({"target_skip": 1.0}, "target_skip"),
         ({"batch_size": 6, "processes": 4}, "multiple of micro_batch_size x processes"),
         ({"teacher": "cached", "hidden_weight": 1.0}, "hidden_weight needs"),
         ({"trainable": ["all", "norms"]}, "once, or `all` alone"),

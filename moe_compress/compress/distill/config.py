@@ -137,6 +137,8 @@ class DistillConfig(BaseModel):
             raise ValueError("hidden_weight needs `teacher: online` or `nf4`: the cache holds logits, no hidden states")
         if self.stage == "on_policy" and (self.mode == "layerwise" or self.prompt_length is None):
             raise ValueError("`stage: on_policy` needs `mode: full` and a `prompt_length`")
+        if self.on_policy and self.teacher == "cached":
+            raise ValueError("`stage: on_policy` needs `teacher: online` or `nf4`: what is sampled is not known before")
         return self
 
     @property
@@ -180,7 +182,6 @@ _FULL_ONLY = {
 }
 _SCORED = "`stage: on_policy` scores sampled tokens"
 _OFF_POLICY_ONLY = {
-    "teacher": f"{_SCORED}, so the teacher is in memory",
     "top_logits": _SCORED,
     "temperature": f"{_SCORED}; the temperature there is `sampling_temperature`",
     "nll_share": _SCORED,
