@@ -120,6 +120,8 @@ def merge_short() -> str:
         names += [f"{keep}: prune reap", *(f"{keep}: prune random {seed}" for seed in range(3))]
         names += [f"{keep}: merge {grouping}, align weights" for grouping in ("hc", "router", "ream")]
     names += [f"8: differences from {keep}" for keep in (1, 2, 4)]
+    again = ("prune reap", "merge ream, align weights", "differences from 2", "differences from 4")
+    names += [f"8: {name}, more text" for name in again]
     rows = {row["name"]: row for row in load("merge_reference")["rows"]}
     chosen = [rows[name] for name in names if name in rows]
     whole = rows["original"]["expert_bytes"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,28 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers.conversion_mapping import get_model_conversion_mapping
-
 from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.rewrite import dense_config
 from moe_compress.checkpoint.source import Checkpoint
-from moe_compress.checkpoint.stream import stored_targets
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.quantize.sizes import active_bytes, active_shares
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import MeasurementError
 from moe_compress.eval.config import EvalConfig
-from moe_compress.eval.cost import cost
+from moe_compress.eval.cost import cost, dense_targets, stored_by_part
 from moe_compress.manifest import describe_source, library_versions
 from moe_compress.models.layers import PACKED, SECTION, decoder_layers, find_moe_layers, owners
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.progress import Stage
 from moe_compress.recipe import Recipe
 from moe_compress.steps import make_step, run_step
-
-# How a packed weight is called that is stored as it is.
-DENSE_NAME = re.compile(r"\.weight_(packed|scale|shape|zero_point|absmax|plain)$")
 
 
 def measure(
@@ -123,7 +116,7 @@ def model_figures(checkpoint: Checkpoint, measured: dict[str, Any]) -> dict[str,
     """M of `report.json`: costs derived from the configuration, the rest as measured."""
     config = dense_config(checkpoint.config)
     costs = cost(config, stored_bytes=checkpoint.index.nbytes)
-    figures = cost_figures(costs.to_dict())
+    figures = cost_figures(costs.to_dict()) | {"bytes_by_part": stored_by_part(config, checkpoint.index)}
     if is_quantized(checkpoint.config):
         figures["active_bytes_per_token"] -= saved_per_token(config, checkpoint.index)
     return figures | {key: value for key, value in measured.items() if key != "settings"}
@@ -148,18 +141,16 @@ def saved_per_token(config: Any, index: TensorIndex) -> int:
         if number not in borrowed:
             saved_experts[number] = sum(dense.pop(id(tensor)) for tensor in layer.expert_tensors().values())
     saved: int = sum(dense.values()) - _saved_lookups(skeleton, index)
-    names = {name: DENSE_NAME.sub(".weight", name) for name in index}
-    targets = dict(stored_targets(skeleton, get_model_conversion_mapping(skeleton), set(names.values())))
     prefix = f"{decoder_layers(skeleton)[0]}."
-    for name, dense_name in names.items():
+    for name, target in dense_targets(skeleton, index).items():
         # the tier `plugin` calls experts' matrices what the model calls them
-        places = [place for place in (targets[dense_name], name) if place.startswith(prefix)]
+        places = [place for place in (target, name) if place.startswith(prefix)]
         numbers = [int(place.removeprefix(prefix).partition(".")[0]) for place in places]
         inside = [n for n, place in zip(numbers, places, strict=True)
                   if n in saved_experts and place.startswith(f"{layers[n].experts_name}.")]  # fmt: skip
         if inside:
             saved_experts[inside[0]] -= index[name].nbytes
-        elif targets[dense_name]:
+        elif target:
             saved -= index[name].nbytes
     return round(saved + active_bytes(saved_experts, active_shares(layers.values(), borrowed)))
 

@@ -182,7 +182,7 @@ def _run(
             for number in range(len(records))
         ]
         (finished.folder / "recipe.yaml").write_text(_published_recipe(recipe), encoding="utf-8")
-        write_json(finished.folder / "plan.json", {"steps": plans})
+        write_json(finished.folder / "plan.json", without_local_paths({"steps": plans}))
         scores = [work / f"step-{number}" / "scores" for number in range(len(records))]
         write_json(finished.folder / EXPERTS_FILE, expert_statistics(scores))
         audit = load_audit(work / FIRST_SCORES)

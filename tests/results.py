@@ -35,6 +35,7 @@ def model(
         "context": 2048,
         "notes": ["the bytes of quantized weights"],
         "params_by_part": {"routed_experts": int(6_442_450_944 * size), "attention": 268_435_456},
+        "bytes_by_part": {"routed_experts": int(12_884_901_888 * size), "attention": 536_870_912},
         "flops_by_part": {"routed_experts": 1.611e9, "attention": 0.85e9, "router": 2_097_152 * size},
         "tasks": {
             tasks[0]: {"acc": metric(0.76 * first, 0.0088 * first), "acc_norm": metric(0.71 * first, 0.0093)},

@@ -1,25 +1,28 @@
 """Documents of a dataset, wherever it lies: the Hub, a folder, a file, or the package. Read lazily, in seeded order.
 
-Everything goes through `datasets` in streaming mode, so a huge dataset is read only as far as it is used. In a txt
-file, documents are separated by blank lines. Not covered: audio, images, datasets that need code to be read.
+Everything but the packaged texts goes through `datasets` in streaming mode, so a huge dataset is read only as far as it
+is used; it is imported when first used, for it takes 90 MB and half a second. In a txt file, documents are separated by
+blank lines. Not covered: audio, images, datasets that need code to be read.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import jinja2
-from datasets.exceptions import DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from moe_compress.calibrate.config import DatasetPart
 from moe_compress.errors import DataError
 from moe_compress.text import first_line
+
+if TYPE_CHECKING:
+    import datasets
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "calibration.jsonl"
 # `config_name` of the packaged texts, and the values of their column `kind` that it stands for.
@@ -36,8 +39,8 @@ def documents(part: DatasetPart, tokenizer: PreTrainedTokenizerBase, seed: int) 
     A chat is rendered by the tokenizer's chat template. Raises `DataError` when there is no such dataset, split or
     column, when it holds something else than text or chats, or when nothing in it is text.
     """
-    stream = _open(part).shuffle(seed=seed, buffer_size=1)  # the order of the shards; documents follow below
-    yield from _shuffled(_rendered(_rows(stream, part), part, tokenizer), random.Random(seed))
+    rows = _packaged(part) if part.dataset == "reference" else _rows(part, seed)
+    yield from _shuffled(_rendered(rows, part, tokenizer), random.Random(seed))
 
 
 def _shuffled(items: Iterable[tuple[str, bool]], rng: random.Random) -> Iterator[tuple[str, bool]]:
@@ -97,7 +100,20 @@ def _chat(messages: list[Any], part: DatasetPart, tokenizer: PreTrainedTokenizer
         raise DataError(f"The tokenizer's chat template refused a chat of dataset {part.dataset}: {error}.") from error
 
 
-def _rows(stream: Iterable[dict[str, Any]], part: DatasetPart) -> Iterator[dict[str, Any]]:
+def _packaged(part: DatasetPart) -> list[dict[str, Any]]:
+    """The rows of the texts in this package."""
+    where = "dataset reference"
+    if part.config_name is not None and part.config_name not in REFERENCE_PARTS:
+        raise unknown("configuration", part.config_name, list(REFERENCE_PARTS), where, "config_name")
+    if part.split != "train":
+        raise unknown("split", part.split, ["train"], where, "split")
+    rows = [json.loads(line) for line in REFERENCE.read_text(encoding="utf-8").splitlines()]
+    kinds = REFERENCE_PARTS.get(part.config_name or "")
+    return rows if kinds is None else [row for row in rows if row["kind"] in kinds]
+
+
+def _rows(part: DatasetPart, seed: int) -> Iterator[dict[str, Any]]:
+    stream = _open(part).shuffle(seed=seed, buffer_size=1)  # the order of the shards
     try:
         yield from stream
     except Exception as error:  # every reader of `datasets` has its own exceptions
@@ -106,6 +122,8 @@ def _rows(stream: Iterable[dict[str, Any]], part: DatasetPart) -> Iterator[dict[
 
 def _open(part: DatasetPart) -> datasets.IterableDataset:
     """The split of `part`, nothing read yet."""
+    from datasets.exceptions import DatasetNotFoundError
+
     try:
         builder = _builder(part)
         if getattr(builder.config, "sample_by", None) == "line":
@@ -127,19 +145,15 @@ def _open(part: DatasetPart) -> datasets.IterableDataset:
         raise DataError(f"Dataset {part.dataset} cannot be opened: {first_line(error)}.") from error
     if part.split not in splits:
         raise unknown("split", part.split, list(splits), f"dataset {part.dataset}", "split")
-    if part.dataset == "reference" and part.config_name is not None:
-        kinds = REFERENCE_PARTS[part.config_name]
-        return splits[part.split].filter(lambda row: row["kind"] in kinds)
     return splits[part.split]
 
 
 def _builder(part: DatasetPart) -> datasets.DatasetBuilder:
-    packaged = part.dataset == "reference"
-    if packaged and part.config_name is not None and part.config_name not in REFERENCE_PARTS:
-        raise unknown("configuration", part.config_name, list(REFERENCE_PARTS), "dataset reference", "config_name")
-    path = REFERENCE if packaged else Path(part.dataset).expanduser()
+    import datasets
+
+    path = Path(part.dataset).expanduser()
     if path.is_file():
-        if part.config_name is not None and not packaged:
+        if part.config_name is not None:
             raise DataError(f"`config_name` has no effect for the file {part.dataset}; leave it out.")
         if not path.stat().st_size:
             raise DataError(f"The calibration file {path} is empty; name another.")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, Change, rewrite
@@ -30,43 +33,98 @@ class MeteredChange(Change):
     def store(self, target: LayerStream, index: int, run: Lockstep) -> dict[str, Tensor]:
         if self.tokens is not None and index in target.moe_layers:
             moe = target.moe_layers[index]
-            meter = _Meter(self.notes, index, moe.num_experts, len(self.tokens.split(self.batch_size)))
-            moe.experts.register_forward_pre_hook(meter, with_kwargs=True)
+            meter = _Meter(self.notes, index, moe.experts, moe.num_experts, len(self.tokens.split(self.batch_size)))
+            moe.experts.register_forward_pre_hook(meter.before, with_kwargs=True, prepend=True)
+            moe.experts.register_forward_pre_hook(meter.after, with_kwargs=True)
             if index == len(target.layers) - 1:  # which only the probe passes
                 run.rehearse(index)
         return super().store(target, index, run)
 
 
+@dataclass(frozen=True)
+class Counts:
+    """Of one layer: tokens, slots that the router gives to each expert, and those of them that run."""
+
+    tokens: int
+    chosen: list[int]
+    run: list[int]
+
+    @property
+    def experts_per_token(self) -> float:
+        return sum(self.run) / self.tokens
+
+
 class _Meter:
-    """Sees what comes to a layer's experts, after the rules that take slots out; the first call is the probe's."""
+    """Sees what comes to a layer's experts before and after the rules that take slots out; first comes the probe."""
 
-    def __init__(self, notes: Path, layer: int, num_experts: int, batches: int) -> None:
-        self.notes, self.layer, self.num_experts, self.batches = notes, layer, num_experts, batches
-        self.calls = self.tokens = self.slots = 0
+    def __init__(self, notes: Path, layer: int, experts: Any, num_experts: int, batches: int) -> None:
+        self.notes, self.layer, self.experts, self.num_experts, self.batches = (
+            notes, layer, experts, num_experts, batches
+        )  # fmt: skip
+        self.calls = self.tokens = 0
+        self.chosen_E, self.run_E = (torch.zeros(num_experts, dtype=torch.long) for _ in range(2))
 
-    def __call__(self, module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if self.calls > self.batches:
-            return
+    def before(self, module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        _, row_TK, gate_TK = (*inputs, *keywords.values())
+        if 0 < self.calls <= self.batches:
+            self.chosen_E += self._count(self.experts.routing_rules.experts_of(row_TK), gate_TK)
+
+    def after(self, module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         _, index_TK, gate_TK = (*inputs, *keywords.values())
-        if self.calls:
+        if 0 < self.calls <= self.batches:
             self.tokens += len(index_TK)
-            self.slots += int(((index_TK < self.num_experts) & (gate_TK != 0)).sum())
+            self.run_E += self._count(index_TK, gate_TK)
         self.calls += 1
-        if self.calls > self.batches:
-            write_json(self.notes, experts_per_token(self.notes) | {self.layer: self.slots / self.tokens})
+        if self.calls == self.batches + 1:
+            found = Counts(self.tokens, self.chosen_E.tolist(), self.run_E.tolist())
+            known = {number: asdict(counts) for number, counts in read_counts(self.notes).items()}
+            write_json(self.notes, known | {self.layer: asdict(found)})
+
+    def _count(self, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
+        """Slots of each expert [E]."""
+        slots = index_TK[(index_TK < self.num_experts) & (gate_TK != 0)]
+        return torch.bincount(slots, minlength=self.num_experts).cpu()
 
 
-def experts_per_token(notes: Path) -> dict[int, float]:
-    """The mean of each layer that was counted."""
+def read_counts(notes: Path) -> dict[int, Counts]:
+    """What was counted, by layer."""
     if not notes.exists():
         return {}
-    return {int(layer): mean for layer, mean in json.loads(notes.read_text(encoding="utf-8")).items()}
+    return {int(layer): Counts(**found) for layer, found in json.loads(notes.read_text(encoding="utf-8")).items()}
+
+
+def skip_ratio_map(counted: Mapping[int, Counts]) -> dict[str, Any]:
+    """How often each expert is skipped, for the page of the report."""
+    return {
+        "title": "Skip ratio",
+        "note": "Share of the calibration tokens routed to the expert that skip it.",
+        "share": True,
+        "provenance": "measured",
+        "values": {
+            layer: [1 - run / chosen if chosen else None for run, chosen in zip(found.run, found.chosen, strict=True)]
+            for layer, found in counted.items()
+        },
+    }
+
+
+def traffic_map(counted: Mapping[int, Counts]) -> dict[str, Any]:
+    """How much each expert runs, for the page of the report."""
+    return {
+        "title": "Traffic, with zero experts",
+        "note": "Share of its layer's calibration tokens that an expert runs for.",
+        "share": True,
+        "provenance": "measured",
+        "values": {layer: [run / found.tokens for run in found.run] for layer, found in counted.items()},
+    }
 
 
 def write_metered(
     source: Checkpoint, folder: Path, change: MeteredChange, tokens: Tensor, around: Surroundings, title: str
-) -> dict[int, float]:
-    """Write `folder/checkpoint`, unless it is complete, and the counted means into its `config.json`; returns them."""
+) -> dict[int, Counts]:
+    """Write `folder/checkpoint`, unless it is complete, and the counted means into its `config.json`.
+
+    Returns what was counted in each layer.
+    """
     notes = folder / "experts_per_token.json"
     change.meter(tokens, around.calibration.batch_size, notes)
     checkpoint = folder / "checkpoint"
@@ -75,9 +133,9 @@ def write_metered(
             rewrite(
                 source, checkpoint, change, max_shard_bytes=around.max_shard_bytes, device=around.device, stage=stage
             )
-    found = experts_per_token(notes)
+    found = read_counts(notes)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    for layer, mean in found.items():
-        config[SECTION]["layers"][str(layer)][EXPERTS_PER_TOKEN] = mean
+    for layer, counts in found.items():
+        config[SECTION]["layers"][str(layer)][EXPERTS_PER_TOKEN] = counts.experts_per_token
     write_json(checkpoint / "config.json", config)
     return found

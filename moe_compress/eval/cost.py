@@ -24,6 +24,7 @@ indexer, the bytes of quantized weights, and the work of vision or audio towers,
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -40,6 +41,8 @@ from moe_compress.models.layers import MoELayer, decoder_layers, find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
 
 MAX_CONTEXT = 2048  # tokens of the prompt that FLOPs are derived for, unless the model's own context is shorter
+# How a packed weight's tensors are called; the dense one is `.weight`.
+PACKED_NAME = re.compile(r"\.weight_(packed|scale|shape|zero_point|absmax|plain)$")
 UNKNOWN = "unknown_to_the_model"  # prediction heads and the like: stored, but no part of the forward pass
 PARTS = (
     "routed_experts",
@@ -195,16 +198,27 @@ def model_cost(
 
 
 def stored_by_part(config: PretrainedConfig, index: TensorIndex) -> dict[str, int]:
-    """Bytes that the tensors of a checkpoint take on disk, by part; `unknown_to_the_model` is what no module reads."""
+    """Bytes that the tensors of a checkpoint take on disk, by part; `unknown_to_the_model` is what no module reads.
+
+    `config` is that of the dense model; what is packed counts for the part that it is unpacked to.
+    """
     model: Any = build_skeleton(config)
     structure = _Structure(model, find_moe_layers(model))
     modules = dict(model.named_modules())
     head = next(name for name, module in modules.items() if module is model.get_output_embeddings())
     sizes: Counter[str] = Counter()
-    for name, target in stored_targets(model, get_model_conversion_mapping(model), index):
+    for name, target in dense_targets(model, index).items():
+        target = target or name * structure.is_routed(name)  # in the tier `plugin` experts have the model's own names
         part = "head" if target.startswith(f"{head}.") else structure.part_of(target) if target else UNKNOWN
         sizes[part] += index[name].nbytes
     return dict(sizes)
+
+
+def dense_targets(model: Any, index: TensorIndex) -> dict[str, str]:
+    """Of each stored tensor, packed or not, the dense model's one that it belongs to; empty where there is none."""
+    names = {name: PACKED_NAME.sub(".weight", name) for name in index}
+    targets = dict(stored_targets(model, get_model_conversion_mapping(model), set(names.values())))
+    return {name: targets[dense] for name, dense in names.items()}
 
 
 def _count(model: PreTrainedModel, structure: _Structure) -> tuple[Counter[str], Counter[str]]:
@@ -273,10 +287,14 @@ class _Structure:
         is_router = any(router.startswith(f"{name}.") for router in self._routers)
         return hasattr(module, "layer_idx") and owns_weights and not is_mlp and not is_router
 
+    def is_routed(self, name: str) -> bool:
+        """Whether a tensor of this name is the routed experts'."""
+        return name.startswith(self._experts)
+
     def part_of(self, name: str) -> str:
         """The part of the parameter `name`."""
         owners = self._owners(name)
-        if name.startswith(self._experts):
+        if self.is_routed(name):
             return "routed_experts"
         if name in self._routers:
             return "router"

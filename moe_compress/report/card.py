@@ -189,7 +189,8 @@ def _calibration_lines(report: Mapping[str, Any]) -> list[str]:
     lines = []
     for part in _calibration_data(report):
         subset = f", {part['config_name']}" if part.get("config_name") else ""
-        counts = f"{part['sequences']:,} sequences, {part['tokens']:,} tokens from {part['documents']:,} documents"
+        documents = "1 document" if part["documents"] == 1 else f"{part['documents']:,} documents"
+        counts = f"{part['sequences']:,} sequences, {part['tokens']:,} tokens from {documents}"
         lines.append(f"* `{part['dataset']}`{subset} ({part['split']}): {counts}")
     if "fewest_tokens_per_expert" in calibration:
         lines.append(f"* the least used expert was routed {calibration['fewest_tokens_per_expert']:,} tokens")
@@ -243,7 +244,7 @@ def _parsed(recipe_yaml: str) -> Mapping[str, Any]:
 
 def _word(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_word(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {_word(item)}" for key, item in value.items() if item is not None) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_word, value)) + "]"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_compress.report.frontier import Point, dominating, mean_recovery, points, shared_tasks
+from moe_compress.report.frontier import Point, dominating, mean_recovery, measure_of_size, points, shared_tasks
 from moe_compress.report.plots import change, letter, plane, recovery_strips
 from moe_compress.report.result import Result, flat
-from moe_compress.report.single import check_rows, is_figure, step_names
+from moe_compress.report.single import SIZED_BY, check_rows, is_figure, step_names
 from moe_compress.report.tables import FIGURES, Formatter, figure_label, format_metric, format_percent, metric_label
 
 NO_COMPARISON = ("versions", "torch", "transformers", "lm_eval", "batch_size", "device")  # of `settings.eval`
@@ -46,7 +46,8 @@ def comparison(results: Sequence[Result], names: Sequence[str]) -> dict[str, Any
         "costs": cost_table(reports),
         "strips": recovery_strips(reports, names),
         "recoveries": recovery_table(reports),
-        "plane": plane(found, relative=relative),
+        "plane": plane(found, measure_of_size(reports), relative=relative),
+        "sized_by": SIZED_BY[measure_of_size(reports)],
         "differences": differences([result.manifest.get("recipe") or {} for result in results]),
         "unlike": unlike(reports),
         "checks": [check_rows(report) for report in reports],
@@ -139,7 +140,7 @@ def unlike(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     tables = [table for table in tables if len(table) > 1]
     names = dict.fromkeys(path for table in tables for path in table)
     differ = [path for path in names if any(table.get(path) != tables[0].get(path) for table in tables)]
-    return [path for path in differ if path.partition(".")[0] not in NO_COMPARISON]
+    return list(dict.fromkeys(name for path in differ if (name := path.partition(".")[0]) not in NO_COMPARISON))
 
 
 def all_figures(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -13,8 +13,10 @@ operations. Of a layer's entry in `plan.json`, as far as it is there:
 * `options`: projection -> width of every expert that stays.
 
 An operation with more to show (whom an expert follows, how often it is skipped) writes `maps` into its plan, and
-they are drawn as they are: [{"title", "note", "provenance", "values": {layer: [E]}, "labels": [...]}], where labels, if
-there are any, make the values indices into them. Values that are null are experts that the map says nothing about.
+they are drawn as they are: [{"title", "note", "provenance", "values": {layer: [E]}, "labels": [...], "share": true,
+"drawn": false}], where labels, if there are any, make the values indices into them, shares are shown in per cent, and
+what is not drawn (a number of something) is read when an expert is pointed at. Values that are null are experts that
+the map says nothing about.
 
 All maps are over the experts of the source model: of a later step they are led back through the steps before it.
 """
@@ -26,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_compress.calibrate.scores import Scores
+from moe_compress.calibrate.scores import ABLATION, Scores
 from moe_compress.report.tables import format_number, format_percent
 
 FORMAT = 1
@@ -38,7 +40,7 @@ DIGITS = 7  # significant, of what is kept
 
 Plan = Mapping[str, Any]
 Values = dict[int, list[Any]]  # layer -> one value per expert
-OUTCOMES = ("kept", "kept, a super expert", "merged", "dropped")
+OUTCOMES = ("kept", "kept, a super expert", "merged", "dropped", "kept as a difference")
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,16 @@ def _maps_of_step(plan: Plan, entries: Sequence[Plan], layers: Sequence[Any]) ->
     for given in plan.get("maps", ()):
         values = {int(layer): list(row) for layer, row in given["values"].items()}
         labels = tuple(given.get("labels", ()))
-        show: Callable[[Any], str] = labels.__getitem__ if labels else format_number
+        number = format_percent if given.get("share") else format_number
+        show: Callable[[Any], str] = labels.__getitem__ if labels else number
         yield _made(
-            given["title"], given.get("note", ""), given.get("provenance", "decided"), values, show, labels=labels
+            given["title"],
+            given.get("note", ""),
+            given.get("provenance", "decided"),
+            values,
+            show,
+            labels=labels,
+            drawn=given.get("drawn", True),
         )
 
 
@@ -160,9 +169,12 @@ def _outcome(entries: Sequence[Plan]) -> Iterator[ExpertMap]:
     values: Values = {}
     for entry in entries:
         row = [OUTCOMES.index("dropped")] * entry["num_experts"]
+        shared = OUTCOMES.index("kept as a difference" if entry.get("ranks") else "merged")
         for group in _made_of(entry):
             for expert in group:
-                row[expert] = OUTCOMES.index("kept" if len(group) == 1 else "merged")
+                row[expert] = OUTCOMES.index("kept") if len(group) == 1 else shared
+        for expert in entry.get("dominants", ()):
+            row[expert] = OUTCOMES.index("kept") if entry.get("ranks") else row[expert]
         for expert in entry.get("protected", ()):
             row[expert] = OUTCOMES.index("kept, a super expert")
         values[entry["layer"]] = row
@@ -210,7 +222,8 @@ def _scores(plan: Plan, entries: Sequence[Plan]) -> Iterator[ExpertMap]:
         order = sorted(range(len(row)), key=lambda expert, row=row: -row[expert])  # type: ignore[misc]
         rank = {expert: place for place, expert in enumerate(order, start=1)}
         texts[layer] = [f"{format_number(value)} (rank {rank[e]} of {len(row)})" for e, value in enumerate(row)]
-    yield ExpertMap(f"Score ({name})", note, "derived", values, texts, by_layer=by_layer)
+    kind = "measured" if name == ABLATION else "derived"
+    yield ExpertMap(f"Score ({name})", note, kind, values, texts, by_layer=by_layer)
 
 
 def _measured(layers: Sequence[Any]) -> Iterator[ExpertMap]:

@@ -1,7 +1,8 @@
 """Size against quality: the points of one or more results, and which of them another one dominates. Numbers only.
 
 Quality is the mean recovery over the tasks that all results have, each by its headline metric (see `build`). A point is
-dominated when another is at most as large and at least as good, and better in one of the two.
+dominated when another is at most as large and at least as good, and better in one of the two. Where no result is
+smaller than its original, but some do less work, FLOPs per token stand in for the size.
 """
 
 from __future__ import annotations
@@ -17,9 +18,16 @@ from moe_compress.report.build import random_name, recovery
 Report = Mapping[str, Any]
 
 
+SIZE, WORK = "stored_bytes", "flops_per_token"
+SAME = 0.0005  # relative difference
+
+
 @dataclass(frozen=True)
 class Point:
-    """A model on the frontier: `kind` is "baseline", "result" or "random"; `owner` the number of its result."""
+    """A model on the frontier: `kind` is "baseline", "result" or "random"; `owner` the number of its result.
+
+    `size` is in bytes, or in FLOPs (`measure_of_size`), unless it is relative to the original.
+    """
 
     kind: str
     owner: int
@@ -57,13 +65,23 @@ def random_recoveries(report: Report, task: str) -> list[float]:
     return [value for value in values if value is not None]
 
 
+def measure_of_size(reports: Sequence[Report]) -> str:
+    """What the results are compared by: `SIZE`, or `WORK` where none is smaller than its original, but some do less."""
+
+    def is_less(key: str) -> bool:
+        return any((report["ratio"].get(key) or 1) < 1 - SAME for report in reports)
+
+    known = all(report[side].get(WORK) for report in reports for side in ("baseline", "compressed"))
+    return WORK if known and is_less(WORK) and not is_less(SIZE) else SIZE
+
+
 def points(reports: Sequence[Report], names: Sequence[str], *, relative: bool = False) -> list[Point]:
-    """All points, results first; sizes in bytes, or `relative` to each one's baseline.
+    """All points, results first; sizes as `measure_of_size` has them, or `relative` to each one's baseline.
 
     Nothing when the results share no task, or sizes are not known.
     """
-    tasks = shared_tasks(reports)
-    sizes = [[report[side].get("stored_bytes") for side in ("baseline", "compressed")] for report in reports]
+    tasks, key = shared_tasks(reports), measure_of_size(reports)
+    sizes = [[report[side].get(key) for side in ("baseline", "compressed")] for report in reports]
     if not tasks or any(not size for pair in sizes for size in pair):
         return []
     units = [pair[0] if relative else 1 for pair in sizes]
@@ -75,8 +93,9 @@ def points(reports: Sequence[Report], names: Sequence[str], *, relative: bool = 
         by_task = [random_recoveries(report, task) for task in tasks]
         for number, draw in enumerate(report["random"]):
             if all(len(values) == len(report["random"]) for values in by_task):
-                size = draw.get("stored_bytes", after) / unit
+                size = draw.get(key, after) / unit
                 label = f"{random_name(report)}, seed {draw.get('seed', number)}"
+                label += f", beside {name}" if len(reports) > 1 else ""
                 randoms.append(Point("random", owner, label, size, fmean(values[number] for values in by_task)))
     return [*found, *originals.values(), *randoms]
 

@@ -21,7 +21,7 @@ WIDEST = 1e4  # of shades that are multiples, the largest amount over what the l
 GAPS_UP_TO = 64  # experts: beyond, cells would be too narrow for gaps
 GAP = 0.06
 # Colours of outcomes by name, of other words in order; `style.css` has them.
-OUTCOME_CLASSES = dict(zip(OUTCOMES, ("kept", "super", "merged", "gone"), strict=True))
+OUTCOME_CLASSES = dict(zip(OUTCOMES, ("kept", "super", "merged", "gone", "merged"), strict=True))
 WORDS = 8
 
 

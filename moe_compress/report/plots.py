@@ -12,10 +12,11 @@ from itertools import pairwise
 from typing import Any
 
 from moe_compress.report.build import random_name
-from moe_compress.report.frontier import Point, dominating, random_recoveries, staircase, ticks
-from moe_compress.report.tables import format_bytes, format_percent, metric_label
+from moe_compress.report.frontier import SIZE, Point, dominating, random_recoveries, staircase, ticks
+from moe_compress.report.tables import format_bytes, format_flops, format_percent, metric_label
 
 BINS = 16
+TICK_DIGITS = 5  # enough for any round number on an axis
 ROOM = 5.5  # per cent of a strip that a lettered dot takes, on a phone
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -101,7 +102,7 @@ def recovery_strips(
     edges = [
         value + sign * (error or 0.0) for rows in table.values() for _, _, value, error in rows for sign in (-1, 1)
     ]
-    scale = tight_axis([*edges, 1.0], lambda value: f"{100 * value:g} %")
+    scale = tight_axis([*edges, 1.0], _share)
     strips = []
     for task, rows in table.items():
         dots = sorted((_dot(row, scale, names, reports) for row in rows), key=lambda dot: dot.kind == "result")
@@ -113,6 +114,10 @@ def recovery_strips(
         lanes = 1 + max(dot.lane for dot in placed)
         strips.append(Strip(metric_label(task, name, better), tuple(placed), verdict, lanes))
     return scale, tuple(strips), scale.at(1.0)
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:g} %"
 
 
 def in_lanes(dots: Sequence[Dot]) -> list[Dot]:
@@ -174,14 +179,15 @@ class Plane:
     steps: tuple[tuple[float, float, float, float], ...]
 
 
-def plane(found: Sequence[Point], *, relative: bool = False) -> Plane | None:
+def plane(found: Sequence[Point], measure: str = SIZE, *, relative: bool = False) -> Plane | None:
     """The frontier of these points as a drawing; None when there are none."""
     if not found:
         return None
-    show = (lambda value: f"{100 * value:g} %") if relative else format_bytes
-    across = axis([point.size for point in found], show)
+    in_units = format_bytes if measure == SIZE else format_flops
+    show = _share if relative else in_units
+    across = axis([point.size for point in found], _share if relative else lambda mark: in_units(mark, TICK_DIGITS))
     edges = [point.quality + sign * (point.stderr or 0.0) for point in found for sign in (-1, 1)]
-    up = axis(edges, lambda value: f"{100 * value:g} %")
+    up = axis(edges, _share)
     several = sum(point.kind == "result" for point in found) > 1
     order = {"random": 0, "baseline": 1, "result": 2}
     marks = []

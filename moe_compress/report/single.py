@@ -8,7 +8,7 @@ from typing import Any
 from moe_compress.report.audit import AUDIT_FILE, criterion_rows, verdicts
 from moe_compress.report.build import random_name
 from moe_compress.report.experts import EXPERTS_FILE, expert_maps, survivors
-from moe_compress.report.frontier import mean_recovery, points, shared_tasks
+from moe_compress.report.frontier import SAME, SIZE, WORK, mean_recovery, measure_of_size, points, shared_tasks
 from moe_compress.report.heatmap import heat_maps
 from moe_compress.report.markdown import CHECKS, limits
 from moe_compress.report.plots import change, histogram, paired_bars, plane, recovery_strips
@@ -24,6 +24,15 @@ from moe_compress.report.tables import (
 )
 
 Report = Mapping[str, Any]
+SIZED_BY = {  # title of the plot, what stands to the right, and what kind of figure that is
+    SIZE: ("Size and quality", "stored size", "measured"),
+    WORK: ("Work and quality", "FLOPs per token", "derived"),
+}
+PARTS = (
+    ("Stored bytes", "bytes_by_part", format_bytes),
+    ("Parameters", "params_by_part", format_count),
+    ("FLOPs per token", "flops_by_part", format_flops),
+)
 
 
 def single(result: Result) -> dict[str, Any]:
@@ -41,13 +50,17 @@ def single(result: Result) -> dict[str, Any]:
         "costs": cost_rows(report),
         "tasks": task_rows(report),
         "strips": recovery_strips([report], ["this checkpoint"]),
-        "plane": plane(found),
+        "plane": plane(found, measure_of_size([report])),
+        "sized_by": SIZED_BY[measure_of_size([report])],
         "num_tasks": len(shared_tasks([report])),
         "steps": steps(result),
         "heat": heat_maps(maps, survivors(result.plans)),
         "by_layer": layer_rows(result),
-        "flops": parts(report, "flops_by_part", format_flops),
-        "params": parts(report, "params_by_part", format_count),
+        "parts": [
+            (title, report["provenance"].get(key, ""), bars)
+            for title, key, show in PARTS
+            if (bars := parts(report, key, show))
+        ],
         "calibration": calibration(result),
         "audit": audited(result),
         "checks": check_rows(report),
@@ -66,11 +79,13 @@ def single(result: Result) -> dict[str, Any]:
 
 
 def title(result: Result) -> str:
-    """`MODEL, 19.6 % smaller`; the model alone where sizes are not known or the same."""
-    ratio = result.report["ratio"].get("stored_bytes")
-    if ratio is None or abs(ratio - 1) < 0.0005:
+    """`MODEL, 19.6 % smaller`, or `16.5 % fewer FLOPs`; the model alone where sizes are not known or the same."""
+    measure = measure_of_size([result.report])
+    ratio = result.report["ratio"].get(measure)
+    if ratio is None or abs(ratio - 1) < SAME:
         return result.model
-    return f"{result.model}, {abs(1 - ratio) * 100:.1f} % {'smaller' if ratio < 1 else 'larger'}"
+    words = ("smaller", "larger") if measure == SIZE else ("fewer FLOPs", "more FLOPs")
+    return f"{result.model}, {abs(1 - ratio) * 100:.1f} % {words[ratio > 1]}"
 
 
 def records(result: Result) -> list[str]:

@@ -26,9 +26,9 @@ class SummaryRow:
     provenance: str
 
 
-def format_bytes(size: float) -> str:
+def format_bytes(size: float, digits: int = 3) -> str:
     """`13.8 GB`: three digits in decimal units."""
-    return _scaled(size, (" B", " kB", " MB", " GB", " TB", " PB"))
+    return _scaled(size, (" B", " kB", " MB", " GB", " TB", " PB"), digits)
 
 
 def format_count(count: float) -> str:
@@ -36,9 +36,9 @@ def format_count(count: float) -> str:
     return _scaled(count, ("", " K", " M", " B", " T"))
 
 
-def format_flops(flops: float) -> str:
+def format_flops(flops: float, digits: int = 3) -> str:
     """`2.43 GFLOP`."""
-    return _scaled(flops, (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP"))
+    return _scaled(flops, (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP"), digits)
 
 
 def format_rate(rate: float) -> str:
@@ -148,10 +148,10 @@ def _get(figures: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     return value
 
 
-def _scaled(value: float, units: tuple[str, ...]) -> str:
-    """Three digits and the unit, 1000 apart."""
+def _scaled(value: float, units: tuple[str, ...], digits: int = 3) -> str:
+    """So many digits and the unit, 1000 apart."""
     power = 0
     while abs(value) >= 999.5 and power < len(units) - 1:
         value /= 1000
         power += 1
-    return f"{value:.3g}{units[power]}"
+    return f"{value:.{digits}g}{units[power]}"

@@ -151,6 +151,25 @@ def test_pointing_at_an_expert_shows_its_figures(browser: Browser, pages: dict[s
     require_quiet(page, pages["report"])
 
 
+def test_touching_an_expert_shows_its_figures(browser: Browser, pages: dict[str, Path], shots: Path) -> None:
+    """They stay when the finger is gone, until it touches something else."""
+    page = browser.page()
+    page.emulate(390, 844, phone=True)
+    page.open(pages["report"])
+    page.ask("document.querySelector('svg.outer').scrollIntoView({block: 'center', behavior: 'instant'})")
+    page.ask("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    box = "document.querySelector('svg.outer').getBoundingClientRect()"
+    left, top, width, height = page.ask(f"[{box}.left, {box}.top, {box}.width, {box}.height]")
+    page.touch(left + 2.5 / 4 * width, top + 1.5 / 2 * height)
+    assert (tip(page) or "").startswith("Layer 3, expert 2")
+    page.screenshot(shots / "expert-touched.png", whole=False)
+    page.touch(left + 0.5 / 4 * width, top + 0.5 / 2 * height)
+    assert (tip(page) or "").startswith("Layer 1, expert 0")
+    page.touch(5, 5)
+    assert tip(page) is None
+    require_quiet(page, pages["report"])
+
+
 def test_everything_can_be_reached_by_keyboard(browser: Browser, pages: dict[str, Path]) -> None:
     page = browser.page()
     page.emulate(1280, 900)
@@ -214,6 +233,19 @@ def test_on_paper_all_is_open_and_dark_on_light(browser: Browser, pages: dict[st
     page.call("Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     assert page.ask("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.ask("getComputedStyle(document.querySelector('nav')).display") == "none"
+
+
+def test_tables_of_many_results_fit_on_paper(browser: Browser, tmp_path: Path) -> None:
+    results = [write_result(tmp_path / f"result-{number}", made(0.9 - 0.05 * number, 0.7, 0.6)) for number in range(9)]
+    page = browser.page()
+    page.emulate(688, 900)  # A4 without its margins
+    page.open(write_page(results, tmp_path / "comparison.html"))
+    page.call("Emulation.setEmulatedMedia", media="print")
+    page.ask("document.querySelectorAll('details').forEach(one => { one.open = true })")
+    widths = page.ask("[...document.querySelectorAll('.scroll')].map(one => [one.scrollWidth, one.clientWidth])")
+    assert len(widths) >= 4 and all(content <= room + 1 for content, room in widths), widths
+    names = page.ask("[...document.querySelectorAll('.scroll tbody th')].map(one => one.clientWidth)")
+    assert min(names) >= 50, "room for words"
 
 
 def test_scripts_of_others_do_not_run(browser: Browser, tmp_path: Path) -> None:

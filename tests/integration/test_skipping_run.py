@@ -80,6 +80,21 @@ def experts_used(model: PreTrainedModel, tokens: Tensor) -> list[float]:
     return [count / tokens.numel() for count in counts]
 
 
+def router_choices(folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What comes to the experts of the first layer of a plain model, [T, K] each: indices, gate values."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    caught: list[tuple[Tensor, Tensor]] = []
+    experts = model.model.layers[0].mlp.experts
+    experts.register_forward_pre_hook(
+        lambda module, args, kwargs: caught.append((*args, *kwargs.values())[1:]), with_kwargs=True
+    )
+    with torch.no_grad():
+        for sequence in tokens:
+            model(input_ids=sequence[None])
+    index_TK, gate_TK = (torch.cat(parts) for parts in zip(*caught, strict=True))
+    return index_TK, gate_TK
+
+
 def layer_entries(folder: Path) -> dict[str, dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = json.loads((folder / "config.json").read_text())["moe_compress"]["layers"]
     return entries
@@ -99,6 +114,8 @@ def test_zero_experts_from_start_to_finish(source: Path, texts: Path, tmp_path: 
     compressed = report["compressed"]
     assert compressed["experts_per_token_mean"] == pytest.approx(np.mean(used))
     assert report["ratio"]["expert_flops_per_token"] == pytest.approx(np.mean(used) / K)
+    (drawn,) = json.loads((tmp_path / "out" / "plan.json").read_text())["steps"][0]["maps"]
+    assert [sum(row) for row in drawn["values"].values()] == pytest.approx(used), "an expert's share of the tokens"
     rows = LAYERS * EXPERTS // 2 * 32
     assert compressed["stored_bytes"] - report["baseline"]["stored_bytes"] == 2 * rows, "new rows, in bfloat16"
     assert compressed["total_params"] - report["baseline"]["total_params"] == rows
@@ -128,6 +145,16 @@ def test_skip_reaches_its_target(target: float, source: Path, texts: Path, tmp_p
     assert 1 - np.mean(used) / K == pytest.approx(target, abs=0.05)
     assert report["compressed"]["experts_per_token_mean"] == pytest.approx(np.mean(used))
     assert "slots skipped" in report["checks"]["target"]["detail"]
+    (drawn,) = json.loads((tmp_path / "out" / "plan.json").read_text())["steps"][0]["maps"]
+    # Nothing is skipped before the first layer, so the original's routing is that of the result.
+    index_TK, gate_TK = router_choices(source, calibration_tokens(source, settings))
+    threshold = layer_entries(tmp_path / "out")["0"]["skip"]["threshold"]
+    skipped_TK = gate_TK < threshold * gate_TK.amax(dim=1, keepdim=True)
+    expected = [float(skipped_TK[index_TK == expert].float().mean()) for expert in range(EXPERTS)]
+    assert drawn["title"] == "Skip ratio" and drawn["values"]["0"] == pytest.approx(expected, abs=0.02)
+    assert max(expected) - min(expected) > 0.05
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Share of the calibration tokens routed to the expert that skip it." in page
     assert report["compressed"]["stored_bytes"] == report["baseline"]["stored_bytes"]
 
 

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import moe_compress
 from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.checkpoint.index import TensorIndex
+from moe_compress.checkpoint.record import Record
 from moe_compress.cli import app
 from moe_compress.compress.prune.step import PruneStep
 from moe_compress.errors import CheckpointError, UsageError, VerificationError
@@ -315,6 +316,19 @@ def test_dropped_expert_that_saw_no_token_is_listed(out: Path) -> None:
     manifest_of(out, starve)
     found = checks.verify(out, SilentProgress())["coverage"]
     assert found["passed"] and "layer 1 expert" in found["detail"]
+
+
+@pytest.mark.parametrize(
+    ("coverage", "said"),
+    [
+        ([{}], "no step measured single experts."),
+        ([{"fewest_tokens_per_expert": 3}, {}], "every expert saw calibration tokens."),
+        ([{"fewest_tokens_per_expert": 3}, {"fewest_tokens_per_expert": 0}], "that saw no calibration tokens were"),
+    ],
+)
+def test_what_is_said_of_coverage_is_so(coverage: list[dict[str, int]], said: str) -> None:
+    check = checks.check_coverage([Record("prune", {}, "reap", 0, coverage=found) for found in coverage])
+    assert check.passed and said in check.detail
 
 
 def test_missed_target(inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,10 +66,11 @@ def anchors(file: Path) -> set[str]:
 
 
 def test_every_page_has_a_place_in_the_navigation() -> None:
-    """One line in `mkdocs.yml` for a new page; `make docs` asks for it too."""
-    listed = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
-    pages = {file.name for file in (ROOT / "docs").glob("*.md")}
-    assert pages == listed - {"contributing.md", "changelog.md"}, "give the page a line in mkdocs.yml"
+    """One line in `mkdocs.yml` for a new page; `make docs` asks for it too, but not that it is the only one."""
+    listed = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = sorted(file.name for file in (ROOT / "docs").glob("*.md"))
+    assert pages == sorted({*listed} - {"contributing.md", "changelog.md"}), "give the page a line in mkdocs.yml"
+    assert len(listed) == len(set(listed)), "each page has one line"
 
 
 def models(found: Any) -> Iterator[type[BaseModel]]:

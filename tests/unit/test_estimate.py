@@ -25,6 +25,7 @@ from moe_compress.eval.cost import stored_by_part
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.preview import look_ahead
 from moe_compress.recipe import load_recipe
+from tests.matrix import families
 from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
 
 
@@ -205,8 +206,22 @@ def test_bytes_by_part_are_those_of_the_result(step: dict[str, Any], plain: Path
     index = TensorIndex.from_folder(tmp_path / "out")
     for part, word in (("attention", ".self_attn."), ("routed_experts", ".experts."), ("embeddings", "embed_tokens")):
         assert parts[part] == sum(info.nbytes for name, info in index.items() if word in name), part
+    assert report["compressed"]["bytes_by_part"] == {part: stored for part, stored in parts.items() if stored}
     before = open_checkpoint(str(plain))
     assert planned["baseline"]["bytes_by_part"] == stored_by_part(before.config, before.index)
+
+
+def test_bytes_of_packed_experts_that_have_the_models_own_names(tmp_path: Path) -> None:
+    """The tier `plugin` names experts that the Hub keeps in one tensor by number."""
+    source = tmp_path / "source"
+    families.save(families.tiny_model(families.tiny_config("gpt_oss")), source)
+    step = {"op": "quantize", "method": "rtn", "bits": 4, "group_size": 16}
+    report = moe_compress.run({"model": str(source), "steps": [step], "export": {"tier": "plugin"}}, tmp_path / "out")
+    parts = report["compressed"]["bytes_by_part"]
+    assert sum(parts.values()) == report["compressed"]["stored_bytes"] and "unknown_to_the_model" not in parts
+    assert parts["routed_experts"] < 0.5 * report["baseline"]["bytes_by_part"]["routed_experts"]
+    shown = moe_compress.inspect(tmp_path / "out")
+    assert shown["bytes"] == parts and shown["bytes_are"] == "measured"
 
 
 def test_parts_follow_the_bytes() -> None:

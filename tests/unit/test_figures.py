@@ -118,6 +118,34 @@ def other_claims() -> Iterator[str]:
     yield f"misses the targets for time ({trial['targets']['quantize_ratio']} times as fast) and memory"
 
 
+def merge_claims() -> Iterator[str]:
+    rows = {row["name"]: row for row in load("merge_reference")["rows"]}
+    for ending in ("", ", more text"):
+        name = f"8: differences from 2{ending}"
+        ours, others = rows[name]["tasks"], [
+            row for other, row in rows.items()
+            if other.startswith(("8: prune", "8: merge")) and other.endswith("more text") == bool(ending)
+        ]  # fmt: skip
+        assert all(ours[task] < row["tasks"][task] for row in others for task in TEXTS)
+        assert rows[name]["expert_bytes"] <= min(row["expert_bytes"] for row in others)
+        assert all(ours["sums"] > row["tasks"]["sums"] for row in others)
+        yield "below every pruning and every merging to 8 experts in bits per byte"
+        reap = rows[f"8: prune reap{ending}"]["tasks"]
+        assert ours["facts"] < reap["facts"]
+        yield f"{ours['facts']:.3f} (REAP {reap['facts']:.3f})"
+
+
+def tie_claims() -> Iterator[str]:
+    rows = {row["name"]: row for row in load("tie_reference")["rows"]}
+    original = rows["original"]
+    best = rows["recipe tie-8-distill"]
+    assert all(row["resident_bytes"] <= 1.1 * row["stored_bytes"] for row in rows.values())
+    assert best["tokens"] <= 2e6
+    yield f"{1 - best['expert_bytes'] / original['expert_bytes']:.1%} fewer".replace("%", " %")
+    for text in TEXTS:
+        yield f"{best['tasks'][text] - original['tasks'][text]:.3f}"
+
+
 def readme_claims() -> Iterator[str]:
     found, kills = load("streaming"), load("kill_resume")["kills"]
     run = found["runs"]["prune_75"][0]
@@ -133,6 +161,12 @@ def readme_claims() -> Iterator[str]:
 def test_what_is_said_to_newcomers_is_so(document: str) -> None:
     text = " ".join((ROOT / document).read_text(encoding="utf-8").split())
     assert not [claim for claim in readme_claims() if claim not in text]
+
+
+@pytest.mark.parametrize(("document", "claims"), [("merging", merge_claims), ("tying", tie_claims)])
+def test_what_the_pages_of_methods_say_is_so(document: str, claims: Callable[[], Iterator[str]]) -> None:
+    text = " ".join((ROOT / "docs" / f"{document}.md").read_text(encoding="utf-8").split())
+    assert not [claim for claim in claims() if claim not in text]
 
 
 @pytest.mark.parametrize("claims", [prune_claims, quantize_claims, other_claims])

@@ -16,7 +16,7 @@ from moe_compress.report.page import write_page
 from tests.parsed_page import Parsed, page_of
 from tests.results import OTHER_TASKS, made, manifest, plan, report_of, write_result
 
-HOSTILE = """<script>alert("1")</script><img src=x onerror='alert(2)'>&amp;</style>--></script> {{ 7 * 7 }}"""
+HOSTILE = """<script>alert("1")</script><img src=x onerror='alert(2)'>&amp;</style>--></script> {{ 71 * 73 }}"""
 
 
 def numbers(content: Any) -> Iterator[int | float]:
@@ -167,7 +167,7 @@ def test_hostile_texts_are_only_texts(tmp_path: Path) -> None:
             for page in (harmless, hostile)
         ]
         assert kinds[0] == kinds[1]
-        assert "49" not in hostile.text.split(), "nothing in a record is a template"
+        assert "5183" not in hostile.text.split(), "nothing in a record is a template"
     page = pages[1][0]
     assert [data for tag, data in page.texts if tag == "h1"] == [f"{HOSTILE}, 25.0 % smaller"]
     assert f"model: {HOSTILE}" in "".join(data for tag, data in page.texts if tag == "pre")
@@ -236,6 +236,7 @@ def test_a_whole_result_has_every_section(tmp_path: Path) -> None:
         ("report.json: settings.calibration", {"calibration"}),
         ("report.json: checks", {"checks"}),
         ("report.json: compressed.flops_by_part", set()),
+        ("report.json: compressed.bytes_by_part", set()),
     ],
 )
 def test_a_part_that_is_missing_is_absent(tmp_path: Path, gone: str, absent: set[str]) -> None:
@@ -258,6 +259,7 @@ def test_a_part_that_is_missing_is_absent(tmp_path: Path, gone: str, absent: set
         assert (attributes["href"] or "").removeprefix("#") in page.ids
     titles = {data for tag, data in page.texts if tag == "h3"}
     assert ("FLOPs per token" in titles) == (path != "compressed.flops_by_part")
+    assert ("Stored bytes" in titles) == (path != "compressed.bytes_by_part")
     assert any("traffic" in title for title in titles) == (file not in ("plan.json", "experts.json"))
     assert ("experts.json" in page.text) == (file not in ("plan.json", "experts.json"))
 
@@ -322,7 +324,8 @@ def test_a_result_that_chance_beats_is_dominated_by_it(tmp_path: Path) -> None:
     assert re.search(r"A bad .* 30\.0 ± 0\.5 % \(arc_easy\) B \(good\) 5 of 5", page.text)
     alone = page_of(tmp_path / "bad")
     (tip,) = {a["data-tip"] for a in alone.all("g") if "dominated by" in (a.get("data-tip") or "")}
-    assert "dominated by random pruning, seed" in (tip or "")
+    assert "dominated by random pruning, seed" in (tip or "") and "beside" not in (tip or "")
+    assert any("random pruning, seed 0, beside bad:" in (a.get("data-tip") or "") for a in page.all("g"))
 
 
 def test_other_evaluations_and_other_models_are_told(tmp_path: Path) -> None:

@@ -15,7 +15,18 @@ import pytest
 from moe_compress.calibrate.scores import LayerScores, Scores
 from moe_compress.errors import UsageError
 from moe_compress.report.experts import ExpertMap, expert_maps, expert_statistics, survivors
-from moe_compress.report.frontier import Point, dominating, mean_recovery, points, shared_tasks, staircase, ticks
+from moe_compress.report.frontier import (
+    SIZE,
+    WORK,
+    Point,
+    dominating,
+    mean_recovery,
+    measure_of_size,
+    points,
+    shared_tasks,
+    staircase,
+    ticks,
+)
 from moe_compress.report.heatmap import SHADES, Shade, heat_maps
 from moe_compress.report.plots import (
     against_chance,
@@ -29,6 +40,8 @@ from moe_compress.report.plots import (
     recovery_strips,
     tight_axis,
 )
+from moe_compress.report.result import Result
+from moe_compress.report.single import title
 from tests.results import OTHER_TASKS, experts, made, plan, report_of
 
 # ------------------------------------------------------------------------------------------------------------ frontier
@@ -85,6 +98,38 @@ def test_points_of_one_result() -> None:
     assert [point.quality for point in randoms] == pytest.approx(by_hand)
     (relative, *_) = points([report], ["this"], relative=True)
     assert relative.size == pytest.approx(0.75)
+
+
+def test_work_stands_in_for_a_size_that_is_the_same() -> None:
+    def skipping(flops: float, quality: float) -> dict[str, Any]:
+        report = made(1.0, quality, quality)
+        report["compressed"]["flops_per_token"] *= flops
+        report["ratio"]["flops_per_token"] = flops
+        return report
+
+    same, less, least = made(1.0, 0.9, 0.9), skipping(0.8, 0.95), skipping(0.6, 0.9)
+    assert measure_of_size([same]) == measure_of_size([less, report_of()]) == SIZE
+    assert measure_of_size([less]) == measure_of_size([less, least, same]) == WORK
+    larger = skipping(0.7, 0.9)
+    larger["ratio"]["stored_bytes"] = 1.001
+    assert measure_of_size([larger]) == WORK, "routers with rows for zero experts take some bytes more"
+    assert title(Result(larger)) == "org/model, 30.0 % fewer FLOPs"
+    found = points([less, least, same], ["a", "b", "c"])
+    assert [point.size for point in found] == pytest.approx([0.8 * 2.461e9, 0.6 * 2.461e9, 2.461e9, 2.461e9])
+    assert [dominating(point, found) is not None for point in found] == [False, False, True, False]
+    drawn = plane(found, WORK)
+    assert drawn is not None and "FLOP" in drawn.across.ticks[0][1] and "GFLOP" in drawn.marks[-1].text
+
+
+@pytest.mark.parametrize("size", [13.1e6, 19.4e9, 999e3])
+def test_ticks_say_where_they_are(size: float) -> None:
+    """Not rounded to another place: 13.25 MB is not 13.2 MB."""
+    drawn = plane([Point("result", 0, "a", size, 0.9), Point("baseline", 0, "original", 1.086 * size, 1.0)])
+    assert drawn is not None
+    for at, text in drawn.across.ticks:
+        value, unit = text.split()
+        said = float(value) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+        assert drawn.across.at(said) == pytest.approx(at, abs=0.01)
 
 
 def test_error_of_a_mean_matches_simulation() -> None:
@@ -353,19 +398,31 @@ def test_words_of_a_step_of_another_kind() -> None:
         "values": {"0": [0, 1, None]},
         "labels": ["itself", "layer 2"],
     }
-    share = {"title": "Skip ratio", "provenance": "measured", "values": {"0": [0.0, 0.25, 0.5]}}
-    steps = [{"layers": [{"layer": 0, "num_experts": 3}], "maps": [given, share]}]
-    words, amounts = expert_maps(steps, [None])
+    share = {"title": "Skip ratio", "provenance": "measured", "values": {"0": [0.0, 0.25, 0.5]}, "share": True}
+    place = {"title": "Place", "values": {"0": [2, 1, 0]}, "drawn": False}
+    steps = [{"layers": [{"layer": 0, "num_experts": 3}], "maps": [given, share, place]}]
+    words, amounts, places = expert_maps(steps, [None])
     assert (words.texts, words.labels, words.provenance) == (
         {0: ["itself", "layer 2", ""]},
         ("itself", "layer 2"),
         "decided",
     )
-    assert (amounts.texts[0], amounts.provenance, amounts.note) == (["0", "0.25", "0.5"], "measured", "")
-    drawn = heat_maps([words, amounts], survivors(steps))
+    assert (amounts.texts[0], amounts.provenance, amounts.note) == (["0.0 %", "25.0 %", "50.0 %"], "measured", "")
+    assert places.texts == {0: ["2", "1", "0"]}
+    drawn = heat_maps([words, amounts, places], survivors(steps))
     assert drawn is not None and [one.scale for one in drawn.maps] == ["words", "amounts"]
     assert [(shade.label, shade.count) for shade in drawn.maps[0].shades] == [("itself", 1), ("layer 2", 1)]
+    assert (drawn.maps[1].low, drawn.maps[1].high) == ("0.0 %", "50.0 %")
+    assert [fact["title"] for fact in drawn.facts] == ["Tied to", "Skip ratio", "Place"]
     assert drawn.marks == "", "nobody is gone"
+
+
+def test_members_of_a_group_that_keep_differences_are_not_merged() -> None:
+    entry = {"layer": 0, "num_experts": 4, "groups": [[0, 2, 3], [1]], "dominants": [2, 1], "ranks": {"up_proj": 4}}
+    (outcome,) = expert_maps([{"layers": [entry]}], [])
+    assert outcome.texts[0] == ["kept as a difference", "kept", "kept", "kept as a difference"]
+    (outcome,) = expert_maps([{"layers": [entry | {"ranks": {}}]}], [])
+    assert outcome.texts[0] == ["merged", "kept", "merged", "merged"]
 
 
 def test_projections_of_other_widths_have_maps_of_their_own() -> None:

@@ -14,6 +14,7 @@ from moe_compress.compress.tie.config import TieConfig
 from moe_compress.compress.tie.plan import cost_name, group_layers, loss_name, plan_tie, stored_bytes
 from moe_compress.errors import DataError, RecipeError, UsageError
 from moe_compress.recipe import load_recipe
+from moe_compress.report.experts import expert_maps
 
 EXPERTS = 5
 WEIGHTS = 3 * 16 * 24
@@ -65,7 +66,11 @@ def test_experts_are_matched_at_the_least_cost() -> None:
     (group,) = plan.groups
     assert [tied.layer for tied in group.layers] == [1, 2, 3] and group.leader == 1
     assert group.layers[0].slots == tuple(range(EXPERTS))
+    roles, places = expert_maps([plan.to_json()], [])
+    assert roles.texts[1] == ["stored in this layer"] * EXPERTS and roles.drawn and not places.drawn
+    assert all(roles.texts[layer] == ["tied to the group's first layer"] * EXPERTS for layer in (2, 3))
     for tied in group.layers[1:]:
+        assert places.values[tied.layer] == list(tied.slots)
         costs = measured.layers[tied.layer].statistics[cost_name(1)]
 
         def total(slots: Any, costs: Any = costs) -> float:

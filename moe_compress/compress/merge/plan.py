@@ -110,8 +110,7 @@ class MergePlan:
     def _map(self) -> dict[str, Any]:
         """Whom each expert follows, for the page of the report."""
         values = {layer.layer: [layer.dominants[slot] for slot in layer.slots] for layer in self.layers}
-        note = "The dominant expert of each expert's group."
-        return {"title": "Dominant expert", "note": note, "provenance": "decided", "values": values}
+        return {"title": "Dominant expert of its group", "provenance": "decided", "values": values, "drawn": False}
 
     def _summary(self) -> list[str]:
         config = self.config

@@ -12,7 +12,7 @@ from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
-from moe_compress.compress.metered import write_metered
+from moe_compress.compress.metered import skip_ratio_map, write_metered
 from moe_compress.compress.operation import Outlook, Step
 from moe_compress.compress.skip.apply import SkipChange
 from moe_compress.compress.skip.config import SkipConfig
@@ -62,8 +62,10 @@ class SkipStep(Step[SkipConfig]):
         plan = self.plan(scores, [*stream.moe_layers.values()])
         write_json(folder / "plan.json", plan.to_json())
         data = scoring.calibration_data(source, around)
-        used = write_metered(source, folder, SkipChange(plan), data.tokens, around, title)
-        skipped = 1 - sum(used.values()) / sum(layer.top_k for layer in plan.layers)
+        counted = write_metered(source, folder, SkipChange(plan), data.tokens, around, title)
+        write_json(folder / "plan.json", plan.to_json() | {"maps": [skip_ratio_map(counted)]})
+        used = sum(counts.experts_per_token for counts in counted.values())
+        skipped = 1 - used / sum(layer.top_k for layer in plan.layers)
         asked = self.config.target_skip
         targets = [] if asked is None else [Target("slots skipped", asked, skipped, TARGET_TOLERANCE, shown=".1%")]
         return Record(

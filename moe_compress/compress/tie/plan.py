@@ -66,14 +66,18 @@ class TiePlan:
             "config": self.config.model_dump(mode="json"),
             "groups": [asdict(group) for group in self.groups],
             "allocation": self.allocation,
-            "maps": [self._map()],
+            "maps": self._maps(),
         }
 
-    def _map(self) -> dict[str, Any]:
-        """Where each expert is, for the page of the report."""
-        values = {tied.layer: list(tied.slots) for group in self.groups for tied in group.layers}
-        note = "Which expert of the group's first layer each expert is tied to."
-        return {"title": "Place in the bank", "note": note, "provenance": "decided", "values": values}
+    def _maps(self) -> list[dict[str, Any]]:
+        """Whether each expert is tied, and to which, for the page of the report."""
+        places = {tied.layer: list(tied.slots) for group in self.groups for tied in group.layers}
+        roles = {layer: [int(layer != group.leader)] * group.num_experts for layer, group in self.group_of.items()}
+        labels = ["stored in this layer", "tied to the group's first layer"]
+        note = "Experts of layers that share a bank; all others are by themselves."
+        tied = {"title": "Tied", "note": note, "values": roles, "labels": labels}
+        place = {"title": "Expert of the bank", "values": places, "drawn": False}
+        return [entry | {"provenance": "decided"} for entry in (tied, place)]
 
     def _summary(self) -> list[str]:
         tied = len(self.group_of)

@@ -12,7 +12,7 @@ from moe_compress.checkpoint.source import Checkpoint
 from moe_compress.checkpoint.stream import TORCH_DTYPES, LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
-from moe_compress.compress.metered import write_metered
+from moe_compress.compress.metered import traffic_map, write_metered
 from moe_compress.compress.operation import Outlook, Step
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.compress.zero_experts.apply import ZeroExpertsChange
@@ -54,7 +54,8 @@ class ZeroExpertsStep(Step[ZeroExpertsConfig]):
         write_json(folder / "plan.json", plan.to_json())
         data = scoring.calibration_data(source, around)
         change = ZeroExpertsChange(plan, {name: TORCH_DTYPES[dtype] for name, dtype in stream.stored_dtypes.items()})
-        write_metered(source, folder, change, data.tokens, around, title)
+        counted = write_metered(source, folder, change, data.tokens, around, title)
+        write_json(folder / "plan.json", plan.to_json() | {"maps": [traffic_map(counted)]})
         return Record(
             op="zero_experts",
             config=self.config.model_dump(mode="json"),

@@ -46,11 +46,13 @@
     tip.style.visibility = "visible";
   };
   const hush = () => { again = null; tip.style.visibility = "hidden"; };
+  const lifted = (event) => event.pointerType === "touch";  // a finger that is gone leaves what it showed
+  addEventListener("pointerdown", (event) => { if (!event.target.closest("svg.outer, [data-tip]")) { hush(); point(-1, -1); } });
   for (const one of all("[data-tip]")) {
     const show = () => { say(one.dataset.tip, [], one.getBoundingClientRect()); again = show; };
     one.addEventListener("pointerenter", show);
     one.addEventListener("focus", show);
-    one.addEventListener("pointerleave", hush);
+    one.addEventListener("pointerleave", (event) => { if (!lifted(event)) hush(); });
     one.addEventListener("blur", hush);
   }
   addEventListener("keydown", (event) => { if (event.key === "Escape") { hush(); point(-1, -1); } });
@@ -92,7 +94,7 @@
     const leave = () => { hush(); point(-1, -1); };
     map.addEventListener("pointermove", follow);
     map.addEventListener("pointerdown", follow);
-    map.addEventListener("pointerleave", leave);
+    map.addEventListener("pointerleave", (event) => { if (!lifted(event)) leave(); });
     map.addEventListener("blur", leave);
     map.addEventListener("focus", () => {
       if (!map.matches(":focus-visible")) return;
