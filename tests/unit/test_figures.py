@@ -107,15 +107,18 @@ def other_claims() -> Iterator[str]:
     yield "20 runs killed with `kill -9`"
     yield "every killed run ended with the same bits"
     yield f"{cost(Qwen3MoeConfig(**SHAPE)).total_params / 1e6:.1f} million parameters"
-    trial = load("gptq_speed-1-layers")
-    assert trial["model"]["shape"]["num_hidden_layers"] == 1 and trial["threads"] == 1
-    assert all(len(runs) == 1 for runs in trial["runs"].values())
+    trial = load("gptq_speed")
+    assert trial["model"]["shape"]["num_hidden_layers"] == 4 and trial["threads"] == 2
+    assert [len(trial["runs"][side]) for side in ("ours", "theirs")] == [3, 1]
     for key, kind in (("quantize_seconds", "quantize_ratio"), ("seconds", "command_ratio")):
         ours, theirs = (median(run[key] for run in trial["runs"][side]) for side in ("ours", "theirs"))
         assert round(theirs / ours, 1) == trial["ratios"][kind]
     assert trial["ratios"]["quantize_ratio"] < trial["targets"]["quantize_ratio"]
     assert trial["ratios"]["peak_rss_ratio"] > trial["targets"]["peak_rss_ratio"] == 1
-    yield f"misses the targets for time ({trial['targets']['quantize_ratio']} times as fast) and memory"
+    ratios = trial["ratios"]
+    yield f"The step is {ratios['quantize_ratio']} times as fast, the command {ratios['command_ratio']} times"
+    yield f"the target was {trial['targets']['quantize_ratio']}"
+    yield f"alone take {trial['floor']['seconds']:.1f} s"
 
 
 def merge_claims() -> Iterator[str]:
