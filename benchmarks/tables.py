@@ -405,7 +405,7 @@ def lm_eval_reference() -> str:
 
 def gptq_speed() -> str:
     """Both sides of the comparison: medians, and what became of the model."""
-    found = load("gptq_speed-1-layers")
+    found = load("gptq_speed")
     runs, quality, sizes = found["runs"], found["quality"], found["stored_bytes"]
     rows = []
     for label, key, shown in (
@@ -413,10 +413,11 @@ def gptq_speed() -> str:
         ("the same, processor time", "quantize_processor_seconds", "{:.1f} s"),
         ("whole command", "seconds", "{:.1f} s"),
         ("the same, processor time", "processor_seconds", "{:.1f} s"),
-        ("peak memory", "peak_rss_bytes", "{}"),
+        ("peak memory by the end of the step", "quantize_peak_rss_bytes", "{}"),
+        ("peak memory of all processes", "peak_rss_bytes", "{}"),
     ):
         ours, theirs = (median(run[key] for run in runs[side]) for side in ("ours", "theirs"))
-        texts = [format_bytes(v) if key == "peak_rss_bytes" else shown.format(v) for v in (ours, theirs)]
+        texts = [format_bytes(v) if key.endswith("bytes") else shown.format(v) for v in (ours, theirs)]
         rows.append([label, *texts, f"{theirs / ours:.2f}"])
     rows.append(["perplexity (original {:.2f})".format(quality["original"]["perplexity"])])
     rows[-1] += [f"{quality[side]['perplexity']:.2f}" for side in ("ours", "theirs")] + [""]

@@ -72,9 +72,11 @@ def make(made: Path | None, title: str, step: Row, folder: Path, calibration: Ro
     out = (made or folder) / name
     if not out.exists():
         run(name, out, **{"eval.tasks": [], "eval.speed": False})
-    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))["steps"][-1]
+    plans = json.loads((out / "plan.json").read_text(encoding="utf-8"))["steps"]
+    trained = [plan for plan in plans if plan["op"] == "distill"]
     row = finished(title, step, open_checkpoint(str(out)), started)
-    return row | {"tokens": plan["tokens"], "training_seconds": plan["seconds"]}
+    sums = {key: round(sum(plan[key] for plan in trained), 1) for key in ("tokens", "seconds")}
+    return row | {"tokens": sums["tokens"], "training_seconds": sums["seconds"]}
 
 
 if __name__ == "__main__":
