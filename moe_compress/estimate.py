@@ -185,13 +185,17 @@ def _verification(after: Outlook, tier: str) -> Stage:
     """Hashing, while a fresh process loads the result: whole in float32, or a layer at a time where that is large.
 
     transformers reads all tensors, and casts them, before it puts together those of single experts: beside the whole
-    model lies what its tensors took before. In the tier `plugin` packed weights stay so.
+    model lies what its tensors took before. Packed weights are unpacked to the stored type, and experts are upcast a
+    layer at a time; in the tier `plugin` they stay packed.
     """
     size = after.size
     elements = sum(sum(layer.experts) + layer.others for layer in size.layers) + size.embedding + size.head
-    read = min(elements * FLOAT, after.stored_bytes * FLOAT // size.stored)
-    held = read if tier == "plugin" else elements * FLOAT
-    if held <= WHOLE_MODEL_BYTES:
+    whole = elements * FLOAT
+    held = read = min(whole, after.stored_bytes * FLOAT // size.stored)
+    if (whole if tier == "stock" else held) <= WHOLE_MODEL_BYTES:
+        if tier == "stock" and held < whole:  # packed
+            held = elements * size.stored + FLOAT * max(sum(layer.experts) for layer in size.layers)
+            read = after.stored_bytes
         loaded = held + read + after.stored_bytes
     else:
         loaded = max(2 * FLOAT * max(layer.experts, default=0) + FLOAT * layer.others for layer in size.layers)

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from moe_compress import __version__, preview
+from moe_compress.calibrate.agreement import AUDIT_FILE
 from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.checkpoint.memory import give_back
@@ -44,7 +45,7 @@ from moe_compress.preview import (
 )
 from moe_compress.progress import Progress, SilentProgress
 from moe_compress.recipe import Recipe, check_tier, dump_recipe
-from moe_compress.report.audit import AUDIT_FILE, audit_section, load_audit
+from moe_compress.report.audit import audit_section, load_audit
 from moe_compress.report.build import build_report
 from moe_compress.report.card import inherited_fields, model_card
 from moe_compress.report.experts import EXPERTS_FILE, expert_statistics

@@ -2,8 +2,7 @@
 
 In every audited layer a seeded sample of experts is removed one by one, each for whole sequences of held-out text, and
 the loss is compared sequence by sequence with that of the whole model. Every criterion is then asked how it ranks these
-experts (`agreement`). The statistics are those of `moe-compress score`: tokens that chose an expert are counted where
-they chose it, and gate values are those that multiplied its output.
+experts (`compress.prune.judged`, `calibrate.agreement`).
 
     WORK/scores.json, scores.safetensors   the scores, with the statistic `ablation`
     WORK/ablation/losses.json              the loss of every sequence without each expert
@@ -14,37 +13,33 @@ Not covered: what removing several experts at once costs, and effects that no ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
-from moe_compress.auditing.agreement import AuditedLayer, agreement
-from moe_compress.calibrate.ablation import Losses, with_importance
+from moe_compress.calibrate.ablation import with_importance
+from moe_compress.calibrate.agreement import AUDIT_FILE
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import Calibration
-from moe_compress.calibrate.scores import ABLATION, LayerScores, Scores
+from moe_compress.calibrate.scores import ABLATION, Scores
 from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
-from moe_compress.compress.prune.config import CriterionName, CustomCriterion, PruneConfig
-from moe_compress.compress.prune.plan import criterion_scores
+from moe_compress.compress.prune.config import PruneConfig
+from moe_compress.compress.prune.judged import judged
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import UsageError
-from moe_compress.manifest import describe_source, library_versions
+from moe_compress.manifest import describe_source
 from moe_compress.pipeline import look, made_by, require_same_calibration, surroundings
 from moe_compress.preview import require_same_model
 from moe_compress.progress import Progress
 from moe_compress.recipe import Recipe
-from moe_compress.report.audit import AUDIT_FILE, audit_markdown
+from moe_compress.report.audit import audit_markdown
 from moe_compress.workspace import discarded_if_empty, explained_disk_errors, locked, open_workspace
 
-FORMAT = 1
 AUDIT_PAGE = "audit.md"
-# Beside the named criteria: the mean gate value of an expert when it is chosen.
-MEAN_GATE = CustomCriterion(b=1, alpha=1, beta=0)
 
 
 @dataclass(frozen=True)
@@ -113,28 +108,9 @@ def _measure(
     measured = with_importance(measured, losses)
     measured.save(work)
     asked = [step.criterion for step in recipe.steps if isinstance(step, PruneConfig)]
-    criteria = audited_criteria(asked, settings.seed)
-    layers = [
-        audited_layer(layer, chosen[layer.layer], losses, criteria)
-        for layer in measured.layers
-        if layer.layer in chosen
-    ]
-    found = {
-        "format": FORMAT,
-        "model": recipe.model,
-        "revision": source.revision,
-        "criteria_of_the_recipe": [criterion_label(criterion) for criterion in asked],
-        "settings": {
-            "sequences": len(held_out.tokens),
-            "sequence_length": held_out.tokens.shape[1],
-            "held_out": held_out.sources,
-            "calibration_tokens": measured.layers[0].num_tokens,
-            "seed": settings.seed,
-            "replaced_in": list(losses.replaced_in),
-        },
-        "loss": float(losses.whole_N.mean()),
-        "versions": library_versions(),
-    } | agreement(layers, settings.seed)
+    found = judged(measured, losses, chosen, asked, settings.seed)
+    found["settings"] |= {"sequence_length": held_out.tokens.shape[1], "held_out": held_out.sources}
+    found |= {"model": recipe.model, "revision": source.revision}
     write_json(work / AUDIT_FILE, found)
     (work / AUDIT_PAGE).write_text(audit_markdown(found), encoding="utf-8")
     return found
@@ -159,35 +135,6 @@ def sample(scores: Scores, settings: AuditSettings) -> dict[int, list[int]]:
         order = np.random.default_rng([settings.seed, layer.layer]).permutation(layer.num_experts)
         chosen[layer.layer] = sorted(order[:count].tolist())
     return chosen
-
-
-def audited_criteria(asked: Sequence[Any], seed: int) -> dict[str, PruneConfig]:
-    """Every criterion that a statistic stands for, those that a recipe asks for among them, by name."""
-    names: list[Any] = [name for name in get_args(CriterionName) if name != ABLATION]
-    names += [MEAN_GATE, *(criterion for criterion in asked if isinstance(criterion, CustomCriterion))]
-    return {
-        criterion_label(criterion): PruneConfig.model_validate(
-            {"op": "prune", "criterion": criterion, "keep": 1} | ({"seed": seed} if criterion == "random" else {})
-        )
-        for criterion in names
-    }
-
-
-def audited_layer(
-    layer: LayerScores, experts: Sequence[int], losses: Losses, criteria: dict[str, PruneConfig]
-) -> AuditedLayer:
-    """What was measured of a layer's experts, and what the criteria give them."""
-    own = list(experts)
-    changes_nN = np.stack([losses.changes((layer.layer, expert)) for expert in own])
-    scores = {name: criterion_scores(config, layer)[own] for name, config in criteria.items()}
-    return AuditedLayer(layer.layer, tuple(own), changes_nN, scores)
-
-
-def criterion_label(criterion: Any) -> str:
-    """`reap`, `{b: 1, alpha: 1, beta: 0}`."""
-    if isinstance(criterion, str):
-        return criterion
-    return f"{{b: {criterion.b:g}, alpha: {criterion.alpha}, beta: {criterion.beta}}}"
 
 
 def _check(settings: AuditSettings) -> None:

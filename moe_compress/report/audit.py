@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-AUDIT_FILE = "audit.json"  # in the folder of an audit, and in a result that was made with its scores
+from moe_compress.calibrate.agreement import AUDIT_FILE
 
 Found = Mapping[str, Any]
 
@@ -36,6 +36,8 @@ def verdicts(found: Found) -> list[str]:
     if others:
         names = ", ".join(f"`{name}`" for name in others)
         sentences.append(f"{NO_BETTER} within layers: {names}.")
+    if "held_out" not in found["settings"]:
+        sentences.append("the losses were measured on calibration sequences, which the other criteria have seen too.")
     low, high = found["chance"]["spearman_ci"]
     sentences.append(f"random scores reach rho between {low:+.2f} and {high:+.2f} in 95 of 100 cases.")
     if found["ceiling"] is not None:

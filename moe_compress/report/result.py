@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_compress.calibrate.agreement import AUDIT_FILE
 from moe_compress.errors import CheckpointError, UsageError
-from moe_compress.report.audit import AUDIT_FILE
 from moe_compress.report.build import FORMAT
 from moe_compress.report.experts import EXPERTS_FILE
 from moe_compress.report.paths import without_local_paths

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe_compress.report.audit import AUDIT_FILE, criterion_rows, verdicts
+from moe_compress.calibrate.agreement import AUDIT_FILE
+from moe_compress.report.audit import criterion_rows, verdicts
 from moe_compress.report.build import random_name
 from moe_compress.report.experts import EXPERTS_FILE, expert_maps, survivors
 from moe_compress.report.frontier import SAME, SIZE, WORK, mean_recovery, measure_of_size, points, shared_tasks
@@ -250,6 +251,7 @@ def audited(result: Result) -> dict[str, Any] | None:
         "experts": sum(len(layer["experts"]) for layer in result.audit["layers"]),
         "layers": len(result.audit["layers"]),
         "sequences": result.audit["settings"]["sequences"],
+        "held_out": "held_out" in result.audit["settings"],
         "sentences": verdicts(result.audit),
         "header": rows[0],
         "rows": rows[1:],

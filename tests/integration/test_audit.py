@@ -12,9 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 import moe_compress
-from moe_compress.auditing.audit import AuditSettings, audited_criteria, sample
+from moe_compress.auditing.audit import AuditSettings, sample
 from moe_compress.calibrate.scores import Scores
 from moe_compress.cli import app
+from moe_compress.compress.prune.judged import audited_criteria
 from moe_compress.compress.prune.plan import criterion_scores
 from moe_compress.errors import ResumeError, UsageError
 from moe_compress.report.audit import NO_BETTER, audit_markdown, verdicts

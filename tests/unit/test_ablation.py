@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -196,11 +197,24 @@ def test_pruning_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_allclose(
             importance, [losses.changes((layer.layer, expert)).mean() for expert in range(4)], atol=1e-6
         )
-    assert sorted(file.name for file in (tmp_path / "scores").glob("[!m]*")) == ["scores.json", "scores.safetensors"]
+    kept = sorted(file.name for file in (tmp_path / "scores").glob("[!m]*"))
+    assert kept == ["audit.json", "scores.json", "scores.safetensors"]
     given = moe_compress.plan(recipe, scores=tmp_path / "scores")["steps"][0]["layers"]
     for layer, planned in zip(scores.layers, given, strict=True):
         assert planned["keep"] == sorted(np.argsort(-layer.statistics["ablation"])[:2].tolist())
     moe_compress.run(recipe, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "audit.json").read_text())
+    for layer, measured_layer in zip(found["layers"], scores.layers, strict=True):
+        np.testing.assert_allclose(layer["changes"], measured_layer.statistics["ablation"], atol=1e-6)
+    reap = next(one for one in found["criteria"] if one["criterion"] == "reap")
+    asked = PruneConfig.model_validate({"op": "prune", "criterion": "reap", "keep": 1})
+    expected = [
+        scipy.stats.spearmanr(criterion_scores(asked, layer), layer.statistics["ablation"]).statistic
+        for layer in scores.layers
+    ]
+    assert reap["spearman"] == pytest.approx(np.mean(expected), abs=1e-6)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "measured on 6 calibration sequences" in page and "which the other criteria have seen too" in page
     done = json.loads((tmp_path / "out" / "plan.json").read_text())["steps"][0]["layers"]
     assert [layer["keep"] for layer in done] == [layer["keep"] for layer in given]
 

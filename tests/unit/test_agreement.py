@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau, spearmanr
 
-from moe_compress.auditing import agreement as audited
-from moe_compress.auditing.agreement import AuditedLayer, agreement, holm, kendall, spearman
+from moe_compress.calibrate import agreement as audited
+from moe_compress.calibrate.agreement import AuditedLayer, agreement, holm, kendall, spearman
 
 RNG = np.random.default_rng(0)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_compress.calibrate.ablation import with_importance
+from moe_compress.calibrate.agreement import AUDIT_FILE
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.scores import ABLATION, Scores
 from moe_compress.checkpoint.index import DTYPE_BITS
@@ -20,6 +21,7 @@ from moe_compress.compress.demand import Demand, ablation_demand
 from moe_compress.compress.operation import Outlook, Step
 from moe_compress.compress.prune.apply import PruneChange, bank_of
 from moe_compress.compress.prune.config import PruneConfig
+from moe_compress.compress.prune.judged import judged
 from moe_compress.compress.prune.plan import PrunePlan, keep_count, plan_prune
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.eval.cost import cost
@@ -87,6 +89,9 @@ class PruneStep(Step[PruneConfig]):
         everything = {layer.layer: range(layer.num_experts) for layer in scores.layers}
         losses = scoring.ablations(source, tokens, everything, folder / ABLATION, around, title)
         scores = with_importance(scores, losses)
+        if len(tokens) > 1:
+            found = judged(scores, losses, everything, [ABLATION], self.config.seed)
+            write_json(folder / AUDIT_FILE, found | {"model": source.model_id, "revision": source.revision})
         scores.save(folder)
         shutil.rmtree(folder / ABLATION)
         return scores

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+AUDIT_FILE = "audit.json"  # in the folder of scores, and in a result that was made with them
 DRAWS = 1000
 PERMUTATIONS = 10_000
 HALVES = 100
