@@ -229,6 +229,21 @@ def skip_speed() -> str:
     )
 
 
+def skip_models() -> str:
+    """Tokens per second of whole models, half of the slots skipped."""
+    rows = []
+    for row in load("skip_speed")["models"]["rows"]:
+        cells = [row["model"], str(row["settings"]["batch_size"]), format_percent(row["skipped"])]
+        for key in ("prefill_tokens_per_s", "decode_tokens_per_s"):
+            cells += [f"{row['speeds'][side][key]:,.0f}" for side in ("original", "adapted")] + [
+                f"{row['ratio'][key]:.2f}"
+            ]
+        rows.append(cells)
+    kinds, columns = ("prefill", "decode"), (", tokens/s", " with half skipped", ", ratio")
+    speeds = [kind + column for kind in kinds for column in columns]
+    return table(["", "batch", "slots skipped", *speeds], rows)
+
+
 ALLOCATIONS = {
     "original": "original",
     "lp output_error, projections": "program, `output_error`, by projection",
@@ -461,8 +476,8 @@ TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
         prune_reference, prune_criteria, prune_readme, merge_reference, merge_short, tie_reference, skip_reference,
-        skip_trained, skip_control,
-        skip_speed, distill_reference, quantize_allocations, quantize_sizes, quantize_readme, quantize_frontier,
+        skip_trained, skip_control, skip_speed, skip_models, distill_reference, quantize_allocations, quantize_sizes,
+        quantize_readme, quantize_frontier,
         streaming, layerwise_memory, kill_resume, allocation, lm_eval_reference, gptq_speed, plan_accuracy,
         audit_reference,
     )
