@@ -146,14 +146,14 @@ def tie_reference() -> str:
 
 
 def layerwise_memory() -> str:
-    """Memory and time of healing a large checkpoint layer by layer."""
-    found = load("layerwise_memory")
-    run = found["run"]
-    stages = ", ".join(f"{stage} {time}" for stage, time in run["stages"].items())
-    peaks = [format_bytes(run[key]) for key in ("peak_rss_bytes", "peak_rss_bytes_children")]
-    seconds = f"{run['seconds'] / 60:.0f} min"
-    header = ["checkpoint", "layers", "peak of the run", "of the process that reloads", "time", "of which"]
-    return table(header, [[format_bytes(found["checkpoint_bytes"]), str(found["layers"]), *peaks, seconds, stages]])
+    """Memory and time of training a large checkpoint layer by layer."""
+    found, rows = load("layerwise_memory"), []
+    for name, case in found["cases"].items():
+        run = case["run"]
+        stages = ", ".join(f"{stage} {time}" for stage, time in run["stages"].items())
+        taken = [format_bytes(run[key]) for key in ("peak_rss_bytes", "peak_rss_bytes_children")]
+        rows.append([name, format_bytes(found["checkpoint_bytes"]), *taken, f"{run['seconds'] / 60:.0f} min", stages])
+    return table(["", "checkpoint", "peak of the run", "of the process that reloads", "time", "of which"], rows)
 
 
 def skip_reference() -> str:

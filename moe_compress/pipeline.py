@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from moe_compress import __version__, preview
 from moe_compress.calibrate.agreement import AUDIT_FILE
 from moe_compress.calibrate.scores import Scores
-from moe_compress.checkpoint.durable import sha256_of
+from moe_compress.checkpoint.durable import replace_durably, sha256_of
 from moe_compress.checkpoint.memory import give_back
 from moe_compress.checkpoint.record import Record
 from moe_compress.checkpoint.rewrite import PROBE_FILE
@@ -245,12 +245,16 @@ def dry_run(
 
 def sweep(recipe: Recipe, scores: Path, setting: str, values: Sequence[float], output: Path) -> list[dict[str, Any]]:
     """The frontier of a quantize step (see `preview.sweep`), kept in the file `output`, as CSV if its name says so."""
+    if not output.parent.is_dir():
+        raise UsageError(f"the folder of {output} does not exist.")
     found = preview.sweep(recipe, scores, setting, values)
-    if output.suffix == ".csv":
-        with output.open("w", encoding="utf-8", newline="") as file:
+    if output.suffix.lower() == ".csv":
+        temporary = output.with_name(f"{output.name}.part")
+        with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(found[0]))
             writer.writeheader()
             writer.writerows(found)
+        replace_durably(temporary, output)
     else:
         write_json(output, found)
     return found

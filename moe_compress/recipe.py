@@ -7,7 +7,7 @@ network, no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -304,9 +304,13 @@ def _uncalibrated(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
 def _impossible(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
     """Every step that no model could be run through, with the reason."""
     for index, step in enumerate(_steps(values)):
+        found: Iterable[tuple[str, str]] = ()
         if _operation(step) is quantize:
-            for key, why in quantize.impossible(step):
-                yield ("steps", index, *([key] if key else [])), why
+            found = quantize.impossible(step)
+        elif _operation(step) is distill:
+            found = distill.impossible(step, values.get("calibration"))
+        for key, why in found:
+            yield ("steps", index, *([key] if key else [])), why
 
 
 def _beyond_tier(values: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:

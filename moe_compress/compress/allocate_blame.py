@@ -73,10 +73,9 @@ def _missed(
 ) -> str:
     kept = " and ".join(f"{name}: {shown_budget(name, value)}" for name, value in held.items())
     beside = f" together with {kept}" if held else ""
-    said = (
-        f"{metric}: {shown_budget(metric, limit)} cannot be reached{beside}: "
-        f"the least possible is {shown_budget(metric, least.low, up=True)}"
-    )
+    said = f"{metric}: {shown_budget(metric, limit)} cannot be reached{beside}"
+    if least.low < math.inf:
+        said += f": the least possible is {shown_budget(metric, least.low, up=True)}"
     found = list(_without_each(items, rules, metric, held))
     culprits = [name for name, without in found if without.keeps(metric, limit)]
     if culprits:
@@ -90,9 +89,8 @@ def _missed(
         return f"{said}; raise it, or loosen at least two of {', '.join(names)}."
     reason = ", and no pin or rule is to blame"
     if free.low < least.low:
-        reason = (
-            "" if free.low < 0 else f", and without any pin or rule it is {shown_budget(metric, free.low, up=True)}"
-        )
+        known = free.low >= 0
+        reason = f", and without any pin or rule it is {shown_budget(metric, free.low, up=True)}" if known else ""
     return f"{said}{reason}; raise it, or offer smaller options."
 
 

@@ -120,7 +120,7 @@ def upload(planned: Push, hub: Hub, progress: Progress | None = None) -> dict[st
     """Send what `prepare` found, make it visible, and read back what the Hub then holds.
 
     Returns `Push.to_json` with the `commit` and the `url`. Raises `PublishError` when the connection breaks for good
-    or the Hub refuses; the repository then shows what it showed before.
+    or the Hub refuses; the repository then shows what it showed before, unless what arrived is not what was sent.
     """
     progress = progress or SilentProgress()
     bundle, repo_id, branch = planned.bundle, planned.repo_id, planned.branch

@@ -104,6 +104,8 @@ def plan(
 
         if scores is None:
             raise UsageError("--sweep needs the costs that `moe-compress score` measures; name them with --scores.")
+        if hours:
+            raise UsageError("--hours has no effect with --sweep.")
         setting, values = parse_range(sweep)
         found = pipeline.sweep(loaded, scores, setting, values, output or scores / "frontier.json")
         console.print_json(found) if json else console.print_frontier(setting, found)

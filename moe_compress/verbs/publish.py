@@ -61,6 +61,9 @@ def push(
     try:
         done = publishing.upload(planned, hub, progress)
     except KeyboardInterrupt:
-        complain("interrupted; nothing is visible yet, and files that arrived whole are not sent again; repeat it.")
+        complain(
+            "interrupted; unless the commit was made nothing is visible yet, and what arrived whole is not sent again; "
+            "repeat it."
+        )
         raise typer.Exit(130) from None
     typer.echo(f"{done['url']}\ncommit: {done['commit']}")

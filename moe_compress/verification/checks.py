@@ -136,7 +136,7 @@ def check_coverage(steps: Sequence[Record]) -> Check:
         named.append(f"dropped because too few calibration tokens reached them: {listed(dropped, MAX_LISTED)}")
     if named:
         return Check(True, f"{'; '.join(named)}.")
-    fewest = [step.coverage.get("fewest_tokens_per_expert", 1) for step in steps if step.coverage]
+    fewest = [found for step in steps if (found := step.coverage.get("fewest_tokens_per_expert")) is not None]
     if 0 in fewest:
         return Check(True, "experts that saw no calibration tokens were allowed, and there are some.")
     return Check(True, "every expert saw calibration tokens." if fewest else "no step measured single experts.")

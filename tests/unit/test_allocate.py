@@ -485,6 +485,13 @@ def test_a_search_out_of_time_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> 
         assert said in allocate_blame.explain(even(), Budget(stored_bytes=210), rules)
 
 
+def test_what_nothing_can_reach_is_said_without_a_figure() -> None:
+    rules, nothing = Rules(minimum_counts={"4": 1}), allocate_blame._Least(math.inf, math.inf)
+    for metric, limit in (("stored_bytes", 210.0), ("average_bits", 2.0)):
+        said = allocate_blame._missed(even(), rules, metric, limit, nothing, {"active_bytes": 9.0})
+        assert "cannot be reached together with active_bytes: 9B; raise it" in said
+
+
 def test_several_rules_at_once_are_to_blame() -> None:
     pins = {"l0.e1": ("4",), "l0.e2": ("2",)}
     rules = Rules(pins=pins, minimum_counts={"2": 4, "4": 1}, same_option=True)

@@ -54,10 +54,11 @@ def test_learning_rate_rises_linearly_and_falls_by_a_cosine() -> None:
 
 
 def test_memory_counts_weights_gradients_moments_and_logits() -> None:
-    sizes = {"student": 1000, "trained": 100, "teacher": 2000, "vocabulary": 50, "sequence_length": 8}
+    sizes = {"student": 1000, "trained": 100, "teacher": 2000, "original": 4000, "vocabulary": 50, "sequence_length": 8}
     assert full_memory(config(), **sizes) == 4 * (1000 + 300 + 2000 + 3 * 8 * 50)
     assert full_memory(config(teacher="cached"), **sizes) == 4 * (1000 + 300 + 2 * 8 * 50)
     assert full_memory(config(nll_share=1), **sizes) == 4 * (1000 + 300 + 2 * 8 * 50)
+    assert full_memory(config(teacher="cached", prompt_length=4), **sizes) == 4 * 4000  # it writes the responses
     two = config(processes=2, micro_batch_size=4)
     assert full_memory(two, **sizes) == 2 * 4 * (1000 + 300 + 2000 + 3 * 4 * 8 * 50)
 
@@ -87,6 +88,10 @@ def test_a_long_curve_is_thinned_to_its_ends_and_what_lies_between() -> None:
         ({"inputs": "teacher"}, "steps.1.inputs: has no effect"),
         ({"top_logits": 5}, "steps.1.top_logits: has no effect"),
         ({"nll_share": 1.0, "temperature": 2.0}, "steps.1.temperature: has no effect"),
+        ({"nll_share": 1.0, "teacher": "nf4"}, "steps.1.teacher: has no effect"),
+        ({"nll_share": 1.0, "teacher": "cached", "top_logits": 8}, "steps.1.top_logits: has no effect"),
+        ({"prompt_length": 4096}, "leave no room for a response in sequences of"),
+        ({"data": {"dataset": "reference", "sequence_length": 8}, "prompt_length": 8}, "in sequences of 8"),
         ({"stage": "on_policy"}, "needs `mode: full` and a `prompt_length`"),
         ({"stage": "on_policy", "prompt_length": 8, "teacher": "cached"}, "what is sampled is not known before"),
         ({"stage": "on_policy", "prompt_length": 8, "nll_share": 0.5}, "steps.1.nll_share: has no effect"),

@@ -362,3 +362,17 @@ def test_random_baselines_need_a_choice_that_can_be_drawn(steps: list[dict[str, 
         drawn = make_step(config).at_random(7)
         assert (drawn is not None) == (random_word([step]) is not None), "`chance` says what `at_random` does"
         assert drawn is None or drawn.config.seed == 7
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"method": "nf4", "attention": 4},
+        {"method": "nf4", "embeddings": 4},
+        {"average_bits": 2.5, "options": 3},
+        {"bits": 4, "attention": {"bits": [3]}},
+    ],
+)
+def test_settings_of_a_wrong_type_are_mistakes_like_others(wrong: dict[str, Any]) -> None:
+    named = next(key for key in ("attention", "embeddings", "options") if key in wrong)
+    assert any(f"steps.0.{named}" in path for path in mistakes(RECIPE | {"steps": [{"op": "quantize"} | wrong]}))

@@ -166,6 +166,7 @@ LAST: str | None = None
 RELATION: str | None = "finetune"
 HINTON, ZEDA = "1503.02531", "2605.18643"
 
+_NO_DIVERGENCE = "`nll_share: 1` leaves no divergence from the teacher"
 _LOGITS = "in `mode: layerwise` there are no logits"
 _FULL_ONLY = {
     "teacher": "`mode: layerwise` streams the original model",
@@ -197,6 +198,20 @@ def needs_tokens(step: Mapping[str, Any]) -> bool:
     return step.get("data") is None
 
 
+def impossible(step: Mapping[str, Any], calibration: Any) -> Iterator[tuple[str, str]]:
+    """What keeps a step from being run, whatever the model: the setting and the reason."""
+    data = step.get("data") or calibration or {}
+    length = data.get("sequence_length") if isinstance(data, dict) else None
+    length = CalibrationConfig.model_fields["sequence_length"].default if length is None else length
+    prompt = step.get("prompt_length")
+    if isinstance(prompt, int) and isinstance(length, int) and prompt >= length:
+        yield (
+            "prompt_length",
+            f"{prompt} tokens leave no room for a response in sequences of {length}; shorten the prompts or raise "
+            "`sequence_length`",
+        )
+
+
 def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "balance_alpha" in step and step.get("target_skip") is None:
         yield "balance_alpha", "only `target_skip` adds the group balance loss"
@@ -210,10 +225,12 @@ def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if step.get("stage") == "on_policy":
         yield from ((key, why) for key, why in _OFF_POLICY_ONLY.items() if key in step)
         return
-    if "top_logits" in step and step.get("teacher", "online") != "cached":
+    if step.get("nll_share") == 1:
+        yield from ((key, _NO_DIVERGENCE) for key in ("temperature", "top_logits") if key in step)
+        if "teacher" in step and not step.get("hidden_weight"):
+            yield "teacher", _NO_DIVERGENCE
+    elif "top_logits" in step and step.get("teacher", "online") != "cached":
         yield "top_logits", "only `teacher: cached` keeps a few logits"
-    if "temperature" in step and step.get("nll_share") == 1:
-        yield "temperature", "`nll_share: 1` leaves no divergence"
 
 
 def leaves_banks(step: Mapping[str, Any]) -> bool:

@@ -63,17 +63,27 @@ def cosine(update: int, num_updates: int, warmup: float) -> float:
 
 
 def full_memory(
-    config: DistillConfig, *, student: int, trained: int, teacher: float, vocabulary: int, sequence_length: int
+    config: DistillConfig,
+    *,
+    student: int,
+    trained: int,
+    teacher: float,
+    original: int,
+    vocabulary: int,
+    sequence_length: int,
 ) -> int:
     """Bytes that the whole-model mode needs, activations inside the layers left out.
 
-    `student`, `trained` and `teacher` count parameters; the teacher's as many as would take its memory in float32. Each
-    process holds weights in float32, and of what is trained the gradient and AdamW's two moments; logits of one pass
-    lie in memory with their gradient and those of the teacher.
+    `student`, `trained`, `teacher` and `original` count parameters; the teacher's as many as would take its memory in
+    float32 while it teaches. Each process holds weights in float32, and of what is trained the gradient and AdamW's two
+    moments; logits of one pass lie in memory with their gradient and those of the teacher. Where the original writes
+    responses, it does so before, in one process, and unpacked.
     """
     online = config.on_policy or (config.teacher != "cached" and config.asks_teacher)
     logits = (3 if online else 2) * config.micro_batch_size * sequence_length * vocabulary
-    return round(FLOAT * config.processes * (student + 3 * trained + (teacher if online else 0) + logits))
+    training = config.processes * (student + 3 * trained + (teacher if online else 0) + logits)
+    writes = config.prompt_length is not None and not config.on_policy
+    return round(FLOAT * max(training, original if writes else 0))
 
 
 def layerwise_memory(*, layer: int, trained: int, teacher_layer: int, outside: int, tokens: int, width: int) -> int:

@@ -7,7 +7,7 @@ top-p and other ways to leave tokens out, continuous batching.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,16 +75,20 @@ def sample(
 
 
 def sample_responses(
-    model: Any, prompt_NP: Tensor, config: DistillConfig, length: int, folder: Path, stage: Stage
+    load: Callable[[], Any], prompt_NP: Tensor, config: DistillConfig, length: int, folder: Path, stage: Stage
 ) -> Tensor:
-    """The prompts with sampled responses [N, length], some at a time, going on with what `folder` holds."""
+    """The prompts with sampled responses [N, length], some at a time, going on with what `folder` holds.
+
+    The model is loaded when the first portion is missing.
+    """
     folder.mkdir(exist_ok=True)
-    device = next(model.parameters()).device
+    model = None
     portions = []
     for number, prompts in enumerate(prompt_NP.split(PORTION)):
         file = folder / f"responses-{number:05d}.safetensors"
         if not file.exists():
-            seed = [config.seed, number]
+            model = load() if model is None else model
+            device, seed = next(model.parameters()).device, [config.seed, number]
             found = sample(model, prompts.to(device), length, config.sampling_temperature, seed)
             temporary = file.with_suffix(".part")
             save_file({"tokens": found.tokens_BS.cpu().contiguous()}, temporary)

@@ -110,11 +110,8 @@ class DistillStep(Step[DistillConfig]):
         work = folder / "training"
         work.mkdir(exist_ok=True)
         layerwise = self.config.mode == "layerwise"
-        if not (folder / "checkpoint" / LEDGER_FILE).exists():
-            trained = (self._train_layers if layerwise else self._train_whole)(
-                source, teacher, data, work, around, title
-            )
-            self._apply(source, trained, folder, data, around, title)
+        train_all = self._train_layers if layerwise else self._train_whole
+        self._apply(source, train_all(source, teacher, data, work, around, title), folder, data, around, title)
         lines = read_metrics(work)
         write_json(folder / "plan.json", plan_json(self.config, schedule, outcome(lines), summary(self.config, lines)))
         return Record(
@@ -160,6 +157,7 @@ class DistillStep(Step[DistillConfig]):
                 student=count,
                 trained=trained,
                 teacher=teacher_floats(self.config, skeleton),
+                original=count,
                 vocabulary=vocabulary,
                 sequence_length=data.sequence_length,
             )
@@ -225,9 +223,9 @@ class DistillStep(Step[DistillConfig]):
             )
         if self.config.on_policy:
             return tokens_NS
-        model = load_model(teacher.folder, around.device)
+        load = partial(load_model, teacher.folder, around.device)
         with around.progress.stage(f"{title}: responses", math.ceil(count / PORTION), "portion") as stage:
-            return sample_responses(model, tokens_NS[:, :prompt], self.config, length, work / "responses", stage)
+            return sample_responses(load, tokens_NS[:, :prompt], self.config, length, work / "responses", stage)
 
     def _train_layers(
         self, source: Checkpoint, teacher: Checkpoint, data: Calibration, work: Path, around: Surroundings, title: str
@@ -242,10 +240,12 @@ class DistillStep(Step[DistillConfig]):
     def _apply(
         self, source: Checkpoint, trained: Readers, folder: Path, data: Calibration, around: Surroundings, title: str
     ) -> None:
-        """Write the checkpoint; where tokens differ in how many experts they use, count again."""
+        """Write the checkpoint, unless it is there; where tokens differ in how many experts they use, count again."""
         change = DistillChange(LayerStream(source, around.device), trained)
         if any(found.experts_per_token or found.is_uncertain for found in layer_routings(source.config).values()):
             write_metered(source, folder, change, data.tokens[:METERED_SEQUENCES], around, title)
+            return
+        if (folder / "checkpoint" / LEDGER_FILE).exists():
             return
         with around.progress.stage(f"{title}: apply", len(change.stream.layers)) as stage:
             rewrite(
@@ -271,13 +271,14 @@ class DistillStep(Step[DistillConfig]):
         return [Target("slots skipped", asked, skipped, SKIP_TOLERANCE, shown=".1%")]
 
     def _require_memory(self, skeleton: Any, teacher: Checkpoint, schedule: Schedule, device: str) -> None:
-        parameters = dict(skeleton.named_parameters())
+        parameters, original = dict(skeleton.named_parameters()), build_skeleton(teacher.config)
         chosen = parts.chosen(parts.parts(parameters, find_moe_layers(skeleton)), self.config.trainable)
         needed = full_memory(
             self.config,
             student=sum(parameter.numel() for parameter in parameters.values()),
             trained=sum(parameters[name].numel() for name in chosen),
-            teacher=teacher_floats(self.config, build_skeleton(teacher.config)),
+            teacher=teacher_floats(self.config, original),
+            original=sum(parameter.numel() for parameter in original.parameters()),
             vocabulary=skeleton.config.get_text_config().vocab_size,
             sequence_length=schedule.sequence_length,
         )

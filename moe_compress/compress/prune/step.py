@@ -89,10 +89,10 @@ class PruneStep(Step[PruneConfig]):
         everything = {layer.layer: range(layer.num_experts) for layer in scores.layers}
         losses = scoring.ablations(source, tokens, everything, folder / ABLATION, around, title)
         scores = with_importance(scores, losses)
+        scores.save(folder)
         if len(tokens) > 1:
             found = judged(scores, losses, everything, [ABLATION], self.config.seed)
             write_json(folder / AUDIT_FILE, found | {"model": source.model_id, "revision": source.revision})
-        scores.save(folder)
         shutil.rmtree(folder / ABLATION)
         return scores
 

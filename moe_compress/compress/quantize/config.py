@@ -239,16 +239,22 @@ def impossible(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "minimum_counts", f"`options` does not offer {name} bits"
 
 
+def _part(step: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The settings of a part; none where something else was written, which validation tells."""
+    found = step.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     method = step.get("method", "gptq")
     if method in BITSANDBYTES:
-        tables = step.get("embeddings")  # which are rounded all the same
+        tables = _part(step, "embeddings")  # which are rounded all the same
         rounds = {"scale_search"} | ({"group_size"} if tables and not tables.get("group_size") else set())
         for key in ("group_size", "symmetric", "scale_search"):
             if key in step and not (tables and key in rounds):
                 yield key, f"method `{method}` has its own"
         for name in ("attention", "shared_experts", "dense_mlp"):
-            for key in step.get(name) or ():
+            for key in _part(step, name):
                 yield f"{name}.{key}", f"method `{method}` has its own"
     if method != "gptq":
         for key in ("act_order", "damping"):
@@ -258,9 +264,10 @@ def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for key in CHOICE_SETTINGS:
             if key in step:
                 yield key, "every expert gets the same bits; give a budget such as `average_bits` instead of `bits`"
-    elif "gradient_samples" in step and step.get("cost") != "fisher":
+        return
+    if "gradient_samples" in step and step.get("cost") != "fisher":
         yield "gradient_samples", "only the cost `fisher` differentiates the loss"
-    elif "seed" in step and step.get("allocation") != "random":
+    if "seed" in step and step.get("allocation") != "random":
         yield "seed", "only the allocation `random` draws numbers"
 
 
@@ -282,15 +289,16 @@ def beyond_stock(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "embeddings", "plain transformers does not load packed embeddings"
     if step.get("symmetric") is False:
         yield "symmetric", "plain transformers ignores the zero points of experts"
-    if step.get("bits") == 1 or (budget is not None and 1 in (step.get("options") or [1])):
+    options = step.get("options") or OPTIONS
+    if step.get("bits") == 1 or (budget is not None and isinstance(options, list | tuple) and 1 in options):
         yield "bits" if step.get("bits") == 1 else "options", "compressed-tensors has no 1-bit format of signs"
     names = [name for name in ("attention", "shared_experts", "dense_mlp") if isinstance(step.get(name), dict)]
     for name in names:
         if step[name].get("bits") == 1:
             yield name, "compressed-tensors has no 1-bit format of signs"
     size = step.get("group_size") or QuantizeConfig.model_fields["group_size"].default
-    schemes = {(step[name].get("bits") or step.get("bits"), step[name].get("group_size") or size) for name in names}
-    if len(schemes) > 1:
+    schemes = [(step[name].get("bits") or step.get("bits"), step[name].get("group_size") or size) for name in names]
+    if any(scheme != schemes[0] for scheme in schemes):
         yield "attention", "the tier `stock` holds one scheme for all linear layers outside the experts"
 
 
