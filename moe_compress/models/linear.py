@@ -30,20 +30,28 @@ def linear(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> T
         or not torch.backends.mkldnn.is_available()
     ):
         return F.linear(inputs, weight_OI, bias_O)
-    blocks = inputs.reshape(-1, inputs.shape[-1]).split(BLOCK)
+    rows_NI = inputs.reshape(-1, inputs.shape[-1])
+    blocks = rows_NI.split(_block_sizes(len(rows_NI)))
     if len(blocks) == 1:
         output_NO = _block(blocks[0], weight_OI, bias_O)
     else:
-        output_NO = inputs.new_empty(sum(map(len, blocks)), len(weight_OI))
-        for block, part in zip(blocks, output_NO.split(BLOCK), strict=True):
-            part.copy_(_block(block, weight_OI, bias_O))
+        output_NO = inputs.new_empty(len(rows_NI), len(weight_OI))
+        for block_NI, part_NO in zip(blocks, output_NO.split([len(block) for block in blocks]), strict=True):
+            part_NO.copy_(_block(block_NI, weight_OI, bias_O))
     return output_NO.view(*inputs.shape[:-1], -1)
+
+
+def _block_sizes(rows: int) -> list[int]:
+    """Of so many rows: whole blocks, what is left in a multiple of ROWS, and the rest."""
+    sizes = [BLOCK] * (rows // BLOCK) + [rows % BLOCK // ROWS * ROWS, rows % ROWS]
+    return [size for size in sizes if size]
 
 
 def _block(rows_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     missing = -len(rows_NI) % ROWS
     filled_NI = F.pad(rows_NI, (0, 0, 0, missing)) if missing else rows_NI
-    return F.linear(filled_NI.to_mkldnn(), weight_OI, bias_O).to_dense()[: len(rows_NI)]
+    output_NO: Tensor = torch.ops.mkldnn._linear_pointwise(filled_NI, weight_OI, bias_O, "none", [], "")
+    return output_NO[: len(rows_NI)]
 
 
 def speed_up(model: nn.Module) -> None:

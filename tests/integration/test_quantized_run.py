@@ -24,8 +24,12 @@ import moe_compress
 from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.source import open_config
+from moe_compress.checkpoint.stream import read_tensor
 from moe_compress.cli import app
+from moe_compress.compress.quantize import apply as apply_module
+from moe_compress.compress.quantize.apply import QuantizeChange
 from moe_compress.compress.quantize.config import QuantizeConfig
+from moe_compress.compress.quantize.moments import Moments
 from moe_compress.compress.quantize.plan import effective
 from moe_compress.compress.quantize.sizes import Sizes, with_group_size
 from moe_compress.compress.quantize.step import QuantizeStep
@@ -465,6 +469,40 @@ def test_experts_in_groups_are_not_dropped_and_this_is_known_early(texts: Path, 
     save(tiny_model(config), tmp_path / "model")
     with pytest.raises(UsageError, match="limits its choice to 2 groups"):
         moe_compress.plan(recipe(tmp_path / "model", texts, DROPS | {"group_size": 4}))
+
+
+@pytest.mark.parametrize("step", [{"method": "rtn", "bits": 3}, {"method": "nf4"}, {"method": "gptq", "bits": 3}])
+@pytest.mark.usefixtures("no_reload")
+def test_experts_are_quantized_as_many_together_as_memory_allows(
+    step: dict[str, Any], source: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few at a time: the same tensors, and with gptq the calibration passes every matrix once all the same."""
+    calls = dict[str, list[int]](together=[], counted=[])
+    quantize, count = QuantizeChange._quantize, Moments._count
+
+    def seen(change: QuantizeChange, weights: torch.Tensor, *arguments: Any) -> Any:
+        calls["together"].append(len(weights))
+        return quantize(change, weights, *arguments)
+
+    def counted(moments: Moments, name: str, members: list[int], width: int) -> Any:
+        calls["counted"].append(len(members))
+        return count(moments, name, members, width)
+
+    monkeypatch.setattr(QuantizeChange, "_quantize", seen)
+    monkeypatch.setattr(Moments, "_count", counted)
+    settings = recipe(source, texts, {"op": "quantize"} | step)
+    moe_compress.run(settings, tmp_path / "whole")
+    assert set(calls["together"]) == {8}
+    monkeypatch.setattr(apply_module, "QUANTIZED_BYTES", 16 * 32 * 32 * 2)
+    calls["together"].clear()
+    calls["counted"].clear()
+    moe_compress.run(settings, tmp_path / "parts")
+    assert set(calls["together"]) == {2, 4}, "a matrix of gate and up is twice that of down"
+    assert calls["counted"] == ([8] * 2 * LAYERS if step["method"] == "gptq" else [])
+    whole, parts = ({name: read_tensor(i) for name, i in TensorIndex.from_folder(tmp_path / out).items()}
+                    for out in ("whole", "parts"))  # fmt: skip
+    assert whole.keys() == parts.keys()
+    assert step["method"] == "gptq" or all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 @pytest.mark.usefixtures("no_reload")

@@ -40,6 +40,9 @@ from moe_compress.runtime import bnb
 from moe_compress.runtime.pack import pack
 from moe_compress.runtime.scheme import Scheme
 
+QUANTIZED_BYTES = 1 << 28  # of experts that are quantized together: weights, values, codes and what is stored of them
+BYTES_PER_WEIGHT = 16
+
 
 class QuantizeChange(Change):
     """Applies a plan; `tokens` are needed by gptq alone. What `notes` remembers survives an interruption.
@@ -189,32 +192,54 @@ class QuantizeChange(Change):
             fused.data = fused.data.float()
         matrix_EOI = fused.data.transpose(1, 2) if moe.experts.is_transposed else fused.data
         parts = projections(moe.experts)[name]
-        height = matrix_EOI.shape[1] // len(parts)
-        rows = {part: slice(number * height, (number + 1) * height) for number, part in enumerate(parts)}
         options = list(zip(*(planned.options[part] for part in parts), strict=True))
+        together = max(1, QUANTIZED_BYTES // (BYTES_PER_WEIGHT * matrix_EOI[0].numel()))
         for chosen in dict.fromkeys(options):
             members = [expert for expert, found in enumerate(options) if found == chosen]
             for chunk in chunks(members, matrix_EOI.shape[2]) if moments is not None else [members]:
-                weights_EOI = matrix_EOI if len(chunk) == len(options) else matrix_EOI[chunk]
                 hessian = None
                 if moments is not None and set(chosen) != {KEEP}:
                     hessian, few = moments.experts(name, chunk)
                     pooled |= {planned.keep[expert] for expert in few}
-                for option in dict.fromkeys(chosen):
-                    own = [part for part, found in zip(parts, chosen, strict=True) if found == option]
-                    if option == KEEP:
-                        for expert in chunk:
-                            packed.experts |= {(expert, part): (None, matrix_EOI[expert, rows[part]]) for part in own}
-                        continue
-                    scheme = scheme_of(option, self.settings)
-                    what = f"`{own[0]}` of an expert in layer {moe.layer}"
-                    part_EOI = weights_EOI if own == list(parts) else weights_EOI[:, rows[own[0]]]
-                    found = self._quantize(part_EOI, hessian, scheme, what, [height] * len(own))
-                    for part, (stored, values) in zip(own, found, strict=True):
-                        for expert, tensors, value in zip(chunk, stored, values, strict=True):
-                            packed.experts[expert, part] = (scheme, tensors)
-                            matrix_EOI[expert, rows[part]].copy_(value)
+                for start in range(0, len(chunk), together):
+                    some = slice(start, start + together)
+                    self._quantize_chunk(
+                        moe.layer,
+                        matrix_EOI,
+                        chunk[some],
+                        dict(zip(parts, chosen, strict=True)),
+                        None if hessian is None else hessian[some],
+                        packed,
+                    )
         return pooled
+
+    def _quantize_chunk(
+        self,
+        layer: int,
+        matrix_EOI: Tensor,
+        experts: list[int],
+        chosen: dict[str, str],
+        hessian: Tensor | None,
+        packed: Packed,
+    ) -> None:
+        """Some experts of one fused matrix, each of whose parts has the same option in all of them."""
+        height = matrix_EOI.shape[1] // len(chosen)
+        rows = {part: slice(number * height, (number + 1) * height) for number, part in enumerate(chosen)}
+        weights_EOI = matrix_EOI if len(experts) == len(matrix_EOI) else matrix_EOI[experts]
+        for option in dict.fromkeys(chosen.values()):
+            own = [part for part, found in chosen.items() if found == option]
+            if option == KEEP:
+                for expert in experts:
+                    packed.experts |= {(expert, part): (None, matrix_EOI[expert, rows[part]]) for part in own}
+                continue
+            scheme = scheme_of(option, self.settings)
+            what = f"`{own[0]}` of an expert in layer {layer}"
+            part_EOI = weights_EOI if own == list(chosen) else weights_EOI[:, rows[own[0]]]
+            found = self._quantize(part_EOI, hessian, scheme, what, [height] * len(own))
+            for part, (stored, values) in zip(own, found, strict=True):
+                for expert, tensors, value in zip(experts, stored, values, strict=True):
+                    packed.experts[expert, part] = (scheme, tensors)
+                    matrix_EOI[expert, rows[part]].copy_(value)
 
     def _quantize(
         self, weights_EOI: Tensor, hessian: Tensor | None, scheme: Scheme, what: str, heights: list[int]

@@ -22,7 +22,7 @@ from moe_compress.compress.demand import (
     num_tokens,
     score_demand,
 )
-from moe_compress.compress.quantize.config import QuantizeConfig
+from moe_compress.compress.quantize.config import BITSANDBYTES, QuantizeConfig
 from moe_compress.compress.quantize.plan import SUPER_EXPERT_BITS, ExpertShapes
 from moe_compress.compress.quantize.shapes import LinearLayer
 from moe_compress.compress.quantize.sizes import Sizes
@@ -31,7 +31,8 @@ ROUNDING = 3000  # operations for each weight that is rounded, its share of the 
 HESSIAN_BYTES = 4 << 30  # of second moments held at a time (`moments`)
 HELD_BYTES = 1 << 30  # of activations in passes that wait inside a layer (`moments`)
 CHUNK_BYTES = 1 << 30  # of matrices and moments while costs are measured (`sensitivity`)
-GPTQ_BYTES = 1 << 27  # of what GPTQ works on at a time (`gptq`)
+GPTQ_BYTES = 1 << 26  # of what GPTQ works on at a time (`gptq`)
+QUANTIZED_BYTES = 1 << 28  # of experts that are quantized together (`apply`)
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,17 @@ def _matrices(
 def _apply_extra(config: QuantizeConfig, matrices: Sequence[Matrices]) -> int:
     """Bytes beside the layer while its matrices are quantized: the largest of them at its worst moment.
 
-    The float32 values, before and after, the codes and what is stored; with GPTQ second moments, what it works on, and
-    passes that wait.
+    The float32 values, before and after, and the codes of those quantized together, and what is stored of all; experts
+    stay in float32 after a method of bitsandbytes; with GPTQ second moments, what it works on, and passes that wait.
     """
     largest = max(matrices, key=lambda one: one.weights, default=Matrices(0, 0, 0, 0.0))
-    values = 2 * FLOAT * largest.weights + 2 * largest.weights
+    values = min(
+        2 * FLOAT * largest.weights + 2 * largest.weights,
+        max(QUANTIZED_BYTES, 16 * largest.weights // max(1, largest.count)),
+    )
+    values += largest.weights
+    if config.method in BITSANDBYTES:
+        values += FLOAT * sum(one.weights for one in matrices if one.count > 1)
     if config.method != "gptq":
         return values
     return values + min(largest.moments, HESSIAN_BYTES) + largest.worked_on

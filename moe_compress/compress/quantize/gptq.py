@@ -41,9 +41,9 @@ LEAST_DAMPING = 1e-6
 SMALL_TRIANGLE = 32
 # Rows of a second moment are added up in so many panels, none lower than this.
 PANELS = 8
-LEAST_PANEL = 256
+LEAST_PANEL = 128
 # Of a chunk of experts: little enough to stay in reused memory, which is faster, or what keeps an accelerator busy.
-CPU_MEMORY = 1 << 27
+CPU_MEMORY = 1 << 26
 DEVICE_MEMORY = 1 << 30
 # Tokens an expert needs for a second moment of its own.
 POOL_BELOW = 128

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moe_compress.checkpoint.memory import give_back
 from moe_compress.checkpoint.rewrite import PROBES
 from moe_compress.compress.quantize.gptq import POOL_BELOW, Hessians
 from moe_compress.compress.quantize.shapes import LinearLayer
@@ -138,6 +139,7 @@ class Moments:
         """Run all batches up to a module and look at its inputs."""
         self._place, self._see = module, see
         self._run.rehearse(self._index)
+        give_back()
 
     def _enter(self, module: nn.Module, inputs: Inputs) -> None:
         if self._ordering:
