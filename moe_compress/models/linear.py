@@ -18,6 +18,8 @@ LEAST_WORK = 1 << 23
 # every size it meets, and keeps half a megabyte for each.
 BLOCK = 1024
 ROWS = 128
+# The operation of torch on plain tensors, which no promise covers; without it the BLAS library multiplies.
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def linear(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -27,7 +29,7 @@ def linear(inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> T
         or inputs.device.type != "cpu"
         or not inputs.dtype == weight_OI.dtype == torch.float32
         or torch.is_grad_enabled()
-        or not torch.backends.mkldnn.is_available()
+        or not HAS_ONEDNN
     ):
         return F.linear(inputs, weight_OI, bias_O)
     rows_NI = inputs.reshape(-1, inputs.shape[-1])
