@@ -2,17 +2,19 @@
 
 The loop is deterministic: an update is a function of the parameters, the optimizer's state and its number, and all
 three are saved together. Several processes take turns at the passes of one batch, and their gradients are added up
-before each update, so their number changes no loss beyond the rounding of that sum.
+before each update, so their number changes no loss beyond the rounding of that sum. Each holds the whole models, or,
+with an accelerate config for FSDP2, its part of every parameter, of its gradient and of the optimizer's state.
 
-Not covered: parameters or optimizer states divided among processes (FSDP); each process holds all of them.
+Not covered: processes on several machines; layers or experts as a whole divided among processes (pipeline, expert
+parallelism).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,12 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from moe_compress.compress.distill import losses, parts
+from moe_compress.compress.distill.accelerate_config import Launch
 from moe_compress.compress.distill.balance import SkipTarget, skipped_L
 from moe_compress.compress.distill.config import DistillConfig
 from moe_compress.compress.distill.plan import Schedule
 from moe_compress.compress.distill.sampling import sample
+from moe_compress.compress.distill.sharding import sharded_model, whole
 from moe_compress.compress.distill.state import Metrics, load_state, save_state
 from moe_compress.compress.distill.teacher import CachedTeacher, Lesson, OnlineTeacher
 from moe_compress.errors import TrainingError
@@ -45,7 +49,7 @@ SKIPPED = "skipped"  # among the terms: the share of slots that each layer skipp
 class Job:
     """A training: where the models lie, and the folder with the tokens, the teacher's cache, the state and the metrics.
 
-    `identity` is a hash of everything that decides the losses.
+    `identity` is a hash of everything that decides the losses; `launch` is there where an accelerate config is.
     """
 
     config: DistillConfig
@@ -54,19 +58,27 @@ class Job:
     folder: Path
     device: str
     identity: str
+    launch: Launch | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the processes divide the models' parameters among them."""
+        return self.launch is not None and self.launch.sharded
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-able values."""
         paths = {name: str(getattr(self, name)) for name in ("student", "teacher", "folder")}
         config = self.config.model_dump(mode="json")
-        return paths | {"config": config, "device": self.device, "identity": self.identity}
+        launch = None if self.launch is None else asdict(self.launch)
+        return paths | {"config": config, "device": self.device, "identity": self.identity, "launch": launch}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Job:
         """What `to_json` gave."""
         paths = {name: Path(content[name]) for name in ("student", "teacher", "folder")}
         config = DistillConfig.model_validate(content["config"])
-        return cls(config, device=content["device"], identity=content["identity"], **paths)
+        launch = None if content["launch"] is None else Launch(**content["launch"])
+        return cls(config, device=content["device"], identity=content["identity"], launch=launch, **paths)
 
 
 def train(job: Job, on_update: Callable[[dict[str, Any]], None]) -> None:
@@ -78,7 +90,7 @@ def train(job: Job, on_update: Callable[[dict[str, Any]], None]) -> None:
     device = accelerator.device if accelerator.num_processes > 1 else torch.device(job.device)
     tokens_NS = load_file(job.folder / TOKENS_FILE)["tokens"]
     schedule = Schedule(job.config, *tokens_NS.shape)
-    student = load_model(job.student, device)
+    student = read_model(job, job.student, device, is_trained=True)
     moe_layers, every = find_moe_layers(student), dict(student.named_parameters())
     by_part = parts.parts(every, moe_layers)
     trained = {name: every[name].requires_grad_() for name in parts.chosen(by_part, job.config.trainable)}
@@ -93,12 +105,26 @@ def train(job: Job, on_update: Callable[[dict[str, Any]], None]) -> None:
         line["seconds"] = round(time.monotonic() - started, 3)
         if metrics is not None:
             metrics.add(line)
-            if (update + 1) % job.config.save_every == 0 and update + 1 < schedule.num_updates:
-                run.save(update + 1)
+        if (update + 1) % job.config.save_every == 0 and update + 1 < schedule.num_updates:
+            run.save(update + 1)
         on_update(line)
-    if accelerator.is_main_process:
-        run.save(schedule.num_updates)
+    run.save(schedule.num_updates)
     accelerator.wait_for_everyone()
+
+
+def read_model(job: Job, folder: Path, device: torch.device, *, is_trained: bool) -> Any:
+    """A model as this process holds it: whole, or its part of every parameter."""
+    if not job.is_sharded:
+        return load_model(folder, device)
+    assert job.launch is not None
+    return sharded_model(
+        folder,
+        device,
+        processes=job.launch.processes,
+        is_trained=is_trained,
+        reshard=job.launch.reshard_after_forward or not is_trained,
+        in_bfloat16=computes_bfloat16(job.config, device),
+    )
 
 
 def load_model(folder: Path, device: torch.device | str) -> Any:
@@ -114,9 +140,9 @@ def make_teacher(job: Job, device: torch.device) -> Callable[[Sequence[int], Ten
         return lambda sequences, tokens_BS: Lesson(None)
     if job.config.caches_logits:
         return CachedTeacher(job.folder / CACHE, device)
-    return OnlineTeacher(
-        load_model(job.teacher, device), logits=job.config.uses_teacher_logits, hidden=job.config.hidden_weight > 0
-    )
+    is_packed = job.config.teacher == "nf4"  # its buffers are small, and each process has them all
+    model = load_model(job.teacher, device) if is_packed else read_model(job, job.teacher, device, is_trained=False)
+    return OnlineTeacher(model, logits=job.config.uses_teacher_logits, hidden=job.config.hidden_weight > 0)
 
 
 def loss_terms(config: DistillConfig, output: Any, lesson: Lesson, tokens_BS: Tensor) -> dict[str, Tensor]:
@@ -183,18 +209,18 @@ class _Run:
             group["lr"] = rate * group["scale"]
         terms = self._passes(update, sequences, tokens_NS)
         skipped = terms.pop(SKIPPED)
-        norm = self._gradient_norm()
+        total_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.trained.values()])
+        norm = float(whole(total_norm))
         values: dict[str, Any] = {name: found[0] for name, found in terms.items()}
         loss = sum(factor * values[name] for name, factor in self.factors.items())
         if not math.isfinite(loss) or not math.isfinite(norm):
-            if self.accelerator.is_main_process:
-                self.save(update)
+            self.save(update)
             raise TrainingError(
                 f"the loss is {loss} with gradients of norm {norm} at update {update + 1} of "
                 f"{self.schedule.num_updates}; lower `learning_rate` and start again (the weights as they were before "
                 f"are kept in {self.job.folder})."
             )
-        torch.nn.utils.clip_grad_norm_(list(self.trained.values()), config.max_gradient_norm)
+        torch.nn.utils.clip_grads_with_norm_(list(self.trained.values()), config.max_gradient_norm, total_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         seen = min((update + 1) * config.batch_size, self.schedule.num_sequences * config.epochs)
@@ -210,19 +236,30 @@ class _Run:
 
     def _passes(self, update: int, sequences: Sequence[int], tokens_NS: Tensor) -> dict[str, list[float]]:
         """This process's share of a batch, forward and back; the terms of the whole batch."""
-        size, world = self.job.config.micro_batch_size, self.accelerator.num_processes
         sums: dict[str, Tensor] = {}
-        micros = [sequences[start : start + size] for start in range(0, len(sequences), size)]
-        for number in range(self.accelerator.process_index, len(micros), world):
-            micro = micros[number]
+        for number, micro, share in self._turns(sequences):
             tokens_BS = tokens_NS[list(micro)].to(self.device)
-            share = len(micro) / len(sequences)
             terms = self._terms(micro, tokens_BS, [self.job.config.seed, update, number])
             loss = torch.stack([share * factor * terms[name].double() for name, factor in self.factors.items()]).sum()
             loss.backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + share * term.detach().double().view(-1)
         return self._over_processes(sums)
+
+    def _turns(self, sequences: Sequence[int]) -> Iterator[tuple[int, Sequence[int], float]]:
+        """The passes of this process: their number in the batch, their sequences, and these as a share of it.
+
+        Processes that divide the parameters pass through them together; one with nothing left to do then repeats the
+        last pass with a share of 0.
+        """
+        size, world = self.job.config.micro_batch_size, self.accelerator.num_processes
+        micros = [sequences[start : start + size] for start in range(0, len(sequences), size)]
+        for first in range(0, len(micros), world):
+            number = first + self.accelerator.process_index
+            if number < len(micros):
+                yield number, micros[number], len(micros[number]) / len(sequences)
+            elif self.job.is_sharded:
+                yield number, micros[-1], 0.0
 
     def _terms(self, micro: Sequence[int], tokens_BS: Tensor, seed: Sequence[int]) -> dict[str, Tensor]:
         """The terms of the loss on some sequences, and the slots that were skipped."""
@@ -258,10 +295,6 @@ class _Run:
                 parameter.grad = torch.zeros_like(parameter)
         if self.accelerator.num_processes > 1:
             found = self.accelerator.reduce(found, "sum")
-            for parameter in self.trained.values():
+            for parameter in () if self.job.is_sharded else self.trained.values():  # FSDP has added them up
                 parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
         return {name: part.tolist() for name, part in zip(sizes, found.split(list(sizes.values())), strict=True)}
-
-    def _gradient_norm(self) -> float:
-        gradients = [parameter.grad for parameter in self.trained.values()]
-        return float(torch.nn.utils.get_total_norm(gradients))
