@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from moe_compress.compress.distill.accelerate_config import Launch
 from moe_compress.compress.distill.balance import SkipTarget, skipped_L
 from moe_compress.compress.distill.config import DistillConfig
 from moe_compress.compress.distill.plan import Schedule
-from moe_compress.compress.distill.sampling import sample
+from moe_compress.compress.distill.sampling import Rollout, sample
 from moe_compress.compress.distill.sharding import sharded_model, whole
 from moe_compress.compress.distill.state import Metrics, load_state, save_state
 from moe_compress.compress.distill.teacher import CachedTeacher, Lesson, OnlineTeacher
@@ -165,6 +165,8 @@ def loss_terms(config: DistillConfig, output: Any, lesson: Lesson, tokens_BS: Te
 def weights(config: DistillConfig) -> dict[str, float]:
     """What each term is multiplied with; those of no weight are not computed."""
     balance = {} if config.target_skip is None else {"balance": config.balance_alpha}
+    if config.expert_balance_alpha:
+        balance["expert_balance"] = config.expert_balance_alpha
     if config.on_policy:
         return {"reverse_kl": 1.0} | balance
     factors = {"kl": 1 - config.nll_share, "nll": config.nll_share, "hidden": config.hidden_weight}
@@ -176,6 +178,21 @@ def computes_bfloat16(config: DistillConfig, device: torch.device) -> bool:
     if config.precision != "auto":
         return config.precision == "bfloat16"
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+@dataclass(frozen=True)
+class _Micro:
+    """What one pass learns from: the tokens that go in, their share of the batch, and how they were sampled."""
+
+    sequences: Sequence[int]
+    share: float
+    tokens_BS: Tensor
+    rollout: Rollout | None = None
+
+    @property
+    def rows(self) -> Mapping[int, Tensor]:
+        """The router rows that the tokens were sent to when they were sampled, by layer."""
+        return {} if self.rollout is None else self.rollout.rows
 
 
 @dataclass
@@ -237,13 +254,15 @@ class _Run:
     def _passes(self, update: int, sequences: Sequence[int], tokens_NS: Tensor) -> dict[str, list[float]]:
         """This process's share of a batch, forward and back; the terms of the whole batch."""
         sums: dict[str, Tensor] = {}
-        for number, micro, share in self._turns(sequences):
-            tokens_BS = tokens_NS[list(micro)].to(self.device)
-            terms = self._terms(micro, tokens_BS, [self.job.config.seed, update, number])
-            loss = torch.stack([share * factor * terms[name].double() for name, factor in self.factors.items()]).sum()
-            loss.backward()
+        seed = [self.job.config.seed, update]
+        batch = [self._drawn(micro, share, tokens_NS, [*seed, number]) for number, micro, share in self._turns(sequences)]
+        shares = self._shares(batch)
+        for micro in batch:
+            terms = self._terms(micro, shares)
+            loss = torch.stack([factor * terms[name].double() for name, factor in self.factors.items()]).sum()
+            (micro.share * loss).backward()
             for name, term in terms.items():
-                sums[name] = sums.get(name, 0) + share * term.detach().double().view(-1)
+                sums[name] = sums.get(name, 0) + micro.share * term.detach().double().view(-1)
         return self._over_processes(sums)
 
     def _turns(self, sequences: Sequence[int]) -> Iterator[tuple[int, Sequence[int], float]]:
@@ -261,27 +280,50 @@ class _Run:
             elif self.job.is_sharded:
                 yield number, micros[-1], 0.0
 
-    def _terms(self, micro: Sequence[int], tokens_BS: Tensor, seed: Sequence[int]) -> dict[str, Tensor]:
+    def _drawn(self, sequences: Sequence[int], share: float, tokens_NS: Tensor, seed: Sequence[int]) -> _Micro:
+        """The sequences of one pass, as they are or as the student writes them."""
+        config, tokens_BS = self.job.config, tokens_NS[list(sequences)].to(self.device)
+        if config.prompt_length is None or not config.on_policy:
+            return _Micro(sequences, share, tokens_BS)
+        prompt_BP, temperature = tokens_BS[:, : config.prompt_length], config.sampling_temperature
+        with self.autocast():  # its own: it keeps weights without their gradients
+            rollout = sample(self.student, prompt_BP, tokens_BS.shape[1], temperature, seed, self.moe_layers)
+        return _Micro(sequences, share, rollout.tokens_BS[:, :-1], rollout)
+
+    def _shares(self, batch: Sequence[_Micro]) -> dict[int, Tensor]:
+        """By layer, the share of the whole batch's slots that each row of its router takes; nothing if not asked."""
+        if self.skip is None or not self.job.config.expert_balance_alpha:
+            return {}
+        total = partial(self.accelerator.reduce, reduction="sum")
+        picked = ((micro.rows or self._routed(micro.tokens_BS), micro.share) for micro in batch)
+        counted = ({layer: row if share else row[:0] for layer, row in rows.items()} for rows, share in picked)
+        return self.skip.shares(counted, total)
+
+    @torch.no_grad()
+    def _routed(self, tokens_BS: Tensor) -> dict[int, Tensor]:
+        """The rows that the student's routers pick, by layer."""
+        with self.autocast(), RoutingTrace(self.traced) as trace:
+            self.student(input_ids=tokens_BS, use_cache=False)
+        return {moe.layer: trace.last(moe.layer).row_TK for moe in self.traced}
+
+    def _terms(self, micro: _Micro, shares: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """The terms of the loss on some sequences, and the slots that were skipped."""
-        config, rollout, seen_BS = self.job.config, None, tokens_BS
-        if config.prompt_length is not None and config.on_policy:
-            prompt_BP, temperature = tokens_BS[:, : config.prompt_length], config.sampling_temperature
-            with self.autocast():  # its own: it keeps weights without their gradients
-                rollout = sample(self.student, prompt_BP, tokens_BS.shape[1], temperature, seed, self.moe_layers)
-            seen_BS = rollout.tokens_BS[:, :-1]
-        rows = {} if rollout is None else rollout.rows
-        with self.autocast(), RoutingTrace(self.traced) as trace, replayed(self.moe_layers, rows):
-            lesson = self.teacher(micro, seen_BS)
-            output = self.student(input_ids=seen_BS, use_cache=False, output_hidden_states=config.hidden_weight > 0)
+        config, rollout = self.job.config, micro.rollout
+        with self.autocast(), RoutingTrace(self.traced) as trace, replayed(self.moe_layers, micro.rows):
+            lesson = self.teacher(micro.sequences, micro.tokens_BS)
+            hidden = config.hidden_weight > 0
+            output = self.student(input_ids=micro.tokens_BS, use_cache=False, output_hidden_states=hidden)
             if rollout is None:
-                terms = loss_terms(config, output, lesson, tokens_BS)
+                terms = loss_terms(config, output, lesson, micro.tokens_BS)
             else:
                 assert isinstance(lesson.logits, Tensor)
-                teacher_BR = rollout.score(lesson.logits.view_as(output.logits), temperature)
-                own_BR = rollout.score(output.logits, temperature)
+                teacher_BR = rollout.score(lesson.logits.view_as(output.logits), config.sampling_temperature)
+                own_BR = rollout.score(output.logits, config.sampling_temperature)
                 terms = {"reverse_kl": losses.policy_loss(own_BR, rollout.log_BR, teacher_BR)}
         if self.skip:
             terms |= {"balance": self.skip.loss(trace), SKIPPED: skipped_L(trace)}
+            if shares:
+                terms["expert_balance"] = self.skip.expert_loss(trace, shares)
         return terms
 
     def _over_processes(self, sums: dict[str, Tensor]) -> dict[str, list[float]]:
