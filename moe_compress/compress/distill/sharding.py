@@ -7,7 +7,7 @@ not by `Accelerator.prepare`, for reasons in `docs/design-changes.md`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def sharded_model(
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if in_bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    layers = decoder_layers(model)[1]
+    layers = list(decoder_layers(model)[1])
     for unit in units(layers):
         read: dict[nn.Parameter, nn.Parameter] = {}
         for index in unit:
@@ -75,6 +75,25 @@ def units(layers: Sequence[nn.Module]) -> list[list[int]]:
         unit.append(index)
         unit_of |= dict.fromkeys(parameters, unit)
     return found
+
+
+def gathered(student: Any, trained: Collection[str], original: Any) -> int:
+    """Elements that a process holds whole for a moment, where everything else is divided.
+
+    Of the largest unit of layers its parameters and those of the next one, and what lies outside the layers; of what is
+    trained the gradients too, a unit's as they are computed and on their way. The models may be empty.
+    """
+
+    def most(model: Any, trained: Collection[nn.Parameter]) -> int:
+        layers = list(decoder_layers(model)[1])
+
+        def size(parameters: Collection[nn.Parameter]) -> int:
+            return sum(parameter.numel() * (2 if parameter in trained else 1) for parameter in parameters)
+
+        inside = [{parameter for index in unit for parameter in layers[index].parameters()} for unit in units(layers)]
+        return 2 * max(map(size, inside)) + size(set(model.parameters()).difference(*inside))
+
+    return max(most(student, {student.get_parameter(name) for name in trained}), most(original, ()))
 
 
 def whole(value: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from moe_compress.checkpoint.durable import replace_durably
 from moe_compress.checkpoint.writer import write_json
@@ -44,7 +45,7 @@ def save_state(
     if dist.is_initialized():
         dist.barrier()
     with _without_remarks():
-        dcp.save(state, storage_writer=FileSystemWriter(part))
+        save(state, storage_writer=FileSystemWriter(part))
     if _is_first():
         write_json(part / ABOUT, {"update": update, "identity": identity})
         older = _states(folder)
@@ -71,7 +72,7 @@ def load_state(folder: Path, parameters: Mapping[str, Any], optimizer: torch.opt
         optimizer.state[value] = {"step": torch.tensor(float(update)), **moments}
         state |= _named(name, value, moments)
     with _without_remarks():
-        dcp.load(state, storage_reader=FileSystemReader(states[-1]))
+        load(state, storage_reader=FileSystemReader(states[-1]))
     return update
 
 
@@ -94,7 +95,7 @@ def _read(state: Path, key: str) -> Tensor:
     about: Any = reader.read_metadata().state_dict_metadata[key]
     found = {key: torch.empty(about.size, dtype=about.properties.dtype)}
     with _without_remarks():
-        dcp.load(found, storage_reader=reader)
+        load(found, storage_reader=reader)
     return found[key]
 
 

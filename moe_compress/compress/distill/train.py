@@ -255,7 +255,9 @@ class _Run:
         """This process's share of a batch, forward and back; the terms of the whole batch."""
         sums: dict[str, Tensor] = {}
         seed = [self.job.config.seed, update]
-        batch = [self._drawn(micro, share, tokens_NS, [*seed, number]) for number, micro, share in self._turns(sequences)]
+        batch = [
+            self._drawn(micro, share, tokens_NS, [*seed, number]) for number, micro, share in self._turns(sequences)
+        ]
         shares = self._shares(batch)
         for micro in batch:
             terms = self._terms(micro, shares)
