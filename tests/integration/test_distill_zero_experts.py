@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moe_compress import run
+from moe_compress.compress.distill.balance import SkipTarget
 from moe_compress.errors import UsageError
+from moe_compress.models.layers import find_moe_layers
+from moe_compress.runtime.trace import RoutingTrace
 from moe_compress.verification import checks
 from tests.integration.test_distill import distilled, killed, weights
 from tests.tiny_checkpoint import tiny_recipe
@@ -89,6 +92,54 @@ def test_the_first_losses_follow_the_formulas(base: dict[str, Any], zeros: Path,
     assert line["loss"] == pytest.approx(float(0.5 * kl + 0.5 * nll + 0.2 * total), rel=1e-4)
 
 
+def test_balance_of_experts_has_the_gradient_of_the_whole_batch(zeros: Path) -> None:
+    """In float64, and the formula on all tokens at once: (N + w Z) * sum share_r P_r / w_r, w = r / (1 - r) * N / Z."""
+    model, weight = opened(zeros).double(), 3 * EXPERTS / ZEROS
+    tokens = torch.randint(256, (6, 20), generator=torch.Generator().manual_seed(0))
+    logits: list[Any] = []
+    gates = [layer.mlp.gate for layer in model.model.layers]
+    hooks = [gate.register_forward_hook(lambda module, inputs, output: logits.append(output[0])) for gate in gates]
+    model(input_ids=tokens)
+    for hook in hooks:
+        hook.remove()
+    wanted = torch.zeros((), dtype=torch.float64)
+    for found in logits:
+        probability = found.softmax(-1)
+        for row in range(EXPERTS + ZEROS):
+            share = (probability.topk(K).indices == row).double().mean() / (weight if row >= EXPERTS else 1)
+            wanted = wanted + (EXPERTS + weight * ZEROS) * share * probability[:, row].mean()
+    wanted.backward()
+    expected = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    skip, parts = SkipTarget(find_moe_layers(model), 0.75), tokens.split([1, 3, 2])
+    model.zero_grad()
+    picked = []
+    for part in parts:
+        with RoutingTrace(skip.layers) as trace, torch.no_grad():
+            model(input_ids=part)
+        picked.append({moe.layer: trace.last(moe.layer).row_TK for moe in skip.layers})
+    shares, total = skip.shares(picked, lambda counts: counts), 0.0
+    for part in parts:
+        with RoutingTrace(skip.layers) as trace:
+            model(input_ids=part)
+        loss = len(part) / len(tokens) * skip.expert_loss(trace, shares)
+        total += float(loss.detach())
+        loss.backward()
+    assert total == pytest.approx(float(wanted.detach()), rel=1e-6)
+    assert len(expected) > LAYERS
+    for name, value in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(value.grad, expected[name], rtol=1e-4, atol=1e-8, msg=name)
+
+
+def test_passes_of_any_size_balance_experts_alike(base: dict[str, Any], tmp_path: Path) -> None:
+    step = OFF | {"balance_alpha": 1e-9, "expert_balance_alpha": 0.5}  # the group's is one of each pass
+    sizes = [{"micro_batch_size": size} for size in (4, 1)]
+    runs = [distilled(base | {"steps": [ZERO, step | size]}, tmp_path / str(n)) for n, size in enumerate(sizes)]
+    for whole, divided in zip(*runs, strict=True):
+        for name in ("expert_balance", "loss", "gradient_norm"):
+            assert divided[name] == pytest.approx(whole[name], rel=1e-4), name
+
+
 def test_a_student_that_is_its_teacher_learns_nothing_on_policy(base: dict[str, Any], tmp_path: Path) -> None:
     """What it drew is as likely to the teacher: also proof that decoding and training see the same model."""
     step = {key: value for key, value in ON.items() if key != "target_skip"}
@@ -131,6 +182,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(
 
 @pytest.mark.parametrize("step", [OFF, ON | {"epochs": 1}], ids=["off_policy", "on_policy"])
 def test_two_processes_are_one(base: dict[str, Any], step: dict[str, Any], tmp_path: Path) -> None:
+    step = step | {"expert_balance_alpha": 0.5}
     one = distilled(base | {"steps": [ZERO, step]}, tmp_path / "one")
     two = distilled(base | {"steps": [ZERO, step | {"processes": 2}]}, tmp_path / "two")
     for single, shared in zip(one, two, strict=True):
@@ -145,6 +197,7 @@ def test_a_target_needs_zero_experts(base: dict[str, Any], tmp_path: Path) -> No
 
 def test_layer_by_layer_only_routers_change(base: dict[str, Any], zeros: Path, tmp_path: Path) -> None:
     step = {"op": "distill", "mode": "layerwise", "trainable": ["routers"], "target_skip": 0.6, "balance_alpha": 5.0}
+    step |= {"expert_balance_alpha": 0.5}
     step |= {"teacher_model": base["model"], "learning_rate": 1e-2, "batch_size": 2, "epochs": 16}
     lines = distilled(base | {"model": str(zeros), "steps": [step]}, tmp_path / "out", number=0)
     assert [line["skip"] for line in lines] == pytest.approx([0.6] * LAYERS, abs=0.05)

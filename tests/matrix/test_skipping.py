@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from moe_compress.checkpoint.config_file import with_setting
 from moe_compress.checkpoint.rewrite import Change
 from moe_compress.checkpoint.stream import TORCH_DTYPES
+from moe_compress.compress.distill.balance import num_rows
 from moe_compress.compress.zero_experts.apply import ZeroExpertsChange
 from moe_compress.compress.zero_experts.config import ZeroExpertsConfig
 from moe_compress.compress.zero_experts.plan import LayerFacts, plan_zero_experts
@@ -364,6 +365,7 @@ def check_pass(name: str, moe: MoELayer, trace: RoutingTrace, again: RoutingTrac
     """The probabilities are those of the router's kind, and gate values of replayed rows are their scores."""
     found, replay = trace.last(moe.layer), again.last(moe.layer)
     assert found.probability_TR.shape[1] - NUM_EXPERTS - NUM_EXPERTS // 2 in (0, 1)
+    assert num_rows(moe) == found.probability_TR.shape[1]
     np.testing.assert_allclose(found.probability_TR.sum(dim=1), 1, rtol=1e-5)
     if name == "gemma4":  # its router hands out probabilities
         scores = found.logits_TR.double()

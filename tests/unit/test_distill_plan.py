@@ -98,6 +98,7 @@ def test_a_long_curve_is_thinned_to_its_ends_and_what_lies_between() -> None:
         ({"mode": "layerwise", "prompt_length": 8}, "steps.1.prompt_length: has no effect"),
         ({"sampling_temperature": 2.0}, "steps.1.sampling_temperature: has no effect"),
         ({"balance_alpha": 1.0}, "steps.1.balance_alpha: has no effect"),
+        ({"expert_balance_alpha": 1.0}, "steps.1.expert_balance_alpha: has no effect"),
         ({"target_skip": 1.0}, "target_skip"),
         ({"batch_size": 6, "processes": 4}, "multiple of micro_batch_size x processes"),
         ({"teacher": "cached", "hidden_weight": 1.0}, "hidden_weight needs"),

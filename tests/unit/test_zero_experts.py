@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_compress.compress.zero_experts.apply import with_zero_rows
 from moe_compress.compress.zero_experts.config import ZeroExpertsConfig
-from moe_compress.compress.zero_experts.losses import GlobalBalance, group_balance_loss
+from moe_compress.compress.zero_experts.losses import expert_balance_loss, group_balance_loss
 from moe_compress.compress.zero_experts.plan import LayerFacts, balance_weight, balanced_skip, plan_zero_experts
 from moe_compress.errors import UsageError
 from moe_compress.models.layers import MoELayer
@@ -232,52 +229,41 @@ def test_descending_the_group_loss_ends_at_the_target(target: float) -> None:
     assert all(later <= earlier + 1e-4 for earlier, later in pairwise(losses))
 
 
-def balance_by_formula(probability: Tensor, rows: Tensor, all_rows: Tensor) -> float:
-    """R sum_r f_r p_r with f of `all_rows` and p of these tokens."""
-    f = [float((all_rows == row).sum()) / all_rows.numel() for row in range(N + Z)]
-    p = [float(probability[:, row].mean()) for row in range(N + Z)]
-    return (N + Z) * sum(a * b for a, b in zip(f, p, strict=True))
+def balance_by_formula(probability: Tensor, rows: Tensor, weight: float) -> Tensor:
+    """(N + w Z) sum_r share_r p_r / w_r over a whole batch, row by row."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row in range(N + Z):
+        share = sum(slot == row for slot in rows.flatten().tolist()) / rows.numel()
+        total = total + share * probability[:, row].mean() / (weight if row >= N else 1)
+    return (N + weight * Z) * total
 
 
-def test_global_balance_counts_over_the_micro_batches_of_a_step() -> None:
-    (first, rows), (second, others) = drawn(4), drawn(5)
-    first, second = first.softmax(dim=1), second.softmax(dim=1)
-    balance = GlobalBalance()
-    assert float(balance.loss(first, rows)) == pytest.approx(balance_by_formula(first, rows, rows))
-    both = torch.cat([rows, others])
-    assert float(balance.loss(second, others)) == pytest.approx(balance_by_formula(second, others, both))
-    balance.step()
-    assert float(balance.loss(second, others)) == pytest.approx(balance_by_formula(second, others, others))
+@pytest.mark.parametrize("weight", [1.0, 2.5])
+def test_expert_loss_is_the_formula_however_the_batch_is_divided(weight: float) -> None:
+    """Value and gradient, from shares of the whole batch."""
+    logits, rows = drawn(4)
+    logits.requires_grad_()
+    expected = balance_by_formula(logits.softmax(dim=1), rows, weight)
+    (wanted,) = torch.autograd.grad(expected, logits)
+    share = torch.bincount(rows.flatten(), minlength=N + Z).double() / rows.numel()
+    for sizes in ([T], [T // 4, T - T // 4], [1] * T):
+        parts = logits.split(sizes)
+        losses = [len(part) / T * expert_balance_loss(part.softmax(dim=1), share, ZERO, weight) for part in parts]
+        found = torch.stack(losses).sum()
+        assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+        torch.testing.assert_close(torch.autograd.grad(found, logits)[0], wanted)
 
 
-def test_global_balance_is_one_where_all_is_balanced() -> None:
-    rows = torch.arange(N + Z).repeat(K).view(-1, K)
-    assert float(GlobalBalance().loss(torch.full((5, N + Z), 1 / (N + Z)), rows)) == pytest.approx(1.0)
+def test_gradient_of_the_expert_loss_matches_finite_differences() -> None:
+    logits, rows = drawn(5)
+    share = torch.bincount(rows.flatten(), minlength=N + Z).double() / rows.numel()
+    assert torch.autograd.gradcheck(
+        lambda given: expert_balance_loss(given.softmax(dim=1), share, ZERO, 2.0), logits.requires_grad_()
+    )
 
 
-TWO_PROCESSES = """
-import sys
-import torch
-import torch.distributed as dist
-from moe_compress.compress.zero_experts.losses import GlobalBalance
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
-content = torch.load(sys.argv[3])
-print(float(GlobalBalance().loss(content["probability"][rank], content["rows"][rank])))
-"""
-
-
-def test_global_balance_counts_over_processes(tmp_path: Path) -> None:
-    drawings = [drawn(6), drawn(7)]
-    probability, rows = [logits.softmax(dim=1) for logits, _ in drawings], [rows for _, rows in drawings]
-    torch.save({"probability": probability, "rows": rows}, tmp_path / "tokens.pt")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(rank), f"file://{tmp_path}/meet", str(tmp_path / "tokens.pt")],
-            stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    found = [float(worker.communicate(timeout=120)[0].splitlines()[-1]) for worker in workers]
-    expected = [balance_by_formula(probability[rank], rows[rank], torch.cat(rows)) for rank in range(2)]
-    assert found == pytest.approx(expected)
+@pytest.mark.parametrize("target", [0.25, 0.5, 0.75])
+def test_expert_loss_is_one_where_each_takes_its_part(target: float) -> None:
+    part = torch.where(ZERO, target / Z, (1 - target) / N).double()
+    loss = expert_balance_loss(part.repeat(5, 1), part, ZERO, balance_weight(target, N, Z))
+    assert float(loss) == pytest.approx(1.0)

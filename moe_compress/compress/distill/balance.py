@@ -1,17 +1,19 @@
-"""Routers that learn to use their zero experts: the group balance loss of a model's layers, and what they skip.
+"""Routers that learn to use their zero experts: the balance losses of a model's layers, and what they skip.
 
-Of each layer with zero experts the loss of `zero_experts.losses` is added up, over the tokens of one forward pass; the
-weight in it follows from the share of slots that is to be skipped.
+Of each layer with zero experts the losses of `zero_experts.losses` are added up, over the tokens of one forward pass;
+the weight in them follows from the share of slots that is to be skipped. The balance of single experts is that of a
+whole update: its slots are counted on all processes before the first pass that is learnt from, so that it makes no
+difference to the gradient into how many passes and processes the batch is divided.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from moe_compress.compress.zero_experts.losses import group_balance_loss
+from moe_compress.compress.zero_experts.losses import expert_balance_loss, group_balance_loss
 from moe_compress.compress.zero_experts.plan import balance_weight
 from moe_compress.errors import UsageError
 from moe_compress.models.layers import MoELayer
@@ -39,9 +41,38 @@ class SkipTarget:
 
     def layer_loss(self, found: RouterPass) -> Tensor:
         """Of one layer; 1 where the target is met."""
-        moe = found.moe
-        weight = balance_weight(self.target_skip, moe.num_experts, moe.routing.zero_experts)
+        weight = self._weight(found.moe)
         return group_balance_loss(found.probability_TR, found.zero_R, found.skipped_TK, weight, alpha=1.0)
+
+    def expert_loss(self, trace: RoutingTrace, shares: Mapping[int, Tensor]) -> Tensor:
+        """Sum over layers of the balance of single experts in a part of the batch that `shares` were counted in."""
+        passes = [(shares[moe.layer], trace.last(moe.layer), self._weight(moe)) for moe in self.layers]
+        losses = [expert_balance_loss(found.probability_TR, share_R, found.zero_R, w) for share_R, found, w in passes]
+        return torch.stack(losses).sum()
+
+    def shares(
+        self, picked: Iterable[Mapping[int, Tensor]], over_processes: Callable[[Tensor], Tensor]
+    ) -> dict[int, Tensor]:
+        """By layer, the share [R] of all slots that each row of its router took (float64).
+
+        `picked` are the rows that tokens were sent to, by layer, in the parts of the batch that are this process's;
+        `over_processes` adds up a tensor.
+        """
+        sizes = [num_rows(moe) for moe in self.layers]
+        counts = torch.zeros(sum(sizes), dtype=torch.float64, device=next(self.layers[0].experts.parameters()).device)
+        for rows in picked:
+            pairs = zip(self.layers, sizes, strict=True)
+            counts += torch.cat([torch.bincount(rows[moe.layer].flatten(), minlength=size) for moe, size in pairs])
+        found = over_processes(counts).split(sizes)
+        return {moe.layer: count_R / count_R.sum() for moe, count_R in zip(self.layers, found, strict=True)}
+
+    def _weight(self, moe: MoELayer) -> float:
+        return balance_weight(self.target_skip, moe.num_experts, moe.routing.zero_experts)
+
+
+def num_rows(moe: MoELayer) -> int:
+    """Rows of a layer's router: routed experts, zero experts, and null experts that the family has itself."""
+    return max(tensor.shape[dimension] for tensor, dimension in moe.router_tensors().values())
 
 
 def skipped_L(trace: RoutingTrace) -> Tensor:

@@ -75,6 +75,13 @@ class DistillConfig(BaseModel):
     balance_alpha: float = Field(
         default=0.1, gt=0, allow_inf_nan=False, description="Weight of the group balance loss of each layer."
     )
+    expert_balance_alpha: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight of a balance loss of single experts, counted over the whole batch of an update and all "
+        "processes; takes one more pass. 0: none, as experts of a trained model are best left as they are.",
+    )
     prompt_length: int | None = Field(
         default=None,
         ge=1,
@@ -213,8 +220,9 @@ def impossible(step: Mapping[str, Any], calibration: Any) -> Iterator[tuple[str,
 
 
 def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if "balance_alpha" in step and step.get("target_skip") is None:
-        yield "balance_alpha", "only `target_skip` adds the group balance loss"
+    if step.get("target_skip") is None:
+        unused = [key for key in ("balance_alpha", "expert_balance_alpha") if key in step]
+        yield from ((key, "only `target_skip` adds balance losses") for key in unused)
     if step.get("mode") == "layerwise":
         yield from ((key, why) for key, why in _FULL_ONLY.items() if key in step)
         return

@@ -205,11 +205,14 @@ class _Fit:
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * schedule.factor(update)
             batches = schedule.sequences(update)
+            shares = self._shares(batches)
             for batch in batches:
                 with self._trace() as trace:
                     loss = self._loss(batch, self._forward(batch))
                 if self.skip:
                     loss = loss + config.balance_alpha * self.skip.loss(trace)
+                    if shares:
+                        loss = loss + config.expert_balance_alpha * self.skip.expert_loss(trace, shares)
                 (loss / len(batches)).backward()
             norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), config.max_gradient_norm)
             if not math.isfinite(norm):
@@ -229,6 +232,18 @@ class _Fit:
         output = self.layer(self.inputs[batch], *args[1:], **others)
         found: Tensor = output if isinstance(output, Tensor) else output[0]
         return found
+
+    @torch.no_grad()
+    def _shares(self, batches: Sequence[int]) -> dict[int, Tensor]:
+        """The share of an update's slots that each row of the router takes; nothing if not asked."""
+        if self.skip is None or not self.config.expert_balance_alpha:
+            return {}
+        picked = []
+        for batch in batches:
+            with self._trace() as trace:
+                self._forward(batch)
+            picked.append({self.index: trace.last(self.index).row_TK})
+        return self.skip.shares(picked, lambda counts: counts)
 
     def _trace(self) -> RoutingTrace:
         return RoutingTrace(self.skip.layers if self.skip else ())

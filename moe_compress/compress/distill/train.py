@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from moe_compress.compress.distill import losses, parts
 from moe_compress.compress.distill.balance import SkipTarget, skipped_L
 from moe_compress.compress.distill.config import DistillConfig
 from moe_compress.compress.distill.plan import Schedule
-from moe_compress.compress.distill.sampling import sample
+from moe_compress.compress.distill.sampling import Rollout, sample
 from moe_compress.compress.distill.state import Metrics, load_state, save_state
 from moe_compress.compress.distill.teacher import CachedTeacher, Lesson, OnlineTeacher
 from moe_compress.errors import TrainingError
@@ -139,6 +139,8 @@ def loss_terms(config: DistillConfig, output: Any, lesson: Lesson, tokens_BS: Te
 def weights(config: DistillConfig) -> dict[str, float]:
     """What each term is multiplied with; those of no weight are not computed."""
     balance = {} if config.target_skip is None else {"balance": config.balance_alpha}
+    if config.expert_balance_alpha:
+        balance["expert_balance"] = config.expert_balance_alpha
     if config.on_policy:
         return {"reverse_kl": 1.0} | balance
     factors = {"kl": 1 - config.nll_share, "nll": config.nll_share, "hidden": config.hidden_weight}
@@ -150,6 +152,20 @@ def computes_bfloat16(config: DistillConfig, device: torch.device) -> bool:
     if config.precision != "auto":
         return config.precision == "bfloat16"
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+@dataclass(frozen=True)
+class _Micro:
+    """What one pass learns from: the tokens that go in, and how they were sampled."""
+
+    sequences: Sequence[int]
+    tokens_BS: Tensor
+    rollout: Rollout | None = None
+
+    @property
+    def rows(self) -> Mapping[int, Tensor]:
+        """The router rows that the tokens were sent to when they were sampled, by layer."""
+        return {} if self.rollout is None else self.rollout.rows
 
 
 @dataclass
@@ -213,38 +229,60 @@ class _Run:
         size, world = self.job.config.micro_batch_size, self.accelerator.num_processes
         sums: dict[str, Tensor] = {}
         micros = [sequences[start : start + size] for start in range(0, len(sequences), size)]
-        for number in range(self.accelerator.process_index, len(micros), world):
-            micro = micros[number]
-            tokens_BS = tokens_NS[list(micro)].to(self.device)
-            share = len(micro) / len(sequences)
-            terms = self._terms(micro, tokens_BS, [self.job.config.seed, update, number])
+        own = range(self.accelerator.process_index, len(micros), world)
+        batch = [self._drawn(micros[number], tokens_NS, [self.job.config.seed, update, number]) for number in own]
+        shares = self._shares(batch)
+        for micro in batch:
+            share = len(micro.sequences) / len(sequences)
+            terms = self._terms(micro, shares)
             loss = torch.stack([share * factor * terms[name].double() for name, factor in self.factors.items()]).sum()
             loss.backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + share * term.detach().double().view(-1)
         return self._over_processes(sums)
 
-    def _terms(self, micro: Sequence[int], tokens_BS: Tensor, seed: Sequence[int]) -> dict[str, Tensor]:
+    def _drawn(self, sequences: Sequence[int], tokens_NS: Tensor, seed: Sequence[int]) -> _Micro:
+        """The sequences of one pass, as they are or as the student writes them."""
+        config, tokens_BS = self.job.config, tokens_NS[list(sequences)].to(self.device)
+        if config.prompt_length is None or not config.on_policy:
+            return _Micro(sequences, tokens_BS)
+        prompt_BP, temperature = tokens_BS[:, : config.prompt_length], config.sampling_temperature
+        with self.autocast():  # its own: it keeps weights without their gradients
+            rollout = sample(self.student, prompt_BP, tokens_BS.shape[1], temperature, seed, self.moe_layers)
+        return _Micro(sequences, rollout.tokens_BS[:, :-1], rollout)
+
+    def _shares(self, batch: Sequence[_Micro]) -> dict[int, Tensor]:
+        """By layer, the share of the whole batch's slots that each row of its router takes; nothing if not asked."""
+        if self.skip is None or not self.job.config.expert_balance_alpha:
+            return {}
+        total = partial(self.accelerator.reduce, reduction="sum")
+        return self.skip.shares((micro.rows or self._routed(micro.tokens_BS) for micro in batch), total)
+
+    @torch.no_grad()
+    def _routed(self, tokens_BS: Tensor) -> dict[int, Tensor]:
+        """The rows that the student's routers pick, by layer."""
+        with self.autocast(), RoutingTrace(self.traced) as trace:
+            self.student(input_ids=tokens_BS, use_cache=False)
+        return {moe.layer: trace.last(moe.layer).row_TK for moe in self.traced}
+
+    def _terms(self, micro: _Micro, shares: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """The terms of the loss on some sequences, and the slots that were skipped."""
-        config, rollout, seen_BS = self.job.config, None, tokens_BS
-        if config.prompt_length is not None and config.on_policy:
-            prompt_BP, temperature = tokens_BS[:, : config.prompt_length], config.sampling_temperature
-            with self.autocast():  # its own: it keeps weights without their gradients
-                rollout = sample(self.student, prompt_BP, tokens_BS.shape[1], temperature, seed, self.moe_layers)
-            seen_BS = rollout.tokens_BS[:, :-1]
-        rows = {} if rollout is None else rollout.rows
-        with self.autocast(), RoutingTrace(self.traced) as trace, replayed(self.moe_layers, rows):
-            lesson = self.teacher(micro, seen_BS)
-            output = self.student(input_ids=seen_BS, use_cache=False, output_hidden_states=config.hidden_weight > 0)
+        config, rollout = self.job.config, micro.rollout
+        with self.autocast(), RoutingTrace(self.traced) as trace, replayed(self.moe_layers, micro.rows):
+            lesson = self.teacher(micro.sequences, micro.tokens_BS)
+            hidden = config.hidden_weight > 0
+            output = self.student(input_ids=micro.tokens_BS, use_cache=False, output_hidden_states=hidden)
             if rollout is None:
-                terms = loss_terms(config, output, lesson, tokens_BS)
+                terms = loss_terms(config, output, lesson, micro.tokens_BS)
             else:
                 assert isinstance(lesson.logits, Tensor)
-                teacher_BR = rollout.score(lesson.logits.view_as(output.logits), temperature)
-                own_BR = rollout.score(output.logits, temperature)
+                teacher_BR = rollout.score(lesson.logits.view_as(output.logits), config.sampling_temperature)
+                own_BR = rollout.score(output.logits, config.sampling_temperature)
                 terms = {"reverse_kl": losses.policy_loss(own_BR, rollout.log_BR, teacher_BR)}
         if self.skip:
             terms |= {"balance": self.skip.loss(trace), SKIPPED: skipped_L(trace)}
+            if shares:
+                terms["expert_balance"] = self.skip.expert_loss(trace, shares)
         return terms
 
     def _over_processes(self, sums: dict[str, Tensor]) -> dict[str, list[float]]:

@@ -1,14 +1,13 @@
 """What training adds to the loss so that routers use their zero experts, and the wanted share of them.
 
 `group_balance_loss` is that of ZEDA (arXiv 2605.18643): it balances routed experts and zero experts as two groups, and
-leaves the balance inside each alone. `GlobalBalance` is the balance of single experts (arXiv 2501.11873), counted over
-the whole batch of a step and over all processes; adapting a trained model is better without it.
+leaves the balance inside each alone. `expert_balance_loss` is that of single experts, counted over the whole batch of
+an update (arXiv 2501.11873); ZEDA adapts trained models without one, and one inside small batches cost it much.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 ALPHA = 0.1  # of arXiv 2605.18643
@@ -35,25 +34,17 @@ def group_balance_loss(
     return alpha * (num_experts + weight * num_zero) / top_k * balance
 
 
-class GlobalBalance:
-    """The balance of all rows of a router over the whole batch of an optimiser's step; one for each layer.
+def expert_balance_loss(probability_TR: Tensor, share_R: Tensor, zero_R: Tensor, weight: float) -> Tensor:
+    """The balance of single experts in one layer, a scalar: 1 where each takes its part of the slots.
 
-    loss = R * sum over rows of f_r p_r: f_r the share of all slots so far in this step that took row r, on all
-    processes, p_r the mean probability of row r in this micro-batch. 1 where everything is balanced.
+    `share_R` is the share of all slots that each row of the router took, counted over the whole batch of an update, and
+    carries no gradient; `probability_TR` may be of a part of its tokens, for the loss is linear in it. With p the mean
+    probability of a row, the loss of arXiv 2501.11873 where a zero expert is to take `weight` times the slots of a
+    routed one, as in `group_balance_loss`:
+
+        (N + w Z) * (sum of share p over routed experts + sum of share p over zero experts / w)
     """
-
-    def __init__(self) -> None:
-        self._counts_R: Tensor | None = None
-
-    def loss(self, probability_TR: Tensor, row_TK: Tensor) -> Tensor:
-        """Of one micro-batch, a scalar; adds its slots to those of the step."""
-        counts_R = torch.bincount(row_TK.flatten(), minlength=probability_TR.shape[1]).to(probability_TR.dtype)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts_R)
-        self._counts_R = counts_R if self._counts_R is None else self._counts_R + counts_R
-        share_R = self._counts_R / self._counts_R.sum()
-        return len(share_R) * (share_R * probability_TR.mean(dim=0)).sum()
-
-    def step(self) -> None:
-        """Forget the slots, after an optimiser's step."""
-        self._counts_R = None
+    num_zero = int(zero_R.sum())
+    wanted_R = torch.where(zero_R, weight, 1.0).to(probability_TR.dtype)
+    product_R = share_R.to(probability_TR.dtype) * probability_TR.mean(dim=0) / wanted_R
+    return (len(zero_R) - num_zero + weight * num_zero) * product_R.sum()
