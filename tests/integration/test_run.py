@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import moe_compress
-from moe_compress import pipeline
+from moe_compress import manifest
 from moe_compress.checkpoint.hidden import save_hidden
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.cli import app
@@ -348,7 +348,7 @@ def test_another_run_is_not_resumed(
     assert "fingerprint" not in message
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "__version__", "99")
+        patch.setattr(manifest, "__version__", "99")
         assert f'version: "{moe_compress.__version__}" -> "99"' in refusal()
 
     shard = sorted(own_source.glob("*.safetensors"))[1]
