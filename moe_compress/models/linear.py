@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 # Multiplications below which handing the tensors over costs more than it gains.
 LEAST_WORK = 1 << 23
-# Rows are taken in blocks of this many, the last one filled up to a multiple of ROWS: oneDNN compiles a program for
-# every size it meets, and keeps half a megabyte for each.
+# Rows are taken in blocks of this many, the last one filled up to a multiple of ROWS, or a power of 2 below: oneDNN
+# compiles a program for every size it meets, and keeps half a megabyte for each.
 BLOCK = 1024
 ROWS = 128
 # The operation of torch on plain tensors, which no promise covers; without it the BLAS library multiplies.
@@ -50,7 +50,7 @@ def _block_sizes(rows: int) -> list[int]:
 
 
 def _block(rows_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    missing = -len(rows_NI) % ROWS
+    missing = -len(rows_NI) % min(ROWS, 1 << (len(rows_NI) - 1).bit_length())
     filled_NI = F.pad(rows_NI, (0, 0, 0, missing)) if missing else rows_NI
     output_NO: Tensor = torch.ops.mkldnn._linear_pointwise(filled_NI, weight_OI, bias_O, "none", [], "")
     return output_NO[: len(rows_NI)]

@@ -10,7 +10,7 @@ from moe_compress.models import linear as linear_module
 from moe_compress.models.linear import BLOCK, HAS_ONEDNN, LEAST_WORK, ROWS, linear, speed_up
 
 
-@pytest.mark.parametrize("rows", [1, ROWS, ROWS + 1, BLOCK, 2 * BLOCK + 3])
+@pytest.mark.parametrize("rows", [1, 2, 5, ROWS - 1, ROWS, ROWS + 1, BLOCK, 2 * BLOCK + 3])
 @pytest.mark.parametrize("biased", [True, False])
 @torch.no_grad()
 def test_equals_a_product_in_float64(rows: int, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,9 @@ from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHCon
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
+from moe_compress.models import linear
 from moe_compress.models.routing import Routing, Skip
+from moe_compress.runtime import skipping
 from moe_compress.runtime.routing import RoutingRules
 from moe_compress.runtime.skipping import SKIPPING, skipping_forward
 
@@ -99,7 +101,23 @@ def test_output_is_that_of_the_slots_that_run(name: str, tokens: int, skipped: f
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [3, 400])
+@pytest.mark.parametrize("skipped", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("tokens", [2, 40, 300])
+@pytest.mark.parametrize("name", MAKERS)
+def test_large_experts_are_multiplied_one_by_one(
+    name: str, tokens: int, skipped: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the tiny ones here where that is forced, by oneDNN where torch has it."""
+    monkeypatch.setattr(skipping, "LARGE_EXPERT", 0)
+    monkeypatch.setattr(linear, "LEAST_WORK", 0)
+    monkeypatch.setattr(skipping, "_grouped_product", lambda *given, **options: pytest.fail("grouped"))
+    experts, inputs = made(name), routing(tokens, skipped, seed=tokens)
+    with torch.no_grad():
+        found = skipping_forward(experts, *inputs)
+    torch.testing.assert_close(found.double(), looped(name, experts, *inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 400])
 @pytest.mark.parametrize("name", MAKERS)
 def test_half_precision(name: str, tokens: int) -> None:
     experts = made(name, torch.bfloat16)
@@ -112,23 +130,25 @@ def test_half_precision(name: str, tokens: int) -> None:
             assert float((found.double() - expected).abs().max() / expected.std()) < 0.1
 
 
-def test_nothing_is_computed_for_skipped_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_nothing_is_computed_for_skipped_rows(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of every product, counted: as many as slots run."""
     rows = []
     experts = made("olmoe")
     apply_gate = experts._apply_gate
     monkeypatch.setattr(experts, "_apply_gate", lambda both: rows.append(len(both)) or apply_gate(both))
-    hidden, index, gate = routing(40, 0.6)
+    hidden, index, gate = routing(tokens, 0.6, seed=1)
     with torch.no_grad():
         skipping_forward(experts, hidden, index, gate)
-    assert rows == [int(((index < N) & (gate != 0)).sum())]
+    running = int(((index < N) & (gate != 0)).sum())
+    assert rows == [running] and 0 < running < tokens * K
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("tokens", "dtype"), [(12, torch.float32), (12, torch.float64), (1, torch.float32)])
 @pytest.mark.parametrize("name", MAKERS)
-def test_gradients_are_those_of_the_familys_own_code(name: str, dtype: torch.dtype) -> None:
-    hidden, index, gate = routing(12, 0.0, dtype=dtype)
-    drop = routing(12, 0.5, seed=3)[1] >= N
+def test_gradients_are_those_of_the_familys_own_code(name: str, tokens: int, dtype: torch.dtype) -> None:
+    hidden, index, gate = routing(tokens, 0.0, dtype=dtype)
+    drop = routing(tokens, 0.5, seed=3)[1] >= N
     gradients = []
     for own in (False, True):
         experts = made(name, dtype)
