@@ -52,8 +52,6 @@ CONFIG: dict[str, Any] = {
     },
 }  # fmt: skip
 
-Recipe = Callable[..., dict[str, Any]]
-
 
 @pytest.fixture(autouse=True)
 def lenient(no_reload: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,26 +59,44 @@ def lenient(no_reload: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "check_target", lambda *given: checks.Check(True, "not looked at here."))
 
 
-@pytest.fixture
-def recipe(source: Path, texts: Path) -> Recipe:
-    """Seven sequences, so that in every second update one of two processes has nothing left to do."""
+class Trainings:
+    """Trainings of changed models, each in a folder of its own, on seven sequences of random tokens."""
 
-    def make(*steps: dict[str, Any]) -> dict[str, Any]:
-        made = tiny_recipe(source, texts, export={"tier": "plugin"}) | {"steps": list(steps)}
-        made["calibration"] |= {"num_samples": 7}
-        return made
+    def __init__(self, base: Path, source: Path, texts: Path) -> None:
+        self.base, self.source, self.texts = base, source, texts
+        self.tokens_NS = torch.randint(3, 250, (7, 24), generator=torch.Generator().manual_seed(1))
 
-    return make
+    def student(self, step: dict[str, Any]) -> Path:
+        """The original after one step, written once."""
+        folder = self.base / str(step["op"])
+        if not folder.exists():
+            run(tiny_recipe(self.source, self.texts, export={"tier": "plugin"}) | {"steps": [step]}, folder)
+        return folder
+
+    def job(self, name: str, processes: int, step: dict[str, Any] = PRUNE, **settings: Any) -> Job:
+        folder = self.base / f"training-{name}"
+        folder.mkdir(exist_ok=True)
+        save_file({"tokens": self.tokens_NS}, folder / training.TOKENS_FILE)
+        config = DistillConfig.model_validate(DISTILL | settings)
+        launch = None
+        if processes > 1:
+            launch = Launch(processes, True, config.precision == "float32", "float32", True)
+        return Job(config, self.student(step), self.source, folder, "cpu", "x", launch)
 
 
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forks instead of processes that accelerate starts, which would import everything anew."""
+@pytest.fixture(scope="module")
+def trainings(source: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    return Trainings(tmp_path_factory.mktemp("trainings"), source, texts)
 
-    def start(job: Job, first: int, on_update: Any) -> None:
-        in_processes(job.config.processes, lambda: train(Job.from_json(job.to_json()), lambda line: None))
 
-    monkeypatch.setattr(distill_step, "train_in_processes", start)
+def trained(job: Job, processes: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """The metrics, but for the clock, and the trained parameters."""
+    if processes > 1:
+        in_processes(processes, lambda: train(Job.from_json(job.to_json()), lambda line: None))
+    else:
+        train(job, lambda line: None)
+    lines = [{key: value for key, value in line.items() if key != "seconds"} for line in read_metrics(job.folder)]
+    return lines, {name: read() for name, read in parameter_readers(job.folder).items()}
 
 
 def config_file(folder: Path, fsdp: dict[str, Any] | None = None, **settings: Any) -> str:
@@ -90,69 +106,56 @@ def config_file(folder: Path, fsdp: dict[str, Any] | None = None, **settings: An
     return str(file)
 
 
-def trained(out: Path, number: int = 1) -> dict[str, Tensor]:
-    folder = out.with_name(f"{out.name}.work") / f"step-{number}" / "training"
-    return {name: read() for name, read in parameter_readers(folder).items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor], before: dict[str, Tensor], tolerance: float) -> None:
-    """The way from `before` to one end is that to the other, up to a share of its length."""
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        way = float((value - before[name]).norm())
-        assert float((value - other[name]).norm()) <= tolerance * way + 1e-7, name
-
-
-@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
-    ("first", "settings"),
+    ("name", "step", "settings"),
     [
-        (PRUNE, DISTILL | {"hidden_weight": 0.1}),
-        (PRUNE, DISTILL | {"teacher": "cached", "trainable": ["routers", "norms"]}),
-        (TIE, DISTILL | {"trainable": ["experts", "residuals"], "teacher": "nf4"}),
-        (ZERO, SKIP),
-        (ZERO, SKIP | {"stage": "on_policy", "prompt_length": 56, "learning_rate": 3e-4}),
+        ("online", PRUNE, {"hidden_weight": 0.1}),
+        ("tied", TIE, {"trainable": ["experts", "residuals"]}),
+        ("zero", ZERO, {"target_skip": 0.5, "expert_balance_alpha": 0.1}),
+        ("policy", ZERO, {"target_skip": 0.5, "stage": "on_policy", "prompt_length": 20, "learning_rate": 3e-4}),
     ],
-    ids=["online", "cached", "tied", "zero_experts", "on_policy"],
 )
 def test_two_processes_with_halves_are_one(
-    recipe: Recipe, first: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+    trainings: Trainings, name: str, step: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    """Losses, gradient norms and weights, up to the rounding of sums."""
-    run(recipe(first, settings), tmp_path / "one", keep_steps=True)
-    divided = settings | {"accelerate_config": config_file(tmp_path)}
-    run(recipe(first, divided), tmp_path / "two", keep_steps=True)
-    lines = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(lines[0]) == 4
-    for single, shared in zip(*lines, strict=True):
-        for name, value in single.items():
-            assert shared[name] == pytest.approx(value, rel=1e-4), name
-    start = tmp_path / "one.work" / "step-0" / "checkpoint"
-    before = {name: value.detach() for name, value in training.load_model(start, "cpu").named_parameters()}
-    same(trained(tmp_path / "one"), trained(tmp_path / "two"), before, 0.01)
+    """Losses, gradient norms and weights, up to the rounding of sums; one of the two has a pass less to make."""
+    one, alone = trained(trainings.job(f"{name}-1", 1, step, **settings), 1)
+    two, shared = trained(trainings.job(f"{name}-2", 2, step, **settings), 2)
+    assert len(one) == 4
+    for single, both in zip(one, two, strict=True):
+        for key, value in single.items():
+            assert both[key] == pytest.approx(value, rel=1e-4), key
+    before = dict(training.load_model(trainings.student(step), "cpu").named_parameters())
+    assert alone.keys() == shared.keys()
+    for key, value in alone.items():
+        way = float((value - before[key]).norm())
+        assert float((value - shared[key]).norm()) <= 0.01 * way + 1e-7, key
 
 
-@pytest.mark.usefixtures("forked")
-def test_bfloat16_is_gathered_as_such(recipe: Recipe, tmp_path: Path) -> None:
-    """Losses are those of one process in bfloat16, but for norms and routers, whose weights are rounded too."""
-    run(recipe(PRUNE, DISTILL | {"precision": "bfloat16"}), tmp_path / "one", keep_steps=True)
-    file = config_file(tmp_path, {"fsdp_reshard_after_forward": False}, mixed_precision="bf16")
-    run(recipe(PRUNE, DISTILL | {"accelerate_config": file}), tmp_path / "two", keep_steps=True)
-    for single, shared in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
-        assert shared["loss"] == pytest.approx(single["loss"], rel=0.02)
-    full = recipe(PRUNE, DISTILL)
-    run(full, tmp_path / "full", keep_steps=True)
-    assert losses(tmp_path / "two")[0]["loss"] != pytest.approx(losses(tmp_path / "full")[0]["loss"], rel=1e-5)
+def test_bfloat16_is_gathered_as_such(trainings: Trainings) -> None:
+    """Losses are those of one process in bfloat16, up to the rounding of norms and routers, which is new."""
+    one, _ = trained(trainings.job("half-1", 1, precision="bfloat16"), 1)
+    two, shared = trained(trainings.job("half-2", 2, precision="bfloat16"), 2)
+    full, _ = trained(trainings.job("full", 1), 1)
+    for single, both, exact in zip(one, two, full, strict=True):
+        assert both["loss"] == pytest.approx(single["loss"], rel=0.02)
+        assert both["loss"] != pytest.approx(exact["loss"], rel=1e-6)
+    assert {value.dtype for value in shared.values()} == {torch.float32}
 
 
 def test_killed_and_resumed_is_uninterrupted(
-    recipe: Recipe, forked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Started by accelerate, killed, and continued: to the bit what two forks give without interruption."""
-    settings = recipe(PRUNE, DISTILL | {"accelerate_config": config_file(tmp_path)})
-    run(settings, tmp_path / "whole", keep_steps=True)
-    monkeypatch.undo()
-    monkeypatch.setattr(checks, "check_logits", lambda folder: checks.Check(True, "not computed here."))
+    step = DISTILL | {"teacher": "nf4", "accelerate_config": config_file(tmp_path)}
+    settings = tiny_recipe(source, texts) | {"steps": [PRUNE, step]}
+
+    def forks(job: Job, first: int, on_update: Any) -> None:
+        in_processes(job.config.processes, lambda: train(Job.from_json(job.to_json()), lambda line: None))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(distill_step, "train_in_processes", forks)
+        run(settings, tmp_path / "whole", keep_steps=True)
 
     def action() -> None:
         def kill(stage: Any, schedule: Any) -> Callable[[dict[str, Any]], None]:
@@ -168,28 +171,10 @@ def test_killed_and_resumed_is_uninterrupted(
     assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
 
 
-@pytest.fixture(scope="module")
-def job(source: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Job]:
-    """Trainings of a pruned model, each in a folder of its own."""
-    base = tmp_path_factory.mktemp("job")
-    run(tiny_recipe(source, texts, 0.5), base / "student")
-    tokens_NS = torch.randint(3, 250, (7, 24), generator=torch.Generator().manual_seed(1))
-
-    def make(name: str, processes: int, **settings: Any) -> Job:
-        folder = base / name
-        folder.mkdir(exist_ok=True)
-        save_file({"tokens": tokens_NS}, folder / training.TOKENS_FILE)
-        launch = Launch(processes, True, True, "float32", True) if processes > 1 else None
-        config = DistillConfig.model_validate(DISTILL | {"batch_size": 6} | settings)
-        return Job(config, base / "student", source, folder, "cpu", "x", launch)
-
-    return make
-
-
-def test_another_number_of_processes_goes_on(job: Callable[..., Job]) -> None:
+def test_another_number_of_processes_goes_on(trainings: Trainings) -> None:
     """Three write a state, then one, which holds everything, and then two."""
     alone: list[dict[str, Any]] = []
-    train(job("alone", 1), alone.append)
+    train(trainings.job("alone", 1, batch_size=6), alone.append)
     assert len(alone) == 3
 
     class Stopped(Exception):
@@ -206,20 +191,22 @@ def test_another_number_of_processes_goes_on(job: Callable[..., Job]) -> None:
         with pytest.raises(Stopped):
             train(job, until(update))
 
-    in_processes(3, lambda: stopped(job("shared", 3, save_every=1), 0))
-    stopped(job("shared", 1, save_every=1), 1)
-    in_processes(2, lambda: train(job("shared", 2, save_every=1), lambda line: None))
-    lines = read_metrics(job("shared", 1).folder)
+    in_processes(3, lambda: stopped(trainings.job("shared", 3, batch_size=6, save_every=1), 0))
+    stopped(trainings.job("shared", 1, batch_size=6, save_every=1), 1)
+    in_processes(2, lambda: train(trainings.job("shared", 2, batch_size=6, save_every=1), lambda line: None))
+    lines = read_metrics(trainings.base / "training-shared")
     for one, other in zip(alone, lines, strict=True):
         assert {**other, "seconds": 0} == pytest.approx({**one, "seconds": 0}, rel=1e-4)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_a_process_holds_its_share_of_the_bytes(job: Callable[..., Job], processes: int, tmp_path: Path) -> None:
-    """Of parameters, gradients and moments, by the memory behind them, student and teacher, between two updates."""
-    skeleton = training.load_model(job("bytes", 1).student, "cpu")
+def test_a_process_holds_its_share_of_the_bytes(trainings: Trainings, processes: int, tmp_path: Path) -> None:
+    """Of student, teacher and moments, by the memory behind them, between two updates."""
+    skeleton = training.load_model(trainings.job("bytes", 1).student, "cpu")
     count = sum(parameter.numel() for parameter in skeleton.parameters())
-    original = sum(parameter.numel() for parameter in training.load_model(job("bytes", 1).teacher, "cpu").parameters())
+    original = sum(
+        parameter.numel() for parameter in training.load_model(trainings.job("bytes", 1).teacher, "cpu").parameters()
+    )
 
     def measured() -> None:
         found: list[int] = []
@@ -236,11 +223,11 @@ def test_a_process_holds_its_share_of_the_bytes(job: Callable[..., Job], process
             return line
 
         _Run.update = update  # type: ignore[method-assign]
-        train(job("bytes", processes), lambda line: None)
+        train(trainings.job("bytes", processes), lambda line: None)
         (tmp_path / f"{dist.get_rank()}").write_text(str(found[-1]))
 
     in_processes(processes, measured)
-    shutil.rmtree(job("bytes", processes).folder)
+    shutil.rmtree(trainings.job("bytes", processes).folder)
     held = [int((tmp_path / f"{rank}").read_text()) for rank in range(processes)]
     everything = 4 * (3 * count + original)
     assert sum(held) == pytest.approx(everything, rel=0.02)
