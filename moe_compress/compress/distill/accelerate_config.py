@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from accelerate.commands.config.config_args import load_config_from_file
+from yaml import YAMLError
 
 from moe_compress.compress.distill.config import DistillConfig
 from moe_compress.errors import UsageError
@@ -58,8 +59,9 @@ def read_launch(file: str) -> Launch:
     try:
         found = load_config_from_file(file)
         content: dict[str, Any] = found.to_dict()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"the accelerate config {file} cannot be read: {str(error).partition('. ')[0]}.") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, YAMLError) as error:
+        why = str(error).partition("\n")[0].partition(". ")[0]
+        raise UsageError(f"the accelerate config {file} cannot be read: {why}.") from None
     # accelerate itself takes the names inside with and without the prefix
     fsdp = {f"fsdp_{key.removeprefix('fsdp_')}": value for key, value in content.get("fsdp_config", {}).items()}
     for name, why in _refused(content, fsdp):
@@ -81,7 +83,7 @@ def _refused(content: dict[str, Any], fsdp: dict[str, Any]) -> Iterator[tuple[st
         yield "distributed_type", f"use {' or '.join(TYPES)}"
     if content["num_machines"] != 1:
         yield "num_machines", "all processes run on one machine"
-    if content["num_processes"] < 2:
+    if not isinstance(content["num_processes"], int) or content["num_processes"] < 2:
         yield "num_processes", "there should be 2 or more; one alone needs no config"
     if str(content.get("mixed_precision", "no")).lower() not in PRECISIONS:
         yield "mixed_precision", f"use {' or '.join(PRECISIONS)}"
