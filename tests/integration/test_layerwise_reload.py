@@ -115,4 +115,4 @@ def test_a_fork_of_the_server_is_a_process_of_its_own(
          f"this {tmp_path} -c one False"),
     ):  # fmt: skip
         done = forked([sys.executable, "-c", program, "one"], env={"WHAT": "this"}, cwd=tmp_path)
-        assert (done.returncode, done.stderr.splitlines()[-1]) == (status, said)
+        assert (done.returncode, (done.stdout + done.stderr).splitlines()[-1]) == (status, said)
