@@ -59,8 +59,10 @@ def spearman(one: Array, other: Array) -> Array:
 def kendall(one: Array, other: Array) -> Array:
     """Kendall's tau-b over the last axis; 0 where one side is constant."""
     one, other = np.broadcast_arrays(one, other)
+    if one.ndim == 1 and len(one) ** 2 > PAIRS:
+        return np.asarray(np.nan_to_num(kendalltau(one, other).statistic))  # without all pairs in memory
     if one.ndim == 1:
-        return np.nan_to_num(kendalltau(one, other).statistic)  # in time and memory of n log n, n
+        return _kendall(one, other)
     rows = max(1, PAIRS // one.shape[-1] ** 2)
     blocks = [_kendall(one[at : at + rows], other[at : at + rows]) for at in range(0, len(one), rows)]
     return np.concatenate(blocks)
