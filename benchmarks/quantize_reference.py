@@ -36,7 +36,7 @@ from moe_compress.compress.scoring import calibration_data
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.harness import evaluate
 from moe_compress.manifest import hardware, library_versions
-from moe_compress.pipeline import surroundings
+from moe_compress.preparation import surroundings
 from moe_compress.progress import SilentProgress
 from moe_compress.recipe import load_recipe
 

@@ -207,7 +207,7 @@ def skip_control() -> str:
 
 def _asked(row: Mapping[str, Any]) -> float | None:
     """The skip ratio that a row was trained for."""
-    found: float | None = row["step"].get("target_skip") if "tokens" in row else None
+    found: float | None = row["steps"][-1].get("target_skip") if "tokens" in row else None
     return found
 
 

@@ -170,6 +170,31 @@ def tie_claims() -> Iterator[str]:
     yield f"({plain['code']:.3f} and {code_of(wide)})"
 
 
+def skip_claims() -> Iterator[str]:
+    rows = {row["name"]: row for row in load("skip_reference")["rows"] if "tasks" in row}
+
+    def points(name: str) -> float:
+        return 100 * sum(rows[name]["tasks"][task] for task in TASKS if task not in TEXTS) / (len(TASKS) - len(TEXTS))
+
+    for zeda, halved in (("ZEDA, off-policy", "off-policy"), ("ZEDA, both stages", "in both stages")):
+        halved = f"halved, trained {halved}"
+        assert all(rows[zeda]["tasks"][text] < rows[halved]["tasks"][text] for text in TEXTS)
+        assert points(zeda) < points(halved)
+        sums = rows[halved]["tasks"]["sums"] - rows[zeda]["tasks"]["sums"]
+        assert 100 * sums / 6 > (points(halved) - points(zeda)) / 2
+    yield "zero experts predict text a little better"
+    yield "Most of that is `sums`"
+    packaged, original = (rows[name]["tasks"] for name in ("recipe zeda-50", "original"))
+    lost = [packaged[text] - original[text] for text in TEXTS]
+    fewer = points("original") - points("recipe zeda-50")
+    yield f"it loses {lost[0]:.3f} and {lost[1]:.3f} bits per byte, and {fewer:.1f} points"
+    share = rows["recipe zeda-50"]["tokens"] / (
+        rows["ZEDA, off-policy"]["tokens"] + rows["ZEDA, both stages"]["tokens"]
+    )
+    assert 0.28 < share < 0.35
+    yield "has a third of these tokens"
+
+
 def readme_claims() -> Iterator[str]:
     found, kills = load("streaming"), load("kill_resume")["kills"]
     run = found["runs"]["prune_75"][0]
@@ -187,7 +212,9 @@ def test_what_is_said_to_newcomers_is_so(document: str) -> None:
     assert not [claim for claim in readme_claims() if claim not in text]
 
 
-@pytest.mark.parametrize(("document", "claims"), [("merging", merge_claims), ("tying", tie_claims)])
+@pytest.mark.parametrize(
+    ("document", "claims"), [("expert_skipping", skip_claims), ("merging", merge_claims), ("tying", tie_claims)]
+)
 def test_what_the_pages_of_methods_say_is_so(document: str, claims: Callable[[], Iterator[str]]) -> None:
     text = " ".join((ROOT / "docs" / f"{document}.md").read_text(encoding="utf-8").split())
     assert not [claim for claim in claims() if claim not in text]
