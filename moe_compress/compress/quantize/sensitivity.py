@@ -150,9 +150,7 @@ class Sensitivity:
                 rounded[name] = rtn(weights, grid, **settings).dequantize()
         return rounded
 
-    def _enter(
-        self, costs: dict[str, Array], name: str, expert: int, change_NH: Tensor, leaving_N: Tensor
-    ) -> None:
+    def _enter(self, costs: dict[str, Array], name: str, expert: int, change_NH: Tensor, leaving_N: Tensor) -> None:
         squares_NH = change_NH.double().square()
         relative_NH = squares_NH / leaving_N.double().square().clamp(min=TINY)[:, None]
         scale = self.seen[expert] / len(change_NH)
