@@ -11,8 +11,9 @@ from statistics import median
 import pytest
 from transformers import Qwen3MoeConfig
 
+from benchmarks.cells import RESULTS, TASKS, TEXTS, load, short
 from benchmarks.moe_50m import SHAPE
-from benchmarks.tables import MARKS, RESULTS, TABLES, TASKS, TEXTS, documents, filled, load, short
+from benchmarks.tables import MARKS, TABLES, documents, filled
 from moe_compress.eval.cost import cost
 
 ROOT = Path(__file__).parents[2]
