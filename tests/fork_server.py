@@ -17,13 +17,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 # All that the reload of `verify` imports for a tiny model.
-PLAIN_TRANSFORMERS = """
+RELOADING = """
 import accelerate, compressed_tensors, numpy, safetensors.torch, torch, transformers
 import transformers.conversion_mapping, transformers.core_model_loading, transformers.quantizers.auto
 from transformers import AutoModelForCausalLM, OlmoeForCausalLM, Qwen3MoeForCausalLM
 """
 # Libraries that read no setting of the Hub's client, which each fork imports with its own.
-WITHOUT_HUB = "import numpy, scipy.optimize, scipy.stats, torch, torch._dynamo, torch.distributed.tensor, torch.export"
+NUMERICS = "import numpy, scipy.optimize, scipy.stats, torch, torch._dynamo, torch.distributed.tensor, torch.export"
 SERVER = """
 import gc, json, os, sys, traceback
 
@@ -46,6 +46,8 @@ for line in sys.stdin:
             assert not [name for name in sys.modules if name.partition(".")[0] == "moe_compress"]
             exec(compile(asked["program"], "<string>", "exec"), {"__name__": "__main__"})
             status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -57,7 +59,7 @@ for line in sys.stdin:
 
 
 class ForkServer:
-    """Starts with the first process that is asked for; `close` ends it."""
+    """Starts with the first process that is asked for, and ends with this one."""
 
     def __init__(self, imports: str) -> None:
         self.imports = imports
@@ -85,7 +87,6 @@ class ForkServer:
         said = [(folder / name).read_text() for name in ("output", "errors")]
         return subprocess.CompletedProcess(command, status, *said)
 
-    def close(self) -> None:
-        if "process" in vars(self):
-            self.process.communicate()
-            self.folder.cleanup()
+
+PLAIN_TRANSFORMERS = ForkServer(RELOADING)
+WITHOUT_HUB = ForkServer(NUMERICS)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from moe_compress.verification import checks
-from tests.fork_server import PLAIN_TRANSFORMERS, ForkServer
+from tests.fork_server import PLAIN_TRANSFORMERS
 from tests.tiny_checkpoint import tiny_checkpoint, write_texts
 
 
@@ -28,11 +28,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="package", autouse=True)
 def quick_reload() -> Iterator[None]:
     """Reloads are forks of one process; `subprocess.run` put in its place is the real thing, see `test_verify`."""
-    server = ForkServer(PLAIN_TRANSFORMERS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "subprocess", SimpleNamespace(run=server.run))
+        patch.setattr(checks, "subprocess", SimpleNamespace(run=PLAIN_TRANSFORMERS.run))
         yield
-    server.close()
 
 
 @pytest.fixture

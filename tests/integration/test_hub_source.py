@@ -16,11 +16,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tests.fork_server import WITHOUT_HUB, ForkServer
+from tests.fork_server import WITHOUT_HUB
 from tests.hub_server import Hub, serve
 from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
 
-SERVER = ForkServer(WITHOUT_HUB)
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 CLIENT = """
 import json, sys
@@ -80,7 +79,7 @@ def surroundings(hub: Hub, home: Path) -> dict[str, str]:
 def client(code: str, given: str, environment: dict[str, str]) -> str:
     """What `code` prints after ANSWERS in a process of its own, in which the Hub's client reads its settings anew."""
     environment = environment | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = SERVER.run([sys.executable, "-c", code], input=given, env=environment)
+    done = WITHOUT_HUB.run([sys.executable, "-c", code], input=given, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.rpartition("ANSWERS")[2]
 

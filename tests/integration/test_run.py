@@ -31,6 +31,7 @@ from moe_compress.errors import CheckpointError, ResumeError, UsageError
 from moe_compress.progress import SilentProgress
 from moe_compress.workspace import explained_disk_errors
 from tests.crashes import killed_and_resumed
+from tests.fork_server import PLAIN_TRANSFORMERS
 from tests.tiny_checkpoint import tiny_recipe, write_texts
 
 ROOT = Path(__file__).parents[2]
@@ -74,9 +75,9 @@ def interrupted_at(units: int) -> Iterator[SilentProgress]:
 
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """`moe-compress` in a process of its own."""
-    line = [sys.executable, "-m", "moe_compress", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False, timeout=3000)
+    """`moe-compress` in a process of its own; `test_real_kill_of_the_command` starts it as users do."""
+    line = [sys.executable, "-c", "from moe_compress.cli import app; app()", *map(str, arguments)]
+    return PLAIN_TRANSFORMERS.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def recipe_file(folder: Path, recipe: dict[str, Any]) -> Path:
@@ -298,7 +299,7 @@ def test_real_kill_of_the_command(source: Path, texts: Path, tmp_path: Path) -> 
     assert process.wait() == -signal.SIGKILL and not out.exists()
     with pytest.raises(UsageError, match="--resume"):
         moe_compress.run(str(recipe), out)
-    done = command("run", recipe, out, "--resume")
+    done = subprocess.run([*line, "--resume"], capture_output=True, text=True, cwd=ROOT, check=False, timeout=3000)
     assert done.returncode == 0, done.stderr
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "recipe.yaml"]
     uninterrupted = tmp_path / "uninterrupted"
