@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -255,9 +256,7 @@ class _Run:
         """This process's share of a batch, forward and back; the terms of the whole batch."""
         sums: dict[str, Tensor] = {}
         seed = [self.job.config.seed, update]
-        batch = [
-            self._drawn(micro, share, tokens_NS, [*seed, number]) for number, micro, share in self._turns(sequences)
-        ]
+        batch = [self._drawn(micro, share, tokens_NS, seed, first) for first, micro, share in self._turns(sequences)]
         shares = self._shares(batch)
         for micro in batch:
             terms = self._terms(micro, shares)
@@ -268,28 +267,32 @@ class _Run:
         return self._over_processes(sums)
 
     def _turns(self, sequences: Sequence[int]) -> Iterator[tuple[int, Sequence[int], float]]:
-        """The passes of this process: their number in the batch, their sequences, and these as a share of it.
+        """The passes of this process: where their sequences begin in the batch, these, and their share of it.
 
         Processes that divide the parameters pass through them together; one with nothing left to do then repeats the
         last pass with a share of 0.
         """
         size, world = self.job.config.micro_batch_size, self.accelerator.num_processes
-        micros = [sequences[start : start + size] for start in range(0, len(sequences), size)]
-        for first in range(0, len(micros), world):
-            number = first + self.accelerator.process_index
-            if number < len(micros):
-                yield number, micros[number], len(micros[number]) / len(sequences)
-            elif self.job.is_sharded:
-                yield number, micros[-1], 0.0
+        firsts = list(range(0, len(sequences), size))
+        for turn in range(0, len(firsts), world):
+            number = turn + self.accelerator.process_index
+            if number < len(firsts) or self.job.is_sharded:
+                first = firsts[min(number, len(firsts) - 1)]
+                micro = sequences[first : first + size]
+                yield first, micro, len(micro) / len(sequences) if number < len(firsts) else 0.0
 
-    def _drawn(self, sequences: Sequence[int], share: float, tokens_NS: Tensor, seed: Sequence[int]) -> _Micro:
-        """The sequences of one pass, as they are or as the student writes them."""
+    def _drawn(self, sequences: Sequence[int], share: float, tokens_NS: Tensor, seed: list[int], first: int) -> _Micro:
+        """The sequences of one pass, as they are or as the student writes them; `first` is their place in the batch."""
         config, tokens_BS = self.job.config, tokens_NS[list(sequences)].to(self.device)
         if config.prompt_length is None or not config.on_policy:
             return _Micro(sequences, share, tokens_BS)
         prompt_BP, temperature = tokens_BS[:, : config.prompt_length], config.sampling_temperature
-        with self.autocast():  # its own: it keeps weights without their gradients
-            rollout = sample(self.student, prompt_BP, tokens_BS.shape[1], temperature, seed, self.moe_layers)
+        seeds = [[*seed, first + place] for place in range(len(sequences))]
+        # A context of its own, for it keeps weights without their gradients. A processor attends to single tokens more
+        # slowly in bfloat16, but where weights are gathered as such there is no other way.
+        is_exact = self.device.type == "cpu" and not self.job.is_sharded
+        with nullcontext() if is_exact else self.autocast():
+            rollout = sample(self.student, prompt_BP, tokens_BS.shape[1], temperature, seeds, self.moe_layers)
         return _Micro(sequences, share, rollout.tokens_BS[:, :-1], rollout)
 
     def _shares(self, batch: Sequence[_Micro]) -> dict[int, Tensor]:
