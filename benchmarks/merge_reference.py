@@ -31,7 +31,7 @@ from moe_compress.checkpoint.rewrite import open_rewritten
 from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
 from moe_compress.eval.cost import cost
 from moe_compress.manifest import hardware, library_versions
-from moe_compress.pipeline import surroundings
+from moe_compress.preparation import surroundings
 from moe_compress.recipe import load_recipe
 from moe_compress.steps import make_step
 

@@ -36,7 +36,7 @@ from moe_compress.compress.scoring import calibration_data
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.harness import evaluate
 from moe_compress.manifest import hardware, library_versions
-from moe_compress.pipeline import surroundings
+from moe_compress.preparation import surroundings
 from moe_compress.progress import SilentProgress
 from moe_compress.recipe import load_recipe
 
@@ -48,7 +48,8 @@ SCORED = COMMON | {
     "average_bits": 2.5, "cost": "fisher", "granularity": "projection", "allow_drop": True, "gradient_samples": 32,
     "options": [1, 2, 3, 4, 6],
 }  # fmt: skip
-BEST = {"cost": "fisher", "granularity": "projection"}
+BEST = {"cost": "output_error", "granularity": "projection"}
+FISHER = {"cost": "fisher", "granularity": "projection"}
 MIX = {"options": [2, 3]}
 NO_SIGNS = {"options": [2, 3, 4, 6], "protect_super_experts": False}  # as uniform widths: no 1 bit, nobody protected
 BUDGETS = [round(1.6 + 0.2 * step, 1) for step in range(13)]
@@ -63,8 +64,8 @@ def rows() -> dict[str, dict[str, Any]]:
         "lp pmq": at | {"cost": "pmq"},
         "lp pmq_as_released": at | {"cost": "pmq_as_released"},
         "lp fisher": at | {"cost": "fisher"},
-        "lp output_error, projections": at | {"cost": "output_error", "granularity": "projection"},
-        "lp fisher, projections": at | BEST,
+        "lp output_error, projections": at | BEST,
+        "lp fisher, projections": at | FISHER,
         "uniform 2/3 by frequency": at | MIX | {"allocation": "frequency"},
         "uniform 2/3 by layer": at | MIX | {"allocation": "layer"},
         "4 bits": {"bits": 4},
@@ -73,8 +74,8 @@ def rows() -> dict[str, dict[str, Any]]:
     }
     found |= {
         "lp fisher, from 2 bits": at | NO_SIGNS | {"cost": "fisher"},
-        "lp fisher, projections, from 2 bits": at | NO_SIGNS | BEST,
-        "lp output_error, projections, from 2 bits": at | NO_SIGNS | {"granularity": "projection"},
+        "lp fisher, projections, from 2 bits": at | NO_SIGNS | FISHER,
+        "lp output_error, projections, from 2 bits": at | NO_SIGNS | BEST,
     }
     found |= {f"random {seed}": at | {"allocation": "random", "seed": seed} for seed in range(3)}
     for budget in BUDGETS:

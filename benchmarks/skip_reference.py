@@ -54,12 +54,13 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "16 zero experts, tiled rows": {"op": "zero_experts", "count": 1.0, "init": "tile"},
 }
 
-ZERO, OFF, ON = load_recipe("zeda-50").model_dump(mode="json", exclude_unset=True)["steps"]
+RECIPE = load_recipe("zeda-50").model_dump(mode="json", exclude_unset=True)["steps"]
+ZERO, OFF, ON = RECIPE
 LAYERWISE = load_recipe("zeda-50-layerwise").model_dump(mode="json", exclude_unset=True)["steps"][1]
 TEXTS = "texts.jsonl"
 TEXT_BYTES = 3_900_000
-OFF |= {"precision": "bfloat16", "data": {"dataset": TEXTS, "num_samples": 1024, "sequence_length": 512}}
-ON |= {"precision": "bfloat16", "data": {"dataset": TEXTS, "num_samples": 512, "sequence_length": 256}}
+OFF = OFF | {"precision": "bfloat16", "data": {"dataset": TEXTS, "num_samples": 1024, "sequence_length": 512}}
+ON = ON | {"precision": "bfloat16", "data": {"dataset": TEXTS, "num_samples": 512, "sequence_length": 256}}
 SHORT = {"data": {"dataset": TEXTS, "num_samples": 128, "sequence_length": 512}, "batch_size": 4, "balance_alpha": 1.0}
 HALVED = {"op": "topk", "k": 2, "normalise_over": "picked"}
 
@@ -73,9 +74,10 @@ def untargeted(step: dict[str, Any]) -> dict[str, Any]:
 TRAINED: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "halved, trained off-policy": ("original", [HALVED, untargeted(OFF)]),
     "halved, trained in both stages": ("halved, trained off-policy", [untargeted(ON)]),
-    "zeda-50-layerwise": ("original", [ZERO, LAYERWISE]),
     "ZEDA, off-policy": ("original", [ZERO, OFF]),
     "ZEDA, both stages": ("ZEDA, off-policy", [ON]),
+    "recipe zeda-50": ("original", RECIPE),
+    "recipe zeda-50-layerwise": ("original", [ZERO, LAYERWISE]),
     "ZEDA, target 25 %": ("original", [ZERO, OFF | SHORT | {"target_skip": 0.25}]),
     "ZEDA, target 75 %": ("ZEDA, off-policy", [OFF | SHORT | {"target_skip": 0.75}]),
 }
@@ -106,11 +108,11 @@ def kept_rows(made_with: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def identity(name: str) -> dict[str, Any]:
-    """What a row is: its step, and of a trained row what it goes on from and how that was converted first."""
+    """What a row is: its step; of a trained row the row that it goes on from and all its steps."""
     if name in ROWS:
         return {"step": ROWS[name]}
     origin, steps = TRAINED[name]
-    return {"from": origin} | ({"conversion": steps[0]} if len(steps) > 1 else {}) | {"step": steps[-1]}
+    return {"from": origin, "steps": steps}
 
 
 def trained(name: str, folder: Path) -> dict[str, Any]:
@@ -119,7 +121,8 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))["compressed"]
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))["steps"]
     row = {"name": name} | identity(name) | {"plan": [line for entry in plan for line in entry["summary"]]}
-    row |= flops(report) | {"tokens": plan[-1]["tokens"], "seconds": plan[-1]["seconds"]}
+    stages = [step for step in plan if step["op"] == "distill"]
+    row |= flops(report) | {key: sum(stage[key] for stage in stages) for key in ("tokens", "seconds")}
     if name not in CONTROLS:
         row["tasks"] = by_task(evaluate(out, EvalConfig(tasks=["reference"]))["tasks"])
     return row

@@ -9,7 +9,6 @@ a function here and these two marks where its table should be.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,49 +16,13 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from benchmarks.cells import TASKS, TEXTS, Rows, load, scores, short, span, table
 from moe_compress.report.audit import criterion_rows
 from moe_compress.report.tables import format_bytes, format_percent
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
 MARKS = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n.*?<!-- end of table -->", re.DOTALL)
-TASKS = ("code", "documentation", "facts", "recall", "sort", "reverse", "brackets", "sums")
 HALF_WITHIN = 0.03  # of half of the slots, to be compared with rows that skip half
-TEXTS = ("code", "documentation")  # measured in bits per byte, the others by accuracy
-
-Rows = Sequence[Sequence[str]]
-
-
-def load(name: str) -> dict[str, Any]:
-    """The results of a benchmark."""
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
-
-
-def table(header: Sequence[str], rows: Rows) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def score(task: str, value: float) -> str:
-    """A task's result with the digits that mean something: four for bits per byte, three for an accuracy."""
-    return f"{value:.4f}" if task in TEXTS else f"{value:.3f}"
-
-
-def scores(tasks: Mapping[str, float], names: Sequence[str] = TASKS) -> list[str]:
-    """The results of these tasks, in order."""
-    return [score(name, tasks[name]) for name in names]
-
-
-def short(tasks: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The packaged tasks by their short names, each with its one metric."""
-    return {name.removeprefix("reference_"): next(iter(metric.values())) for name, metric in tasks.items()}
-
-
-def span(values: Sequence[float], digits: int) -> str:
-    """`1.2996 to 1.3095`."""
-    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
 
 
 def prune_reference() -> str:
@@ -207,7 +170,7 @@ def skip_control() -> str:
 
 def _asked(row: Mapping[str, Any]) -> float | None:
     """The skip ratio that a row was trained for."""
-    found: float | None = row["step"].get("target_skip") if "tokens" in row else None
+    found: float | None = row["steps"][-1].get("target_skip") if "tokens" in row else None
     return found
 
 

@@ -9,6 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -281,14 +282,19 @@ def _settings(step: Mapping[str, Any]) -> str:
 
 
 def _print_layers(layers: Sequence[Mapping[str, Any]]) -> None:
-    """Which experts of each layer stay, and in how many bits."""
+    """Which experts of each layer stay, and in how many bits; neighbours that are alike share a row."""
     if not layers:
         return
     rows = [["layer", "experts", "kept", "bits" if "options" in layers[0] else "which"]]
-    for layer in layers:
-        kept = layer["keep"]
-        names = Counter(name for options in layer.get("options", {}).values() for name in options)
-        shares = [f"{count / sum(names.values()):.0%} at {name}" for name, count in sorted(names.items())]
-        what = ", ".join(shares) or " ".join(map(str, kept))
-        rows.append([str(layer["layer"]), str(layer["num_experts"]), str(len(kept)), what])
+    for what, alike in groupby(layers, _layer_words):
+        numbers = [layer["layer"] for layer in alike]
+        rows.append([f"{numbers[0]} to {numbers[-1]}" if numbers[1:] else str(numbers[0]), *what])
     print_table(rows)
+
+
+def _layer_words(layer: Mapping[str, Any]) -> tuple[str, str, str]:
+    """How many experts a layer has, how many stay, and which, or in how many bits."""
+    kept = layer["keep"]
+    names = Counter(name for options in layer.get("options", {}).values() for name in options)
+    shares = [f"{count / sum(names.values()):.0%} at {name}" for name, count in sorted(names.items())]
+    return str(layer["num_experts"]), str(len(kept)), ", ".join(shares) or " ".join(map(str, kept))

@@ -11,9 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moe_compress import __version__
 from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.checkpoint.rewrite import Ledger
 from moe_compress.checkpoint.source import Checkpoint
+from moe_compress.recipe import Recipe
 
 FORMAT = 1  # of manifest.json
 NOT_HASHED = ("manifest.json", "README.md", "report.html")
@@ -37,6 +39,11 @@ def describe_source(source: Checkpoint) -> dict[str, Any]:
     }
 
 
+def identity_of(recipe: Recipe, source: Checkpoint) -> dict[str, Any]:
+    """What a run is made of."""
+    return {"version": __version__, "source": describe_source(source), "recipe": recipe.model_dump(mode="json")}
+
+
 def identity_digest(identity: Mapping[str, Any]) -> str:
     """A hash of what decides a run's result: it recognizes the result without naming where the source lies."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -56,6 +63,12 @@ def file_hashes(folder: Path) -> dict[str, str]:
 def library_versions() -> dict[str, str]:
     """Versions of Python and the libraries that compute or read."""
     return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+
+
+def made_by(device: str) -> dict[str, Any]:
+    """What else decides the bits of a result: it is not continued on another device or with other libraries."""
+    versions = library_versions()
+    return {"device": device, "versions": {name: versions[name] for name in ("torch", "transformers")}}
 
 
 def hardware(device: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from moe_compress.models.layers import PACKED, SECTION, decoder_layers, find_moe
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.progress import Stage
 from moe_compress.recipe import Recipe
-from moe_compress.steps import make_step, run_step
+from moe_compress.steps import FIRST_SCORES, make_step, run_step
 
 
 def measure(
@@ -191,8 +191,8 @@ def random_baselines(recipe: Recipe, source: Checkpoint, work: Path, around: Sur
             title, current = f"random seed {seed}", source
             for number, settings in enumerate(recipe.steps):
                 folder, step = work / f"random-{seed}-{number}", make_step(settings)
-                if number == 0 and (work / "step-0" / "scores" / "scores.json").exists():
-                    scores = Scores.load(work / "step-0" / "scores")
+                if number == 0 and (work / FIRST_SCORES / "scores.json").exists():
+                    scores = Scores.load(work / FIRST_SCORES)
                     replace(scores, min_tokens_per_expert=0).save(folder / "scores")
                 current = run_step(step.at_random(seed) or step, current, folder, around, title)
             found = evaluate(current, recipe.eval.model_copy(update={"speed": False}), around, title)

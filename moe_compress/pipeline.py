@@ -15,48 +15,31 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from moe_compress import __version__, preview
-from moe_compress.calibrate.agreement import AUDIT_FILE
+from moe_compress import preview
 from moe_compress.calibrate.scores import Scores
-from moe_compress.checkpoint.durable import replace_durably, sha256_of
+from moe_compress.checkpoint.durable import replace_durably
 from moe_compress.checkpoint.memory import give_back
 from moe_compress.checkpoint.record import Record
-from moe_compress.checkpoint.rewrite import PROBE_FILE
-from moe_compress.checkpoint.source import REFERENCE, Checkpoint, open_checkpoint, open_config, small_files
+from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.operation import Outlook
 from moe_compress.compress.scoring import read_calibration
 from moe_compress.compress.scoring import score as measure_all
-from moe_compress.compress.surroundings import Surroundings, resolved
+from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import CheckpointError, MeasurementError, UsageError, VerificationError
 from moe_compress.estimate import disk_needed, memory_warnings, peaks, stages
 from moe_compress.eval.config import EvalConfig
-from moe_compress.manifest import FORMAT, describe_source, file_hashes, hardware, identity_digest, library_versions
+from moe_compress.manifest import describe_source, identity_digest, identity_of, library_versions, made_by
 from moe_compress.measure import measure, model_figures, random_baselines
-from moe_compress.preview import (
-    calibration_differences,
-    foresee,
-    inspect,
-    look_ahead,
-    plan,
-    require_same_model,
-    step_warnings,
-    task_warnings,
-)
+from moe_compress.output import Output
+from moe_compress.preparation import GivenScores, check_inputs, folder_of, look, surroundings
+from moe_compress.preview import foresee, inspect, plan
 from moe_compress.progress import Progress, SilentProgress
-from moe_compress.recipe import Recipe, check_tier, dump_recipe
-from moe_compress.report.audit import audit_section, load_audit
+from moe_compress.recipe import Recipe, check_tier
 from moe_compress.report.build import build_report
-from moe_compress.report.card import inherited_fields, model_card
-from moe_compress.report.experts import EXPERTS_FILE, expert_statistics
-from moe_compress.report.markdown import report_markdown
-from moe_compress.report.page import write_page
-from moe_compress.report.paths import without_local_paths
-from moe_compress.report.scores import write_eval_results
-from moe_compress.steps import load_record, make_step, run_identity, run_step
+from moe_compress.steps import FIRST_SCORES, load_record, make_step, run_identity, run_step
 from moe_compress.verification import checks as verification
 from moe_compress.workspace import (
-    TOOL,
     discarded_if_empty,
     explained_disk_errors,
     is_workspace,
@@ -70,8 +53,6 @@ from moe_compress.workspace import (
     require_space,
     same_disk,
 )
-
-FIRST_SCORES = "step-0/scores"  # in the work folder
 
 __all__ = ["dry_run", "evaluate_checkpoint", "foresee", "inspect", "plan", "run", "score", "verify"]
 
@@ -88,7 +69,7 @@ def score(
     if force or not (work / "scores.json").exists():
         around = replace(around, data=read_calibration(folder, config, recipe.calibration))
     source = open_checkpoint(recipe.model, recipe.revision)
-    identity = made_by(around) | {
+    identity = made_by(around.device) | {
         "source": describe_source(source),
         "calibration": recipe.calibration.model_dump(mode="json"),
     }
@@ -120,53 +101,35 @@ def run(
     run, and `VerificationError` when a check fails: the checkpoint then stays in the work folder. Resuming a run that
     was complete returns its report; one that was not takes the `eval` of this recipe.
     """
-    check_tier(recipe)
     out, work = _places(out, work)
-    if not resume:
-        refuse_existing(out, force)
     around = surroundings(recipe, device, progress)
-    folders = {"OUT": out, "the work folder": work} | ({"--scores": scores} if scores else {})
-    config, folder, outlooks, warnings = look(recipe, folders)
-    if resume and out.exists():
-        report = _finished(recipe, out)
-        if report is not None:
-            _tidy(out, None if keep_steps else work)
-            return report
+    config, folder, outlooks, warnings = _look(recipe, out, work, scores, resume=resume, force=force)
+    if resume and (report := _finished(recipe, out)) is not None:
+        _tidy(out, None if keep_steps else work)
+        return report
     refuse_existing(out, force)
-    given = _given_scores(recipe, scores)
+    given = GivenScores.for_first_step(recipe, scores) if scores is not None else None
     foreseen = stages(recipe, outlooks, around.device)
     for warning in [*warnings, *memory_warnings(peaks(foreseen), around.device)]:
         around.progress.note(f"warning: {warning}")
-    if recipe.eval.tasks:
-        from moe_compress.eval.harness import check_tasks
-
-        check_tasks(folder, recipe.eval)
-    for step in recipe.steps:
-        make_step(step).check_inputs(folder, config)
-    if given is not None or (
-        any(make_step(step).is_calibrated for step in recipe.steps)
-        and not (work / FIRST_SCORES / "scores.json").exists()
-    ):
+    check_inputs(recipe, folder, config)
+    calibrated = any(make_step(step).is_calibrated for step in recipe.steps)
+    if given is not None or (calibrated and not _has_scores(work)):
         around = replace(around, data=read_calibration(folder, config, recipe.calibration))
     source = open_checkpoint(recipe.model, recipe.revision)
-    identity = _identity(recipe, source)
-    if given is not None and scores is not None:
-        require_same_model(given, identity["source"]["revision"], identity["source"]["fingerprint"], scores)
-        require_same_calibration(given, around, scores)
+    if given is not None:
+        given.require_fitting(describe_source(source), around)
     if not work.exists():
         stored = source.index.nbytes
         require_space(work, disk_needed(recipe, outlooks, foreseen, source_bytes=stored, keep_steps=keep_steps))
         if not same_disk(work, out):
-            require_space(out, source.index.nbytes)
+            require_space(out, stored)
     # What is evaluated changes no bit of the checkpoint, so another evaluation goes on from the same state.
-    identity |= {"recipe": recipe.model_dump(mode="json", exclude={"eval"})} | made_by(around)
+    identity = identity_of(recipe, source) | {"recipe": recipe.model_dump(mode="json", exclude={"eval"})}
     with locked(work):
-        open_workspace(work, identity, resume=resume, force=force)
-        if given is not None and not (work / FIRST_SCORES / "scores.json").exists():
-            if scores is not None and (audit := load_audit(scores)):
-                (work / FIRST_SCORES).mkdir(parents=True, exist_ok=True)
-                write_json(work / FIRST_SCORES / AUDIT_FILE, audit)
-            given.save(work / FIRST_SCORES)
+        open_workspace(work, identity | made_by(around.device), resume=resume, force=force)
+        if given is not None and not _has_scores(work):
+            given.copy_to(work / FIRST_SCORES)
         report = _run(recipe, source, out, work, around, keep_steps)
     _tidy(out, None if keep_steps else work)
     return report
@@ -178,20 +141,8 @@ def _run(
     """All the work of `run`, in a work folder that is open; OUT is there when it returns."""
     with discarded_if_empty(work), explained_disk_errors(work):
         finished, records = _run_steps(recipe, source, work, around, keep_steps)
-        plans = [
-            json.loads((work / f"step-{number}" / "plan.json").read_text(encoding="utf-8"))
-            for number in range(len(records))
-        ]
-        (finished.folder / "recipe.yaml").write_text(_published_recipe(recipe), encoding="utf-8")
-        write_json(finished.folder / "plan.json", without_local_paths({"steps": plans}))
-        scores = [work / f"step-{number}" / "scores" for number in range(len(records))]
-        write_json(finished.folder / EXPERTS_FILE, expert_statistics(scores))
-        audit = load_audit(work / FIRST_SCORES)
-        if audit:
-            write_json(finished.folder / AUDIT_FILE, without_local_paths(audit))
-        manifest = _manifest(recipe, source, records, around) | {"identity": identity_digest(_identity(recipe, source))}
-        manifest = without_local_paths(manifest) | {"files": file_hashes(finished.folder)}
-        write_json(finished.folder / verification.MANIFEST_FILE, manifest)
+        output = Output(recipe, source, finished, records, work, around.device)
+        output.write_records()
         give_back()  # a process beside this one loads the result
         checks = verification.verify(finished.folder, around.progress)
         measured: list[dict[str, Any]] = [{}, {}]
@@ -200,13 +151,7 @@ def _run(
             measured = measure(source, finished, recipe.eval, work / "eval", around)
             if "tasks" not in measured[1].get("not_measured", {}):
                 randoms = list(random_baselines(recipe, source, work, around))
-        report: dict[str, Any] = without_local_paths(
-            _report(recipe, source, finished, records, measured, randoms, checks, manifest)
-        )
-        _write_report(finished.folder, report, recipe, plans, source, audit)
-        manifest |= {"files": file_hashes(finished.folder), "card": sha256_of(finished.folder / "README.md")}
-        write_json(finished.folder / verification.MANIFEST_FILE, manifest)
-        write_page([finished.folder])
+        report = output.write_report(measured, randoms, checks)
         try:
             verification.raise_on_failure(checks)
         except VerificationError as error:
@@ -231,12 +176,10 @@ def dry_run(
 
     With `hours` the machine is looked at for two seconds, and `time` says how long the run takes.
     """
-    check_tier(recipe)
     out, work = _places(out, work)
-    if not resume:
-        refuse_existing(out, force)
-    look(recipe, {"OUT": out, "the work folder": work} | ({"--scores": scores} if scores else {}))
-    _given_scores(recipe, scores)
+    _look(recipe, out, work, scores, resume=resume, force=force)
+    if scores is not None:
+        GivenScores.for_first_step(recipe, scores)
     planned = plan(recipe, scores=scores, keep_steps=keep_steps, device=device, clocked_at=work if hours else None)
     if not work.exists():
         require_space(work, planned["disk_needed"])
@@ -280,7 +223,7 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Measure a checkpoint, and its original beside it when one is named; nothing is verified."""
     if output is not None:
-        refuse_overlap({"--output": output} | _folder_of("the checkpoint", ckpt))
+        refuse_overlap({"--output": output} | folder_of("the checkpoint", ckpt))
     compressed = open_checkpoint(ckpt, quantized=True)
     original = open_checkpoint(baseline, quantized=True) if baseline is not None else None
     recipe = Recipe(model=ckpt, eval=config)
@@ -309,73 +252,19 @@ def _places(out: Path, work: Path | None) -> tuple[Path, Path]:
     return out, (work or out.with_name(f"{out.name}.work")).absolute()
 
 
-def look(recipe: Recipe, folders: dict[str, Path]) -> tuple[PretrainedConfig, Path, list[Outlook], list[str]]:
-    """The model's configuration, the folder of its tokenizer, what each step leads to, and warnings.
-
-    Raises all refusals that need no weights.
-    """
-    refuse_overlap(folders | _folder_of("the model", recipe.model))
-    config, index = open_config(recipe.model, recipe.revision)
-    planned, outlooks = look_ahead(recipe, config, index)
-    folder, _ = small_files(recipe.model, recipe.revision)
-    return config, folder, outlooks, [*task_warnings(recipe), *step_warnings(planned)]
+def _look(
+    recipe: Recipe, out: Path, work: Path, scores: Path | None, *, resume: bool, force: bool
+) -> tuple[PretrainedConfig, Path, list[Outlook], list[str]]:
+    """`look` for a run into OUT, after what is refused at once."""
+    check_tier(recipe)
+    if not resume:
+        refuse_existing(out, force)
+    return look(recipe, {"OUT": out, "the work folder": work} | ({"--scores": scores} if scores else {}))
 
 
-def _folder_of(name: str, model: str) -> dict[str, Path]:
-    """The model's folder under this name; nothing for a Hub id."""
-    path = REFERENCE if model == "reference" else Path(model).expanduser()
-    return {name: path} if path.is_dir() else {}
-
-
-def _given_scores(recipe: Recipe, folder: Path | None) -> Scores | None:
-    """The scores in `folder`, judged by this recipe's least number of tokens."""
-    if folder is None:
-        return None
-    if not recipe.steps:
-        raise UsageError("`--scores` has no effect: the recipe has no steps.")
-    if not make_step(recipe.steps[0]).uses_scores:
-        raise UsageError("`--scores` has no effect: the first step of this recipe has nothing to choose by them.")
-    return replace(Scores.load(folder), min_tokens_per_expert=recipe.calibration.min_tokens_per_expert)
-
-
-def require_same_calibration(scores: Scores, around: Surroundings, folder: Path) -> None:
-    """Raise `UsageError` when the scores were measured on other tokens than this run would calibrate with."""
-    assert around.data is not None
-    if scores.fingerprint.get("tokens") != around.data.fingerprint:
-        differences = calibration_differences(scores, around.calibration)
-        what = "; ".join(differences) or "the texts themselves changed"
-        raise UsageError(
-            f"the scores in {folder} were measured on other calibration tokens ({what}); give the same `calibration`, "
-            "or leave out --scores."
-        )
-
-
-def made_by(around: Surroundings) -> dict[str, Any]:
-    """What else decides the bits of a result: it is not continued on another device or with other libraries."""
-    versions = library_versions()
-    return {"device": around.device, "versions": {name: versions[name] for name in ("torch", "transformers")}}
-
-
-def _calibration(records: list[Record]) -> dict[str, Any] | None:
-    """The first step's calibration, and under `step 2` and so on what differs in the later ones."""
-    if not records:
-        return None
-    found: dict[str, Any] = records[0].coverage | records[0].calibration
-    for number, record in enumerate(records[1:], start=2):
-        coverage = dict(record.coverage)
-        if not coverage:
-            continue
-        starved = coverage.pop("starved", [])
-        coverage["experts with fewer tokens than the minimum"] = [
-            f"layer {layer} expert {expert}" for layer, expert in starved
-        ]
-        found[f"step {number}"] = coverage
-    return found or None
-
-
-def _identity(recipe: Recipe, source: Checkpoint) -> dict[str, Any]:
-    """What a run is made of."""
-    return {"version": __version__, "source": describe_source(source), "recipe": recipe.model_dump(mode="json")}
+def _has_scores(work: Path) -> bool:
+    """Whether the first step has been measured, or was given scores."""
+    return (work / FIRST_SCORES / "scores.json").exists()
 
 
 def _finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
@@ -388,7 +277,7 @@ def _finished(recipe: Recipe, out: Path) -> dict[str, Any] | None:
     except CheckpointError:
         return None
     source = open_checkpoint(recipe.model, recipe.revision)
-    if manifest["identity"] != identity_digest(_identity(recipe, source)):
+    if manifest["identity"] != identity_digest(identity_of(recipe, source)):
         return None
     report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return report
@@ -421,82 +310,3 @@ def _run_steps(
         if number and not keep_steps:
             shutil.rmtree(before, ignore_errors=True)
     return current, records
-
-
-def _report(
-    recipe: Recipe,
-    source: Checkpoint,
-    finished: Checkpoint,
-    records: list[Record],
-    measured: list[dict[str, Any]],
-    randoms: list[dict[str, Any]],
-    checks: dict[str, dict[str, Any]],
-    manifest: dict[str, Any],
-) -> dict[str, Any]:
-    settings = {
-        "model": source.model_id,
-        "revision": source.revision,
-        "criterion": [record.label for record in records],
-        "steps": [record.config for record in records],
-        "calibration": _calibration(records),
-        "eval": dict(measured[1].get("settings", {})),
-        "versions": manifest["versions"],
-        "hardware": manifest["hardware"],
-    }
-    baseline = model_figures(source, measured[0])
-    return build_report(baseline, model_figures(finished, measured[1]), randoms, checks, settings)
-
-
-def _write_report(
-    folder: Path,
-    report: dict[str, Any],
-    recipe: Recipe,
-    plans: list[dict[str, Any]],
-    source: Checkpoint,
-    audit: dict[str, Any],
-) -> None:
-    write_json(folder / "report.json", report)
-    text = _published_recipe(recipe)
-    markdown = report_markdown(report, text, plans) + (audit_section(audit) if audit else "")
-    (folder / "report.md").write_text(markdown, encoding="utf-8")
-    card = model_card(
-        report,
-        text,
-        base_model=source.model_id,
-        revision=source.revision,
-        inherited=inherited_fields(source.folder),
-        tier=recipe.export.tier,
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    write_eval_results(folder, report)
-
-
-def _published_recipe(recipe: Recipe) -> str:
-    return dump_recipe(Recipe.model_validate(without_local_paths(recipe.model_dump())))
-
-
-def _manifest(recipe: Recipe, source: Checkpoint, records: list[Record], around: Surroundings) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "tool": f"{TOOL} {__version__}",
-        "source": describe_source(source),
-        "recipe": recipe.model_dump(mode="json"),
-        "steps": [record.to_json() for record in records],
-        "stored_bytes": source.index.nbytes - sum(record.dropped_bytes for record in records),
-        "versions": library_versions(),
-        "hardware": hardware(around.device),
-        "probe": PROBE_FILE,
-    }
-
-
-def surroundings(recipe: Recipe, device: str, progress: Progress | None) -> Surroundings:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # ours is the one that shows
-    return Surroundings(
-        recipe.calibration,
-        recipe.export.max_shard_size,
-        resolved(device),
-        progress or SilentProgress(),
-        recipe.export.tier,
-    )

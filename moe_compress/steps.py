@@ -27,6 +27,8 @@ from moe_compress.compress.tie.step import TieStep
 from moe_compress.compress.topk.step import TopkStep
 from moe_compress.compress.zero_experts.step import ZeroExpertsStep
 
+FIRST_SCORES = "step-0/scores"  # in the work folder
+
 OPERATIONS: dict[str, type[Step[Any]]] = {
     "distill": DistillStep,
     "merge": MergeStep,

@@ -73,6 +73,8 @@ class Handler(BaseHTTPRequestHandler):
         except RefusalError as refusal:
             if self.hub.echoes_tokens:
                 refusal.content["error"] += f" ({self.headers.get('Authorization', '').removeprefix('Bearer ')})"
+            if self.hub.is_a_mirror:
+                refusal.headers = {}
             self.close_connection = self.close_connection or self.command == "PUT"
             self._send(
                 refusal.status,
@@ -103,6 +105,8 @@ class Handler(BaseHTTPRequestHandler):
                 entries = tree(files, unquote(api[4] or "").strip("/"), recursive)
                 if entries is None:
                     raise RefusalError(404, "EntryNotFound", f"{api[4]} does not exist")
+                if self.hub.is_a_mirror:
+                    entries = [entry | {"oid": entry["oid"][::-1]} for entry in entries]
                 self._json(entries)
             else:
                 siblings = [{"rfilename": file} for file in sorted(files)]

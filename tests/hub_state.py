@@ -87,6 +87,7 @@ class Hub:
         self.upload_cuts = 0  # how many more uploads break off half way
         self.failing_commits = 0  # how many more commits are answered with 500
         self.ignored: set[str] = set()  # file names that a .gitignore keeps out
+        self.is_a_mirror = False  # whether it names no reasons for refusals and has ids that are not git's
         self.echoes_tokens = False  # whether refusals repeat the token, as a careless server may
         self.die_after: int | None = None  # bytes of large files after which the process ends
         self._root = root

@@ -31,9 +31,8 @@ from moe_compress.compress.prune.config import PruneConfig
 from moe_compress.compress.prune.judged import judged
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import UsageError
-from moe_compress.manifest import describe_source
-from moe_compress.pipeline import look, made_by, require_same_calibration, surroundings
-from moe_compress.preview import require_same_model
+from moe_compress.manifest import describe_source, made_by
+from moe_compress.preparation import GivenScores, look, surroundings
 from moe_compress.progress import Progress
 from moe_compress.recipe import Recipe
 from moe_compress.report.audit import audit_markdown
@@ -80,12 +79,10 @@ def audit(
     held_out = _held_out(folder, config, recipe.calibration, settings)
     source = open_checkpoint(recipe.model, recipe.revision)
     described = describe_source(source)
-    given = None
-    if scores is not None:
-        given = replace(Scores.load(scores), min_tokens_per_expert=recipe.calibration.min_tokens_per_expert)
-        require_same_model(given, described["revision"], described["fingerprint"], scores)
-        require_same_calibration(given, around, scores)
-    identity = made_by(around) | {
+    given = GivenScores.load(recipe, scores) if scores is not None else None
+    if given is not None:
+        given.require_fitting(described, around)
+    identity = made_by(around.device) | {
         "source": described,
         "calibration": recipe.calibration.model_dump(mode="json"),
         "held-out tokens": held_out.fingerprint,
@@ -94,7 +91,7 @@ def audit(
         open_workspace(work, identity, resume=not force, force=force, option="")
         with discarded_if_empty(work), explained_disk_errors(work, "run the same command again"):
             if given is not None and not (work / "scores.json").exists():
-                given.save(work)
+                given.scores.save(work)
             return _measure(recipe, source, work, around, settings, held_out)
 
 

@@ -25,12 +25,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import kendalltau, rankdata
 
 AUDIT_FILE = "audit.json"  # in the folder of scores, and in a result that was made with them
 DRAWS = 1000
 PERMUTATIONS = 10_000
 HALVES = 100
+PAIRS = 1 << 20  # of scores that are compared at once
 INTERVAL = (2.5, 97.5)  # percentiles
 SIGNIFICANT = 0.05
 Array = NDArray[np.float64]
@@ -57,6 +58,18 @@ def spearman(one: Array, other: Array) -> Array:
 
 def kendall(one: Array, other: Array) -> Array:
     """Kendall's tau-b over the last axis; 0 where one side is constant."""
+    one, other = np.broadcast_arrays(one, other)
+    if one.ndim == 1 and len(one) ** 2 > PAIRS:
+        return np.asarray(np.nan_to_num(kendalltau(one, other).statistic))  # without all pairs in memory
+    if one.ndim == 1:
+        return _kendall(one, other)
+    rows = max(1, PAIRS // one.shape[-1] ** 2)
+    blocks = [_kendall(one[at : at + rows], other[at : at + rows]) for at in range(0, len(one), rows)]
+    return np.concatenate(blocks)
+
+
+def _kendall(one: Array, other: Array) -> Array:
+    """The same by the signs of all pairs, which is faster for many short rows."""
     first, second = (np.sign(values[..., :, None] - values[..., None, :]) for values in (one, other))
     scale = np.sqrt((first**2).sum(axis=(-1, -2)) * (second**2).sum(axis=(-1, -2)))
     found: Array = np.divide((first * second).sum(axis=(-1, -2)), scale, out=np.zeros_like(scale), where=scale > 0)

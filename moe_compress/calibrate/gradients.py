@@ -1,5 +1,7 @@
 """How much the loss feels each channel of every MoE block's routed output: a forward sweep, then one back through it.
 
+Gradients are taken by relative changes: by the output over the norm of the hidden states that leave the layer.
+
 The forward sweep keeps what enters each layer, on disk; the sweep back loads the layers last to first, runs each again
 with gradients, and hands the gradient of its input on to the layer before. One layer is resident at a time.
 
@@ -28,13 +30,13 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a layer besides it
 def channel_gradients(
     stream: LayerStream, tokens: Tensor, *, batch_size: int, folder: Path, stage: Stage
 ) -> dict[int, Tensor]:
-    """Mean over tokens of the squared gradient of a token's loss by the routed output, per channel.
+    """Mean over tokens of the squared gradient of the loss by the token's routed output, times |h|^2, per channel.
 
-    Returns float64 [H] by MoE layer, kept in `folder` and read from there when it is complete. The loss is the sum of
-    the next tokens' negative log-likelihoods in `tokens` [N, S]; the routed output is what the block adds, scaling
-    factors included. `stage` advances twice per layer.
+    h are the hidden states that leave the layer. Returns float64 [H] by MoE layer, kept in `folder` and read from there
+    when it is complete. The loss is the sum of the next tokens' negative log-likelihoods in `tokens` [N, S]; the routed
+    output is what the block adds, scaling factors included. `stage` advances twice per layer.
     """
-    file = folder / "gradients.safetensors"
+    file = folder / "relative-gradients.safetensors"
     if file.exists():
         return {int(layer): values for layer, values in load_file(file).items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,10 @@ def channel_gradients(
         for batch, (args, kwargs) in enumerate(calls[index]):
             hidden = entering[str(batch)].to(stream.device).requires_grad_()
             output = layer(hidden, *args, **kwargs)
-            (output if isinstance(output, Tensor) else output[0]).backward(gradients[batch])
+            leaving = output if isinstance(output, Tensor) else output[0]
+            if squares is not None:
+                squares.leaving_T = leaving.detach().double().flatten(2).norm(dim=-1).flatten()
+            leaving.backward(gradients[batch])
             assert hidden.grad is not None
             gradients[batch] = hidden.grad
         if squares is not None:
@@ -105,6 +110,7 @@ class _Squares:
     def __init__(self, moe: MoELayer) -> None:
         self.scale = moe.output_scale
         self.sum_H = torch.zeros(moe.width, dtype=torch.float64)
+        self.leaving_T = torch.ones(1, dtype=torch.float64)  # norms of the hidden states that left the layer
         self._hook = moe.experts.register_forward_hook(self._watch)
 
     def close(self) -> Tensor:
@@ -117,7 +123,8 @@ class _Squares:
             routed_TH.register_hook(self._add)
 
     def _add(self, gradient_TH: Tensor) -> None:
-        self.sum_H += (gradient_TH.double() / self.scale).square().sum(0).cpu()
+        relative_TH = gradient_TH.double() / self.scale * self.leaving_T[:, None]
+        self.sum_H += relative_TH.square().sum(0).cpu()
 
 
 def _kept(folder: Path, index: int) -> Path:

@@ -42,8 +42,9 @@ TABLE = "table."  # before the name of a table, in the file of a layer
 class Measurement(Protocol):
     """What a transformation wants measured on every MoE layer besides the statistics."""
 
-    def add(self, expert: int, input_NH: Tensor, block_input_NH: Tensor, gate_N: Tensor) -> None:
-        """See what came to an expert: its own inputs, the block's for the same tokens, and the gate values.
+    def add(self, expert: int, input_NH: Tensor, block_input_NH: Tensor, gate_N: Tensor, leaving_N: Tensor) -> None:
+        """See what came to an expert: its own inputs, the block's for the same tokens, and the gate values; also the
+        norms of the hidden states that left the decoder layer there.
 
         Where the decoder layer itself owns the experts, their own inputs stand for the block's.
         """
@@ -76,7 +77,7 @@ class LayerStatistics:
         self._input_TH: Tensor | None = None
         self._routed_TH: Tensor | None = None
         self._block_TH: Tensor | None = None
-        self._saliency: list[tuple[int, Tensor, Tensor]] = []
+        self._saliency: list[tuple[int, Tensor, Tensor, Tensor]] = []
         moe.experts.observer = self  # type: ignore[assignment]
         self._hooks = [moe.experts.register_forward_pre_hook(self._experts_input, with_kwargs=True)]
         if moe.block_path:  # else the block is the decoder layer, which all batches have entered, and `layer` ends
@@ -98,11 +99,7 @@ class LayerStatistics:
         self.sums["output_sq_sum"][expert] += output_NH.square().sum(0, dtype=torch.float64)
         self.sums["gated_output_sum"][expert] += gate @ output_NH.double()
         self.sums["max_abs"][expert] = torch.maximum(self.sums["max_abs"][expert], output_NH.abs().max().double())
-        self._saliency.append((expert, token_N, product))
-        if self.measurement is not None:
-            assert self._input_TH is not None
-            entering_TH = self._input_TH if self._entering_TH is None else self._entering_TH
-            self.measurement.add(expert, self._input_TH[token_N], entering_TH[token_N], gate_N)
+        self._saliency.append((expert, token_N, gate_N, product))
 
     def block(self, index_TK: Tensor, routed_output_TH: Tensor) -> None:
         chosen_TE = torch.zeros(len(index_TK), self.moe.num_experts + 1, dtype=torch.float64, device=index_TK.device)
@@ -121,8 +118,13 @@ class LayerStatistics:
         self.cosine_sum += F.cosine_similarity(entering, leaving, dim=-1).sum(dtype=torch.float64)
         self.stream_energy += leaving.square().sum(dtype=torch.float64)
         change_T = (1 - F.cosine_similarity(*self._around(leaving), dim=-1)).clamp(min=0).double()
-        for expert, token_N, product_N in self._saliency:
+        for expert, token_N, gate_N, product_N in self._saliency:
             self.sums["easy_ep"][expert] += (product_N * change_T[token_N]).sum()
+            if self.measurement is not None:
+                assert self._input_TH is not None
+                around_TH = self._input_TH if self._entering_TH is None else self._entering_TH
+                leaving_N = leaving[token_N].norm(dim=-1)
+                self.measurement.add(expert, self._input_TH[token_N], around_TH[token_N], gate_N, leaving_N)
         self._saliency.clear()
         self._input_TH = self._routed_TH = self._block_TH = None
 

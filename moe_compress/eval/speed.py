@@ -55,10 +55,10 @@ def measure_speed(
     """Measure the checkpoints in `folders`, all in one run.
 
     Returns, under the same names, {"speed": {"prefill_tokens_per_s", "decode_tokens_per_s"}, "peak_rss_bytes",
-    "speed_settings"} and on CUDA "peak_gpu_bytes": medians of `repeats` turns, peaks the largest seen. The prompt is
-    shortened, the same for all, where a model's context is too small. A model that does not fit into memory, or does
-    not run, gives {"not_measured": {"speed": why}} instead. Raises `UsageError` for settings that measure nothing,
-    `CheckpointError` when a folder holds no checkpoint.
+    "speed_turns" {rate: {turn: value}}, "speed_settings"} and on CUDA "peak_gpu_bytes": medians of `repeats` turns,
+    peaks the largest seen. The prompt is shortened, the same for all, where a model's context is too small. A model
+    that does not fit into memory, or does not run, gives {"not_measured": {"speed": why}} instead. Raises `UsageError`
+    for settings that measure nothing, `CheckpointError` when a folder holds no checkpoint.
     """
     if repeats < 1 or batch_size < 1 or prompt_tokens < 1 or new_tokens < 2:
         raise UsageError("A speed measurement needs a repeat, a sequence, a prompt token and two new tokens at least.")
@@ -116,7 +116,8 @@ def _not_measured(reason: str) -> dict[str, Any]:
 
 def _summary(turns: list[dict[str, Any]]) -> dict[str, Any]:
     peaks = {key: max(turn[key] for turn in turns) for key in turns[0] if key not in RATES}
-    return {"speed": {key: median(turn[key] for turn in turns) for key in RATES}} | peaks
+    rates = {key: {str(number): turn[key] for number, turn in enumerate(turns, start=1)} for key in RATES}
+    return {"speed": {key: median(by.values()) for key, by in rates.items()}, "speed_turns": rates} | peaks
 
 
 class _Worker:

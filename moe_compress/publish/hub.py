@@ -9,15 +9,23 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import quote
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    constants,
+    get_session,
+    get_token,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented there, though not marked as exported
@@ -33,6 +41,7 @@ from moe_compress.text import first_line
 
 AGAIN = "run the same command again: files that arrived whole are not sent twice"
 MAIN = "main"
+NOT_FOUND = 404
 
 
 class UnreachableError(PublishError):
@@ -78,24 +87,28 @@ class Hub:
     def look(self, repo_id: str, branch: str) -> Remote | None:
         """The repository, or None where there is none."""
         with self._sentences(repo_id):
-            try:
-                info, has_branch = self._api.model_info(repo_id), True
-            except RepositoryNotFoundError:
+            info, has_branch = self._info(repo_id), True
+            if info is None:
                 return None
             if branch != MAIN:
-                try:
-                    info = self._api.model_info(repo_id, revision=branch)
-                except RevisionNotFoundError:
-                    has_branch = False
+                at_branch = self._info(repo_id, branch)
+                info, has_branch = at_branch or info, at_branch is not None
         files = [file.rfilename for file in info.siblings or ()]
         return Remote(bool(info.private), has_branch, info.sha, files)
 
-    def read(self, repo_id: str, file: str, commit: str) -> bytes:
-        """A small file of the repository."""
+    def _info(self, repo_id: str, branch: str | None = None) -> ModelInfo | None:
+        """What the Hub says of a repository, None where it has none, with or without its code for that."""
+        try:
+            return self._api.model_info(repo_id, revision=branch)
+        except HfHubHTTPError as error:
+            if isinstance(error, RepositoryNotFoundError) or error.response.status_code == NOT_FOUND:
+                return None
+            raise
+
+    def fetch(self, repo_id: str, file: str, commit: str) -> Path:
+        """A copy of a file of the repository, in the cache."""
         with self._sentences(repo_id), self._quiet():
-            path = self._api.hf_hub_download(repo_id, file, revision=commit)
-            with open(path, "rb") as stream:
-                return stream.read()
+            return Path(self._api.hf_hub_download(repo_id, file, revision=commit))
 
     def create(self, repo_id: str, *, private: bool) -> None:
         """Create the repository; without `private` its owner's default holds, which is public unless they chose."""
@@ -129,7 +142,10 @@ class Hub:
         return str(made.oid)
 
     def contents(self, repo_id: str, commit: str) -> dict[str, str]:
-        """What the Hub knows every file of a commit by: the sha256 of a large one, the git id of any other."""
+        """What the Hub knows every file of a commit by: the sha256 of a large one, the git id of any other.
+
+        Servers that are not built on git may have ids of their own.
+        """
         with self._sentences(repo_id):
             tree = self._api.list_repo_tree(repo_id, recursive=True, revision=commit)
             return {

@@ -11,7 +11,6 @@ Not covered: pull requests, datasets, spaces.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 from moe_compress import __version__
+from moe_compress.checkpoint.durable import sha256_of
 from moe_compress.errors import PublishError, UsageError
 from moe_compress.progress import Progress, SilentProgress
 from moe_compress.publish.bundle import CARD_FILE, MANIFEST_FILE, MAX_LISTED, Bundle, open_bundle
@@ -142,7 +142,7 @@ def upload(planned: Push, hub: Hub, progress: Progress | None = None) -> dict[st
             planned.remote.commit if planned.remote else None,
         )
         stage.advance("all others, in one commit")
-    _require_arrived(bundle, hub.contents(repo_id, commit), repo_id)
+    _require_arrived(bundle, repo_id, commit, hub)
     tree = "" if branch == MAIN else f"/tree/{branch}"
     return planned.to_json() | {"commit": commit, "url": f"{hub.url}/{repo_id}{tree}"}
 
@@ -192,7 +192,7 @@ def _files_of_ours(repo_id: str, remote: Remote, hub: Hub) -> set[str]:
     if MANIFEST_FILE not in remote.files or remote.commit is None:
         return set()
     try:
-        manifest = json.loads(hub.read(repo_id, MANIFEST_FILE, remote.commit))
+        manifest = json.loads(hub.fetch(repo_id, MANIFEST_FILE, remote.commit).read_bytes())
         return set(manifest["files"]) if str(manifest["tool"]).startswith(f"{TOOL} ") else set()
     except (ValueError, KeyError, TypeError):
         return set()
@@ -203,9 +203,18 @@ def _is_weight(name: str) -> bool:
     return "/" not in name and name.endswith(MIXED_UP)
 
 
-def _require_arrived(bundle: Bundle, found: Mapping[str, str], repo_id: str) -> None:
-    """The commit holds every file as it was sent; a rule of the repository may have kept one out."""
-    wrong = [name for name in bundle.sizes if not bundle.is_known_by(name, found.get(name, ""))]
+def _require_arrived(bundle: Bundle, repo_id: str, commit: str, hub: Hub) -> None:
+    """The commit holds every file as it was sent; a rule of the repository may have kept one out.
+
+    A file of which the Hub names another id than the two known kinds is fetched, and its hash compared.
+    """
+    found = hub.contents(repo_id, commit)
+    wrong = [
+        name
+        for name in bundle.sizes
+        if not bundle.is_known_by(name, found.get(name, ""))
+        and (name not in found or sha256_of(hub.fetch(repo_id, name, commit)) != bundle.hashes[name])
+    ]
     if wrong:
         raise PublishError(
             f"{repo_id} does not hold {listed(wrong, MAX_LISTED)} as it was sent; if it has a .gitignore, remove that, "

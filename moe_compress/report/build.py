@@ -5,9 +5,9 @@ Measures nothing itself, and invents nothing: a figure that is missing on either
 Model figures M (every key may be missing): `total_params`, `active_params`, `stored_bytes`, `active_bytes_per_token`,
 `flops_per_token`, `expert_flops_per_token`, `experts_per_token_mean`, `peak_rss_bytes`, further numbers of the cost
 model, `params_by_part`, `bytes_by_part` and `flops_by_part` {part: number}, `speed` {`prefill_tokens_per_s`,
-`decode_tokens_per_s`} and `tasks` {task: {metric: {`value`, `stderr`, `higher_is_better`}}}. `context` is the prompt's
-length that FLOPs hold for, `notes` what the costs leave out, and `not_measured` {"tasks": why, "speed": why} says what
-could not be measured.
+`decode_tokens_per_s`}, `speed_turns` {the same: {turn: rate}} and `tasks` {task: {metric: {`value`, `stderr`,
+`higher_is_better`}}}. `context` is the prompt's length that FLOPs hold for, `notes` what the costs leave out, and
+`not_measured` {"tasks": why, "speed": why} says what could not be measured.
 
 Settings (every key may be missing): `model`, `revision`, `criterion`, `steps`, `calibration` (the scores' summary and
 fingerprint), `eval` (few-shot, batch size, limit, ...), `versions`, `hardware`; anything else is carried along.
@@ -24,7 +24,9 @@ from moe_compress.recipe import random_word
 
 FORMAT = 1
 SETTINGS = frozenset({"not_measured", "context", "speed_settings"})  # no figures, but what those hold for
-MEASURED = frozenset({"stored_bytes", "bytes_by_part", "peak_rss_bytes", "peak_gpu_bytes", "speed", "tasks"})
+MEASURED = frozenset(
+    {"stored_bytes", "bytes_by_part", "peak_rss_bytes", "peak_gpu_bytes", "speed", "speed_turns", "tasks"}
+)
 # The metric that stands for a task, the first that it has; lm-eval appends a filter after a comma.
 HEADLINE_METRICS = ("exact_match", "pass@1", "acc", "acc_norm", "f1", "bits_per_byte", "byte_perplexity")
 
@@ -86,6 +88,12 @@ def random_name(report: Mapping[str, Any], count: int = 1) -> str:
     """What the random baselines of these steps are called: `random pruning`, `random bit allocations`."""
     word = random_word(report["settings"].get("steps") or ()) or "choice"
     return f"random {word}{'s' if count != 1 else ''}"
+
+
+def decode_ratios(report: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The least and the greatest ratio of two decode speeds of the same turn; None where there are no turns."""
+    ratios = report["ratio"].get("speed_turns", {}).get("decode_tokens_per_s", {}).values()
+    return (min(ratios), max(ratios)) if ratios else None
 
 
 def recovery(baseline: Mapping[str, Any], compressed: Mapping[str, Any]) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from moe_compress.recipe import random_word
-from moe_compress.report.build import random_name
+from moe_compress.report.build import decode_ratios, random_name
 from moe_compress.report.tables import (
     format_bytes,
     format_count,
@@ -160,6 +160,9 @@ def limits(report: Mapping[str, Any]) -> list[str]:
         found.append("Speed was not compared; fewer FLOPs are not by themselves a speed-up.")
     else:
         found.append("Speed and memory hold for the machine they were measured on; elsewhere the ratio may differ.")
+        if seen := decode_ratios(report):
+            low, high = map(format_percent, seen)
+            found.append(f"Turn by turn, decoding ran at {low} to {high} of the original's speed.")
     notes = (note for side in ("baseline", "compressed") for note in report[side].get("notes", ()))
     found += [f"Of the derived costs: {note}." for note in dict.fromkeys(notes)]
     starved = (report["settings"].get("calibration") or {}).get("starved")

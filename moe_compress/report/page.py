@@ -80,7 +80,7 @@ def plain(value: float) -> str:
 def words(value: Any) -> str:
     """A setting as a reader takes it in: `yes`, `none`, a list with commas."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {words(item)}" for key, item in value.items()) or "none"
+        return ", ".join(f"{key} {words(item)}" for key, item in value.items() if item is not None) or "none"
     if isinstance(value, list | tuple):
         return ", ".join(map(words, value)) or "none"
     if isinstance(value, bool):

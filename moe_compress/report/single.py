@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_compress.calibrate.agreement import AUDIT_FILE
 from moe_compress.report.audit import criterion_rows, verdicts
-from moe_compress.report.build import random_name
+from moe_compress.report.build import decode_ratios, random_name
 from moe_compress.report.experts import EXPERTS_FILE, expert_maps, survivors
 from moe_compress.report.frontier import SAME, SIZE, WORK, mean_recovery, measure_of_size, points, shared_tasks
 from moe_compress.report.heatmap import heat_maps
@@ -105,9 +105,12 @@ def records(result: Result) -> list[str]:
 def lede(report: Report) -> list[str]:
     """From what to what, by which steps, and what is left of the quality."""
     sentences = []
-    before, after = (report[side].get("stored_bytes") for side in ("baseline", "compressed"))
+    before, after = _pair(report, "stored_bytes")
+    work = _pair(report, "flops_per_token")
     by = ", then ".join(step_names(report))
-    if before and after:
+    if measure_of_size([report]) == WORK and None not in work:
+        sentences.append(f"From {format_flops(work[0])} to {format_flops(work[1])} per token with {by}.")
+    elif before and after:
         by = f" with {by}" if by else ""
         sentences.append(f"From {format_bytes(before)} to {format_bytes(after)}{by}.")
     elif after:
@@ -155,7 +158,10 @@ def tiles(report: Report) -> list[dict[str, Any]]:
         found.append(_tile("Quality kept", format_percent(mean), lines, "derived"))
     speed = _pair(report, "speed", "decode_tokens_per_s")
     if None not in speed:
-        found.append(_tile("Decode speed", change(*speed), [_arrow(speed, format_rate)], "measured"))
+        lines = [_arrow(speed, format_rate)]
+        seen = decode_ratios(report)
+        lines += [f"turn by turn {change(1, seen[0])} to {change(1, seen[1])}"] if seen else []
+        found.append(_tile("Decode speed", change(*speed), lines, "measured"))
     flops, read = _pair(report, "flops_per_token"), _pair(report, "active_bytes_per_token")
     if None not in flops:
         lines = [_arrow(flops, format_flops)]

@@ -1,12 +1,15 @@
-"""What most of these tests start from: a tiny checkpoint, texts to calibrate on, no reload in a fresh process."""
+"""What most of these tests start from: a tiny checkpoint, texts to calibrate on, quick reloads or none."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from moe_compress.verification import checks
+from tests.fork_server import PLAIN_TRANSFORMERS
 from tests.tiny_checkpoint import tiny_checkpoint, write_texts
 
 
@@ -22,7 +25,15 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_texts(tmp_path_factory.mktemp("texts") / "texts.txt")
 
 
+@pytest.fixture(scope="package", autouse=True)
+def quick_reload() -> Iterator[None]:
+    """Reloads are forks of one process; `subprocess.run` put in its place is the real thing, see `test_verify`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "subprocess", SimpleNamespace(run=PLAIN_TRANSFORMERS.run))
+        yield
+
+
 @pytest.fixture
 def no_reload(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the fresh process that loads the result; it takes longer than all the rest, and has its own tests."""
+    """Leaves out the fresh process that loads the result; it has its own tests."""
     monkeypatch.setattr(checks, "check_logits", lambda folder: checks.Check(True, "not computed here."))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from tests.fork_server import WITHOUT_HUB
 from tests.hub_server import Hub, serve
 from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
 
@@ -77,10 +77,9 @@ def surroundings(hub: Hub, home: Path) -> dict[str, str]:
 
 
 def client(code: str, given: str, environment: dict[str, str]) -> str:
-    """What `code` prints after ANSWERS in a process of its own."""
+    """What `code` prints after ANSWERS in a process of its own, in which the Hub's client reads its settings anew."""
     environment = environment | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, timeout=300)
+    done = WITHOUT_HUB.run([sys.executable, "-c", code], input=given, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.rpartition("ANSWERS")[2]
 

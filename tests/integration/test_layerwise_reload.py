@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import moe_compress
@@ -48,7 +50,7 @@ def made(request: pytest.FixtureRequest, inputs: tuple[Path, Path], tmp_path_fac
 
 def test_every_layer_in_its_turn(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[str] = []
-    original = subprocess.run
+    original = checks.subprocess.run
 
     def run(command: list[str], **options: Any) -> Any:
         modes.append(command[-1])
@@ -88,3 +90,29 @@ def test_what_the_reloaded_process_will_hold(made: Path, inputs: tuple[Path, Pat
     stored = sum(info.nbytes for info in packed.values())
     assert bool(packed) == (made.name != "tied")
     assert plain + stored <= held <= plain + stored + 32 * max((info.nbytes for info in packed.values()), default=0)
+
+
+@pytest.mark.parametrize("made", ["tied and packed"], indirect=True)
+def test_a_fork_of_the_server_is_a_process_of_its_own(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives the bits that a process begun for the reload gives, in the tier `plugin` too, and fails alike."""
+    forked, logits = checks.subprocess.run, []
+    for begin in (subprocess.run, forked):
+
+        def run(command: list[str], begin: Any = begin, **options: Any) -> Any:
+            done = begin(command, **options)
+            logits.append(np.load(command[-2]))
+            return done
+
+        monkeypatch.setattr(checks.subprocess, "run", run)
+        assert checks.check_logits(made).passed
+    np.testing.assert_array_equal(*logits)
+    for program, status, said in (
+        ("import sys; print('bye'); sys.exit(3)", 3, "bye"),
+        ("raise ValueError('no such model')", 1, "ValueError: no such model"),
+        ("import os, sys; print(os.environ['WHAT'], os.getcwd(), *sys.argv, 'moe_compress' in sys.modules)", 0,
+         f"this {tmp_path} -c one False"),
+    ):  # fmt: skip
+        done = forked([sys.executable, "-c", program, "one"], env={"WHAT": "this"}, cwd=tmp_path)
+        assert (done.returncode, (done.stdout + done.stderr).splitlines()[-1]) == (status, said)

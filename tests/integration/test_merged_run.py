@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +20,7 @@ from moe_compress.errors import UnsupportedModelError, UsageError
 from moe_compress.runtime.banks import Bank
 from moe_compress.runtime.families import banked
 from moe_compress.verification import reload
+from tests.crashes import killed_and_resumed
 from tests.integration.test_run import content, interrupted_at
 from tests.tiny_checkpoint import tiny_model, tiny_recipe
 
@@ -106,18 +105,9 @@ def test_resumed_and_run_through_end_alike(
         shutil.rmtree(tmp_path / "two")
 
 
+@pytest.mark.usefixtures("no_reload")
 def test_killed_anywhere_and_resumed_ends_bit_identical(source: Path, texts: Path, tmp_path: Path) -> None:
-    scenario = {"recipe": recipe(source, texts, TIE, W4), "options": {}, "old": False, "kills": 5, "seed": 0}
-    (tmp_path / "scenarios.json").write_text(json.dumps({"tie": scenario}))
-    line = [sys.executable, "-m", "tests.crashes", str(tmp_path), str(tmp_path / "scenarios.json")]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])["tie"]
-    assert len(answer["kills"]) == 5
-    for kill in answer["kills"]:
-        described = f"{kill}\n{done.stderr[-3000:]}"
-        assert kill["statuses"][0] == -signal.SIGKILL and kill["last"] == 0, described
-        assert kill["different"] == [] and kill["left"] == [], described
+    killed_and_resumed(tmp_path / "runs", recipe=recipe(source, texts, TIE, W4), kills=5)
 
 
 def test_scores_made_before_serve_a_run(source: Path, texts: Path, tmp_path: Path, no_reload: None) -> None:

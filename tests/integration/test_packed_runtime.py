@@ -34,6 +34,7 @@ from moe_compress.progress import SilentProgress
 from moe_compress.runtime.model import SYNCHRONOUS, _one_thread
 from moe_compress.runtime.packed import ExpertCache, PackedExperts, PackedProjection, PackedWeight
 from moe_compress.runtime.remote_code import FILE
+from tests.fork_server import WITHOUT_HUB
 from tests.tiny_checkpoint import tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -186,7 +187,7 @@ for way in WAYS:  # each in a process that has imported neither transformers nor
 
 def test_opened_with_and_without_the_package(folder: Path) -> None:
     line = [sys.executable, "-c", WAYS, str(folder), json.dumps(TOKENS.tolist())]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False, stdin=subprocess.DEVNULL)
+    done = WITHOUT_HUB.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)})
     found = dict(json.loads(line[line.index('["') :]) for line in done.stdout.splitlines() if '["' in line)
     assert len(found) == 6, done.stderr
     assert found.pop("without_package").startswith("ValueError: ")

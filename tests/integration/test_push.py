@@ -426,6 +426,23 @@ def test_without_being_told_the_client_falls_back_to_lfs(hub: Hub, stock: Path, 
     assert asked and set(asked) == {404}
 
 
+def test_a_server_that_is_not_the_hub(hub: Hub, stock: Path, tmp_path: Path) -> None:
+    """It gives no code for what is missing, and its ids of small files are its own, so that these are read back."""
+    hub.is_a_mirror = True
+    hub.ignored = {"ledger.json"}
+    new, kept_out = command(
+        hub, tmp_path, ["push", str(stock), "me/small", "--revision", "other"], ["push", str(stock), "me/small"]
+    )
+    for answer in (new, kept_out):
+        assert "me/small does not hold ledger.json" in sentence(answer, 1)
+    hub.ignored = set()
+    pushed(hub, tmp_path, str(stock), "me/small")
+    assert hub.repositories["me/small"].head() == local_files(stock, "me/small")
+    fetched = {entry.path for entry in hub.log if entry.method == "GET" and "/resolve/" in entry.path}
+    assert any(path.endswith("/recipe.yaml") for path in fetched)
+    assert not any(path.endswith(".safetensors") for path in fetched), "of those the sha256 is known"
+
+
 @contextmanager
 def server(root: Path, port: int, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A Hub in a process of its own, whose state is in `root`."""

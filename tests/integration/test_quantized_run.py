@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +36,7 @@ from moe_compress.progress import SilentProgress
 from moe_compress.recipe import load_recipe
 from moe_compress.settings import shown_size
 from moe_compress.verification import checks
+from tests.crashes import killed_and_resumed
 from tests.integration.test_reuse import Recording
 from tests.integration.test_run import content, interrupted_at
 from tests.matrix.families import save, tiny_config, tiny_model
@@ -250,19 +248,10 @@ def test_interrupted_while_quantizing_ends_the_same(source: Path, texts: Path, t
         shutil.rmtree(tmp_path / "two")
 
 
+@pytest.mark.usefixtures("no_reload")
 def test_killed_anywhere_and_resumed_ends_bit_identical(source: Path, texts: Path, tmp_path: Path) -> None:
     """By SIGKILL before file operations from the first to the last, every second run twice."""
-    scenario = {"recipe": recipe(source, texts, MIXED), "options": {}, "old": False, "kills": 5, "seed": 0}
-    (tmp_path / "scenarios.json").write_text(json.dumps({"quantize": scenario}))
-    line = [sys.executable, "-m", "tests.crashes", str(tmp_path), str(tmp_path / "scenarios.json")]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])["quantize"]
-    assert len(answer["kills"]) == 5
-    for kill in answer["kills"]:
-        described = f"{kill}\n{done.stderr[-3000:]}"
-        assert kill["statuses"][0] == -signal.SIGKILL and kill["last"] == 0, described
-        assert kill["different"] == [] and kill["left"] == [], described
+    killed_and_resumed(tmp_path / "runs", recipe=recipe(source, texts, MIXED), kills=5)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

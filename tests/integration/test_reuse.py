@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import moe_compress
-from moe_compress import measure, pipeline
+from moe_compress import manifest, measure, output
 from moe_compress.checkpoint.record import Record
 from moe_compress.checkpoint.source import open_checkpoint
 from moe_compress.cli import app
@@ -263,7 +263,7 @@ def test_the_report_lists_the_calibration_of_every_step(source: Path, texts: Pat
     assert report["settings"]["calibration"]["experts"] == 16 and second["experts"] == 12
     assert "* step 2:" in (tmp_path / "out" / "report.md").read_text()
     records = [Record("prune", {}, "reap", 0, coverage={"starved": starved}) for starved in ([], [[1, 3]])]
-    assert ["layer 1 expert 3"] in pipeline._calibration(records)["step 2"].values()  # type: ignore[index]
+    assert ["layer 1 expert 3"] in output.calibration_of(records)["step 2"].values()  # type: ignore[index]
 
 
 # ---------------------------------------------------------------------------------------------- identity and evaluation
@@ -278,9 +278,9 @@ def test_other_libraries_do_not_continue_a_run(
         moe_compress.run(recipe, out, progress=Recording("apply"))
     assert json.loads((tmp_path / "out.work" / "moe-compress.json").read_text())["run"]["device"] == "cpu"
     for name, refused in (("torch", True), ("transformers", True), ("datasets", False)):
-        versions = pipeline.library_versions() | {name: "99"}
+        versions = manifest.library_versions() | {name: "99"}
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "library_versions", lambda versions=versions: versions)
+            patch.setattr(manifest, "library_versions", lambda versions=versions: versions)
             with pytest.raises(ResumeError if refused else KeyboardInterrupt) as caught:
                 moe_compress.run(recipe, out, resume=True, progress=Recording("apply"))
             assert not refused or f"versions.{name}" in str(caught.value)

@@ -23,13 +23,15 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import moe_compress
-from moe_compress import pipeline
+from moe_compress import manifest
 from moe_compress.checkpoint.hidden import save_hidden
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.cli import app
 from moe_compress.errors import CheckpointError, ResumeError, UsageError
 from moe_compress.progress import SilentProgress
 from moe_compress.workspace import explained_disk_errors
+from tests.crashes import killed_and_resumed
+from tests.fork_server import PLAIN_TRANSFORMERS
 from tests.tiny_checkpoint import tiny_recipe, write_texts
 
 ROOT = Path(__file__).parents[2]
@@ -73,9 +75,9 @@ def interrupted_at(units: int) -> Iterator[SilentProgress]:
 
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """`moe-compress` in a process of its own."""
-    line = [sys.executable, "-m", "moe_compress", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False, timeout=3000)
+    """`moe-compress` in a process of its own; `test_real_kill_of_the_command` starts it as users do."""
+    line = [sys.executable, "-c", "from moe_compress.cli import app; app()", *map(str, arguments)]
+    return PLAIN_TRANSFORMERS.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def recipe_file(folder: Path, recipe: dict[str, Any]) -> Path:
@@ -257,48 +259,30 @@ def test_dry_run_writes_nothing(source: Path, texts: Path, tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------------------------ kill and resume
 
 
-@pytest.fixture(scope="module")
-def crashes(source: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Runs killed just before file operations from the first to the last, every second one twice, and all resumed."""
-    identity = {"model": str(source), "steps": [], "export": {"max_shard_size": "20KB"}, "eval": {"speed": False}}
-    scenarios = {
-        "two_steps": {"recipe": tiny_recipe(source, texts, 0.75, 0.5), "kills": 12},
-        "replacing": {"recipe": tiny_recipe(source, texts, 0.75), "kills": 6, "options": {"force": True}, "old": True},
-        "identity": {"recipe": identity, "kills": 3},
-    }
-    for seed, scenario in enumerate(scenarios.values()):
-        scenario.update({"options": {}, "old": False, "seed": seed} | scenario)
-    folder = tmp_path_factory.mktemp("crashes")
-    (folder / "scenarios.json").write_text(json.dumps(scenarios))
-    line = [sys.executable, "-m", "tests.crashes", str(folder), str(folder / "scenarios.json")]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False, timeout=3000)
-    assert done.returncode == 0, done.stderr
-    answers: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    for name, answer in answers.items():
-        assert len({kill["moment"] for kill in answer["kills"]}) == scenarios[name]["kills"]
-        for kill in answer["kills"]:
-            described = f"{name}: {kill}\n{done.stderr[-3000:]}"
-            assert kill["statuses"][0] == -signal.SIGKILL and kill["last"] == 0, described
-            assert kill["different"] == [] and kill["left"] == [], described
-    return answers
-
-
 def states(answer: dict[str, Any]) -> set[str]:
     return {state for kill in answer["kills"] for state in kill["between"]}
 
 
-def test_killed_anywhere_and_resumed_ends_bit_identical(crashes: dict[str, dict[str, Any]]) -> None:
-    answer = crashes["two_steps"]
+@pytest.mark.usefixtures("no_reload")
+def test_killed_anywhere_and_resumed_ends_bit_identical(source: Path, texts: Path, tmp_path: Path) -> None:
+    """Just before file operations from the first to the last, every second run twice."""
+    answer = killed_and_resumed(tmp_path / "runs", recipe=tiny_recipe(source, texts, 0.75, 0.5), kills=12)
     assert answer["operations"] > 150 and set(answer["files"]) > BESIDE_THE_WEIGHTS
     assert states(answer) == {"nothing", "new"}, "never half an OUT"
 
 
-def test_killed_while_replacing_an_older_result(crashes: dict[str, dict[str, Any]]) -> None:
-    assert states(crashes["replacing"]) == {"old", "new"}, "the older result is there until the new one is"
+@pytest.mark.usefixtures("no_reload")
+def test_killed_while_replacing_an_older_result(source: Path, texts: Path, tmp_path: Path) -> None:
+    recipe, options = tiny_recipe(source, texts, 0.75), {"force": True}
+    answer = killed_and_resumed(tmp_path / "runs", recipe=recipe, kills=6, options=options, old=True, seed=1)
+    assert states(answer) == {"old", "new"}, "the older result is there until the new one is"
 
 
-def test_killed_identity(crashes: dict[str, dict[str, Any]]) -> None:
-    assert states(crashes["identity"]) <= {"nothing", "new"}
+@pytest.mark.usefixtures("no_reload")
+def test_killed_identity(source: Path, tmp_path: Path) -> None:
+    recipe = {"model": str(source), "steps": [], "export": {"max_shard_size": "20KB"}, "eval": {"speed": False}}
+    answer = killed_and_resumed(tmp_path / "runs", recipe=recipe, kills=3, seed=2)
+    assert states(answer) <= {"nothing", "new"}
 
 
 def test_real_kill_of_the_command(source: Path, texts: Path, tmp_path: Path) -> None:
@@ -315,7 +299,7 @@ def test_real_kill_of_the_command(source: Path, texts: Path, tmp_path: Path) -> 
     assert process.wait() == -signal.SIGKILL and not out.exists()
     with pytest.raises(UsageError, match="--resume"):
         moe_compress.run(str(recipe), out)
-    done = command("run", recipe, out, "--resume")
+    done = subprocess.run([*line, "--resume"], capture_output=True, text=True, cwd=ROOT, check=False, timeout=3000)
     assert done.returncode == 0, done.stderr
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "recipe.yaml"]
     uninterrupted = tmp_path / "uninterrupted"
@@ -348,7 +332,7 @@ def test_another_run_is_not_resumed(
     assert "fingerprint" not in message
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "__version__", "99")
+        patch.setattr(manifest, "__version__", "99")
         assert f'version: "{moe_compress.__version__}" -> "99"' in refusal()
 
     shard = sorted(own_source.glob("*.safetensors"))[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,10 @@ def test_a_600b_model_from_its_config_alone(
     )
     assert quantized["predicted"]["stored_bytes"] == 250 * 10**9
     assert "is within reach" in quantized["steps"][0]["summary"][0]
+    print_plan(moe_compress.plan("w4-stock", model=str(tmp_path), device="cpu"))
+    assert re.search(r"3 to 60 +│ +256 │ +256 │ 100% at 4", capsys.readouterr().out), (
+        "one row for layers that are alike"
+    )
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_numbers_as_they_are_read(value: float, text: str) -> None:
 
 
 def test_settings_as_they_are_read() -> None:
-    assert words({"a": True, "b": [1, None], "c": {}}) == "a yes, b 1, none, c none"
+    assert words({"a": True, "b": [1, None], "c": {}, "d": None}) == "a yes, b 1, none, c none"
     assert tight("33.0 % of 24.2 MB ± 6.1 %") == "33.0\u00a0% of 24.2\u00a0MB ±\u00a06.1\u00a0%"
 
 

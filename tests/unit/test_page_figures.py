@@ -41,7 +41,7 @@ from moe_compress.report.plots import (
     tight_axis,
 )
 from moe_compress.report.result import Result
-from moe_compress.report.single import title
+from moe_compress.report.single import lede, title
 from tests.results import OTHER_TASKS, experts, made, plan, report_of
 
 # ------------------------------------------------------------------------------------------------------------ frontier
@@ -114,6 +114,7 @@ def test_work_stands_in_for_a_size_that_is_the_same() -> None:
     larger["ratio"]["stored_bytes"] = 1.001
     assert measure_of_size([larger]) == WORK, "routers with rows for zero experts take some bytes more"
     assert title(Result(larger)) == "org/model, 30.0 % fewer FLOPs"
+    assert lede(larger)[0].startswith("From 2.46 GFLOP to 1.72 GFLOP per token with prune (reap)")
     found = points([less, least, same], ["a", "b", "c"])
     assert [point.size for point in found] == pytest.approx([0.8 * 2.461e9, 0.6 * 2.461e9, 2.461e9, 2.461e9])
     assert [dominating(point, found) is not None for point in found] == [False, False, True, False]

@@ -59,8 +59,9 @@ def scores(seed: int = 0, **changes: Any) -> Scores:
         for part in (WHOLE, *PROJECTIONS):
             base = rng.uniform(1, 30, EXPERTS) * tokens
             for bits in range(1, 9):
-                statistics[f"error.{part}.{bits}"] = base * 4.0**-bits * rng.uniform(0.9, 1.1, EXPERTS)
-        statistics[f"error.{WHOLE}.{DROP}"] = rng.uniform(1, 30, EXPERTS) * tokens
+                statistics[f"relative_error.{part}.{bits}"] = base * 4.0**-bits * rng.uniform(0.9, 1.1, EXPERTS)
+                statistics[f"error.{part}.{bits}"] = base * 4.0**-bits * rng.uniform(5, 50, EXPERTS)
+        statistics[f"relative_error.{WHOLE}.{DROP}"] = rng.uniform(1, 30, EXPERTS) * tokens
         layers.append(LayerScores(layer, EXPERTS, TOP_K, 1000, 0.9, statistics | changes, 1e4 * (layer + 1)))
     return Scores(layers, {})
 
@@ -129,25 +130,25 @@ def test_pmq_is_the_papers_product(exponents: dict[str, float] | None) -> None:
 def test_output_error_is_relative_to_the_stream() -> None:
     layer = scores().layers[2]
     found, _ = expert_costs(config(average_bits=2), layer, "up_proj", "3")
-    np.testing.assert_allclose(found, layer.statistics["error.up_proj.3"] / 3e4, rtol=1e-12)
+    np.testing.assert_array_equal(found, layer.statistics["relative_error.up_proj.3"])
     assert expert_costs(config(average_bits=2), layer, "up_proj", KEEP)[0].tolist() == [0.0] * EXPERTS
 
 
 def test_starved_experts_take_the_prior() -> None:
     tokens = np.array([100.0, 0.0, FEW_TOKENS - 1, FEW_TOKENS, 300.0, 50.0])
     error = np.array([10.0, 0.0, 99.0, 4.0, 60.0, 5.0])
-    layer = scores(**{"tokens": tokens, f"error.{WHOLE}.2": error}).layers[0]
+    layer = scores(**{"tokens": tokens, f"relative_error.{WHOLE}.2": error}).layers[0]
     found, few = expert_costs(config(average_bits=2), layer, WHOLE, "2")
     per_token = error.sum() / tokens.sum()
     assert few == [1, 2]
-    np.testing.assert_allclose(found * 1e4, [10, per_token, per_token * FEW_TOKENS, 4, 60, 5], rtol=1e-12)
+    np.testing.assert_allclose(found, [10, per_token, per_token * FEW_TOKENS, 4, 60, 5], rtol=1e-12)
     assert error[1] == 0.0, "the scores stay as they were"
 
 
 def test_costs_that_are_missing_or_no_numbers() -> None:
-    with pytest.raises(UsageError, match="no fisher for 2 bits of expert; score again"):
+    with pytest.raises(UsageError, match="no relative fisher for 2 bits of expert; score again"):
         expert_costs(config(average_bits=2, cost="fisher"), scores().layers[0], WHOLE, "2")
-    broken = scores(**{f"error.{WHOLE}.2": np.array([1, 2, np.nan, 1, 1, 1])})
+    broken = scores(**{f"relative_error.{WHOLE}.2": np.array([1, 2, np.nan, 1, 1, 1])})
     with pytest.raises(DataError, match="layer 0, expert 2 is not finite"):
         planned({"average_bits": 2}, broken)
 
@@ -207,7 +208,7 @@ def test_budgets_are_held_exactly(granularity: str, drop: bool) -> None:
 
 
 def test_an_expert_goes_as_a_whole() -> None:
-    cheap = scores(**{f"error.{WHOLE}.{DROP}": np.array([1e9, 0.0, 1e9, 0.0, 0.0, 0.0])})
+    cheap = scores(**{f"relative_error.{WHOLE}.{DROP}": np.array([1e9, 0.0, 1e9, 0.0, 0.0, 0.0])})
     for granularity in ("expert", "projection"):
         plan = planned({"average_bits": 2, "allow_drop": True, "granularity": granularity}, cheap)
         assert all({0, 2} <= set(layer.keep) for layer in plan.layers) and plan.num_dropped > 0
@@ -312,6 +313,6 @@ def test_rules_to_compare_with_hold_the_budget_too() -> None:
 def test_stock_drops_no_super_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     """One scheme holds there, so they cannot have eight bits of their own."""
     monkeypatch.setattr(plan_module, "super_experts", lambda scores, layers: {(1, 3)})
-    free = scores(**{f"error.{WHOLE}.{DROP}": np.array([1e9, 1e9, 1e9, 0.0, 1e9, 1e9])})
+    free = scores(**{f"relative_error.{WHOLE}.{DROP}": np.array([1e9, 1e9, 1e9, 0.0, 1e9, 1e9])})
     plan = planned({"average_bits": 3.4, "allow_drop": True, "options": [4]}, free, tier="stock")
     assert [3 in layer.keep for layer in plan.layers] == [False, True, False]

@@ -60,7 +60,7 @@ def test_an_average_leads_to_about_these_bytes(average: float) -> None:
     for shape in SHAPES:
         statistics = {"tokens": rng.integers(100, 900, 16).astype(float), "max_abs": rng.gamma(2.0, size=16)}
         base = rng.gamma(2.0, size=16)
-        statistics |= {f"error.expert.{bits}": base * 4.0**-bits for bits in (1, 2, 3, 4, 8)}
+        statistics |= {f"relative_error.expert.{bits}": base * 4.0**-bits for bits in (1, 2, 3, 4, 8)}
         layers.append(LayerScores(shape.layer, 16, 4, 2000, 0.0, statistics, 1.0))
     scores = Scores(layers, {"quantize": measured_settings(config)})
     plan = plan_quantize(config, SHAPES, scores, fixed_bytes=FIXED, num_decoder_layers=4)

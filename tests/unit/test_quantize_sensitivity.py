@@ -94,42 +94,58 @@ def rounded(expert: Matrices, bits: int, part: str) -> Matrices:
     }
 
 
-def entering(folder: Path) -> list[Tensor]:
-    """The MoE blocks' inputs [T, H] of every layer, in plain transformers."""
+def entering(folder: Path) -> tuple[list[Tensor], list[Tensor]]:
+    """The MoE blocks' inputs [T, H] and the squared norms [T] of what leaves the layer, in plain transformers."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
     found: list[Tensor] = []
+    leaving: list[Tensor] = []
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].reshape(-1, 32)))
+        layer.register_forward_hook(lambda module, inputs, out: leaving.append(out.reshape(-1, 32).square().sum(-1)))
     with torch.no_grad():
         model.double()(input_ids=TOKENS, use_cache=False)
-    return found
+    return found, leaving
+
+
+def sums(changes: list[Tensor], energies: list[float], channels: Tensor) -> dict[str, float]:
+    """The three kinds of costs, of squared changes [H] token by token."""
+    relative = [change / energy for change, energy in zip(changes, energies, strict=True)]
+    return {
+        "error": float(sum(change.sum() for change in changes)),
+        "relative_error": float(sum(change.sum() for change in relative)),
+        "relative_fisher": float(sum((change * channels).sum() for change in relative)),
+    }
 
 
 def test_costs_are_those_of_every_expert_alone(folder: Path, tmp_path: Path) -> None:
     channels = torch.rand(32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     scores = measured(folder, tmp_path / "scores", CONFIG, channels)
-    for layer, inputs in enumerate(entering(folder)):
+    for layer, (inputs, leaving) in enumerate(zip(*entering(folder), strict=True)):
         block = Block(folder, layer)
         statistics = scores.layers[layer].statistics
         routing = [block.route(x) for x in inputs]
         for expert in range(EXPERTS):
-            own = [(x, g) for x, chosen in zip(inputs, routing, strict=True) for e, g in chosen if e == expert]
+            own = [
+                (x, float(energy), g)
+                for x, energy, chosen in zip(inputs, leaving, routing, strict=True)
+                for e, g in chosen
+                if e == expert
+            ]
+            energies = [energy for _, energy, _ in own]
             assert len(own) == statistics["tokens"][expert]
             for part in ("expert", "gate_proj", "up_proj", "down_proj"):
                 for bits in (1, 2, 4, 8):
                     new = rounded(block.experts[expert], bits, part)
                     old = block.experts[expert]
-                    changes = [(g * (block.output(new, x) - block.output(old, x))).square() for x, g in own]
-                    expected = float(sum(change.sum() for change in changes))
-                    weighted = float(sum((change * channels).sum() for change in changes))
-                    name = f"{part}.{bits}"
-                    assert statistics[f"error.{name}"][expert] == pytest.approx(expected, rel=1e-3), name
-                    assert statistics[f"fisher.{name}"][expert] == pytest.approx(weighted, rel=1e-3), name
-            changes = [(block.routed(x, lost=expert) - block.routed(x)).square() for x, _ in own]
-            expected = float(sum(change.sum() for change in changes))
-            assert statistics["error.expert.drop"][expert] == pytest.approx(expected, rel=1e-4)
+                    changes = [(g * (block.output(new, x) - block.output(old, x))).square() for x, _, g in own]
+                    for kind, expected in sums(changes, energies, channels).items():
+                        name = f"{kind}.{part}.{bits}"
+                        assert statistics[name][expert] == pytest.approx(expected, rel=1e-3), name
+            changes = [(block.routed(x, lost=expert) - block.routed(x)).square() for x, _, _ in own]
+            for kind, expected in sums(changes, energies, channels).items():
+                assert statistics[f"{kind}.expert.drop"][expert] == pytest.approx(expected, rel=1e-4), kind
     errors = scores.layers[0].statistics
     assert (errors["error.expert.1"] > errors["error.expert.4"]).all()
 
@@ -137,7 +153,7 @@ def test_costs_are_those_of_every_expert_alone(folder: Path, tmp_path: Path) -> 
 def test_few_tokens_stand_for_all(folder: Path, tmp_path: Path) -> None:
     """Of the tokens of an expert the first few are looked at, and count for all."""
     few = measured(folder, tmp_path / "few", CONFIG.model_copy(update={"max_tokens_per_expert": 3}))
-    block, inputs = Block(folder, 0), entering(folder)[0]
+    block, inputs = Block(folder, 0), entering(folder)[0][0]
     statistics = few.layers[0].statistics
     for expert in range(EXPERTS):
         own = [(x, g) for x in inputs for e, g in block.route(x) if e == expert]

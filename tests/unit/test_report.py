@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from moe_compress.report import tables
-from moe_compress.report.build import build_report, headline_metric, recovery
+from moe_compress.report.build import build_report, decode_ratios, headline_metric, recovery
 from moe_compress.report.markdown import headline, limits, random_lines, report_markdown
 from moe_compress.report.paths import without_local_paths
+from moe_compress.report.single import tiles
 from moe_compress.report.tables import MISSING, UNDEFINED, summary_rows
 
 RECIPE = "model: org/model\nsteps:\n- op: prune\n  criterion: reap\n  keep: 0.75\n"
@@ -298,6 +299,27 @@ def test_tables_are_rectangular(report: dict[str, Any]) -> None:
 )
 def test_number_formats(text: str, expected: str) -> None:
     assert text == expected
+
+
+# speed
+
+
+def test_the_range_of_the_speed_ratio_is_that_of_turns() -> None:
+    """Each turn is compared with the other model's of the same turn; medians alone would hide how much they differ."""
+    before = {
+        "speed": {"decode_tokens_per_s": 10.0},
+        "speed_turns": {"decode_tokens_per_s": {"1": 10.0, "2": 8.0, "3": 20.0}},
+    }
+    after = {
+        "speed": {"decode_tokens_per_s": 11.0},
+        "speed_turns": {"decode_tokens_per_s": {"1": 11.0, "2": 10.0, "3": 18.0}},
+    }
+    report = build_report(before, after)
+    assert decode_ratios(report) == (0.9, 1.25) and report["provenance"]["speed_turns"] == "measured"
+    assert any("at 90.0 % to 125.0 %" in limit for limit in limits(report))
+    (tile,) = tiles(report)
+    assert (tile["value"], tile["lines"][1]) == ("+10.0 %", "turn by turn −10.0 % to +25.0 %")  # noqa: RUF001
+    assert decode_ratios(build_report({"speed": before["speed"]}, after)) is None, "they did not take turns"
 
 
 # paths

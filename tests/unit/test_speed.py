@@ -41,6 +41,7 @@ def test_real_processes_tell_a_deep_model_from_a_shallow_one(folders: dict[str, 
     for rate in speed.RATES:
         assert found["shallow"]["speed"][rate] > 1.5 * found["deep"]["speed"][rate] > 0
     for measured in found.values():
+        assert measured["speed"] == {rate: sorted(turns.values())[2] for rate, turns in measured["speed_turns"].items()}
         assert 50 << 20 < measured["peak_rss_bytes"] < len(ballast)
         assert "peak_gpu_bytes" not in measured
     settings = found["deep"]["speed_settings"]

@@ -62,8 +62,8 @@ def test_samples_are_kept_by_expert(tmp_path: Path) -> None:
     measured = ExpertSamples(moe, tmp_path / "samples", limit=4)
     for batch in range(3):
         inputs = torch.full((2, 5), float(batch))
-        measured.add(1, inputs, inputs, torch.full((2,), batch / 10))
-        measured.add(2, inputs[:1], inputs[:1], torch.ones(1))
+        measured.add(1, inputs, inputs, torch.full((2,), batch / 10), torch.ones(2))
+        measured.add(2, inputs[:1], inputs[:1], torch.ones(1), torch.ones(1))
     assert measured.measure() == {}
     empty, many, few = load_samples(tmp_path / "samples", 7, 3, 5)
     assert empty.input_NH.shape == (0, 5) and empty.gate_N.shape == (0,)

@@ -53,25 +53,36 @@ def sample(
     prompt_BP: Tensor,
     length: int,
     temperature: float,
-    seed: Sequence[int],
+    seeds: Sequence[Sequence[int]],
     layers: Sequence[MoELayer] = (),
 ) -> Rollout:
     """Fill prompts up to `length` tokens from softmax(logits / temperature); the rows of `layers` are noted.
 
-    What is drawn depends on the model, the prompts and the seed alone.
+    What is drawn after a prompt depends on the model, the prompt and its own seed, and on no other prompt.
     """
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    drawings = [np.random.default_rng(seed).random(length - prompt_BP.shape[1]) for seed in seeds]
+    uniform_RB = torch.from_numpy(np.stack(drawings, axis=1)).to(prompt_BP.device)
     tokens, logs, cache = [prompt_BP], [], None
     with RoutingTrace(layers) if layers else nullcontext() as trace:
-        for _ in range(length - prompt_BP.shape[1]):
+        for uniform_B in uniform_RB:
             output = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             log_BV = (output.logits[:, -1].float() / temperature).log_softmax(-1)
-            drawn_B1 = torch.multinomial(log_BV.exp().cpu(), 1, generator=generator).to(log_BV.device)
+            drawn_B1 = drawn(log_BV, uniform_B)
             tokens.append(drawn_B1)
             logs.append(log_BV.gather(1, drawn_B1))
         rows = {} if trace is None else {moe.layer: trace.rows_BSK(moe.layer, len(prompt_BP)) for moe in layers}
     return Rollout(torch.cat(tokens, dim=1), torch.cat(logs, dim=1), rows)
+
+
+def drawn(log_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Tokens [B, 1] whose log-probabilities are `log_BV`, by where numbers from [0, 1) fall among their sums.
+
+    `torch.multinomial` draws a number for every token there is.
+    """
+    sums_BV = log_BV.double().exp().cumsum(dim=1)
+    wanted_B1 = uniform_B[:, None] * sums_BV[:, -1:]
+    return torch.searchsorted(sums_BV, wanted_B1, right=True).clamp(max=log_BV.shape[1] - 1)
 
 
 def sample_responses(
@@ -84,12 +95,14 @@ def sample_responses(
     folder.mkdir(exist_ok=True)
     model = None
     portions = []
+    numbers = range(len(prompt_NP))
     for number, prompts in enumerate(prompt_NP.split(PORTION)):
         file = folder / f"responses-{number:05d}.safetensors"
         if not file.exists():
             model = load() if model is None else model
-            device, seed = next(model.parameters()).device, [config.seed, number]
-            found = sample(model, prompts.to(device), length, config.sampling_temperature, seed)
+            seeds = [[config.seed, prompt] for prompt in numbers[number * PORTION :][: len(prompts)]]
+            device = next(model.parameters()).device
+            found = sample(model, prompts.to(device), length, config.sampling_temperature, seeds)
             temporary = file.with_suffix(".part")
             save_file({"tokens": found.tokens_BS.cpu().contiguous()}, temporary)
             replace_durably(temporary, file)

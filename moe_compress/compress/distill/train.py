@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -230,7 +231,9 @@ class _Run:
         sums: dict[str, Tensor] = {}
         micros = [sequences[start : start + size] for start in range(0, len(sequences), size)]
         own = range(self.accelerator.process_index, len(micros), world)
-        batch = [self._drawn(micros[number], tokens_NS, [self.job.config.seed, update, number]) for number in own]
+        batch = [
+            self._drawn(micros[number], tokens_NS, [self.job.config.seed, update], number * size) for number in own
+        ]
         shares = self._shares(batch)
         for micro in batch:
             share = len(micro.sequences) / len(sequences)
@@ -241,14 +244,17 @@ class _Run:
                 sums[name] = sums.get(name, 0) + share * term.detach().double().view(-1)
         return self._over_processes(sums)
 
-    def _drawn(self, sequences: Sequence[int], tokens_NS: Tensor, seed: Sequence[int]) -> _Micro:
-        """The sequences of one pass, as they are or as the student writes them."""
+    def _drawn(self, sequences: Sequence[int], tokens_NS: Tensor, seed: list[int], first: int) -> _Micro:
+        """The sequences of one pass, as they are or as the student writes them; `first` is their place in the batch."""
         config, tokens_BS = self.job.config, tokens_NS[list(sequences)].to(self.device)
         if config.prompt_length is None or not config.on_policy:
             return _Micro(sequences, tokens_BS)
         prompt_BP, temperature = tokens_BS[:, : config.prompt_length], config.sampling_temperature
-        with self.autocast():  # its own: it keeps weights without their gradients
-            rollout = sample(self.student, prompt_BP, tokens_BS.shape[1], temperature, seed, self.moe_layers)
+        seeds = [[*seed, first + place] for place in range(len(sequences))]
+        # A context of its own, for it keeps weights without their gradients. A processor attends to single tokens more
+        # slowly in bfloat16.
+        with nullcontext() if self.device.type == "cpu" else self.autocast():
+            rollout = sample(self.student, prompt_BP, tokens_BS.shape[1], temperature, seeds, self.moe_layers)
         return _Micro(sequences, rollout.tokens_BS[:, :-1], rollout)
 
     def _shares(self, batch: Sequence[_Micro]) -> dict[int, Tensor]:

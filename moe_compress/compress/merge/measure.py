@@ -23,7 +23,7 @@ class MeanOutputs:
     def __init__(self, moe: MoELayer, limit: int = SAMPLED_TOKENS) -> None:
         self.moe, self._sample = moe, EvenSample(limit)
 
-    def add(self, expert: int, input_NH: Tensor, block_input_NH: Tensor, gate_N: Tensor) -> None:
+    def add(self, expert: int, input_NH: Tensor, block_input_NH: Tensor, gate_N: Tensor, leaving_N: Tensor) -> None:
         self._sample.add(input_NH)
 
     @torch.no_grad()

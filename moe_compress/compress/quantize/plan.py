@@ -3,11 +3,11 @@
 One width for all is written down as it is; a budget is an integer program over the measured costs (`allocate`).
 Predicted losses, with n tokens routed to an expert, N tokens in all, g gate values, f an expert's raw output:
 
-* output error: sum of |g (f - f_b)|^2 over the expert's tokens when it alone has b bits, or sum of |y - y_without|^2
-  when it is dropped, both over the squared norm of the residual stream that leaves the layer.
+* output error: sum of |g (f - f_b)|^2 / |h|^2 over the expert's tokens when it alone has b bits, or of
+  |y - y_without|^2 / |h|^2 when it is dropped, h the residual stream that leaves the layer.
 * PMQ (arXiv 2410.06270, eq. 4): phi^alpha w^beta eps^gamma, where phi = n / N and w = sum of g / N are normalised over
-  the layer's experts, and eps is the square root of the output error before that division.
-* fisher: as the output error, every channel weighted by the mean squared gradient of the loss there.
+  the layer's experts, and eps is the square root of the output error without that division.
+* fisher: as the output error, every channel weighted by the mean squared gradient of the loss by the relative change.
 
 An expert with fewer than `FEW_TOKENS` tokens has no cost worth the name: it takes the prior, the error per token of the
 whole layer times its tokens plus one.
@@ -37,7 +37,7 @@ from moe_compress.compress.allocate import (
     uniform_by_layer,
 )
 from moe_compress.compress.prune.plan import super_experts
-from moe_compress.compress.quantize.config import BITSANDBYTES, COSTS, Pmq, QuantizeConfig, idle
+from moe_compress.compress.quantize.config import BITSANDBYTES, COSTS, QuantizeConfig, idle
 from moe_compress.errors import DataError, UsageError
 
 FORMAT = 1
@@ -257,14 +257,15 @@ def matrix_bytes(option: str, rows: int, columns: int, config: QuantizeConfig, w
 def expert_costs(config: QuantizeConfig, scores: LayerScores, part: str, option: str) -> tuple[Array, list[int]]:
     """Predicted loss [E] of one option for a part (a projection, or `WHOLE`), and the experts that took the prior."""
     statistics = scores.statistics
-    kind = "fisher" if config.cost == "fisher" else "error"
+    pmq = COSTS.get(config.cost) if isinstance(config.cost, str) else config.cost
+    kind = "error" if pmq is not None else "relative_fisher" if config.cost == "fisher" else "relative_error"
     if option == KEEP:
         return np.zeros(scores.num_experts), []
     try:
         error = statistics[f"{kind}.{part}.{option}"]
     except KeyError:
         raise UsageError(
-            f"the scores hold no {kind} for {option} bits of {part}; score again with this recipe."
+            f"the scores hold no {kind.replace('_', ' ')} for {option} bits of {part}; score again with this recipe."
         ) from None
     if not np.isfinite(error).all():
         expert = int(np.flatnonzero(~np.isfinite(error))[0])
@@ -274,11 +275,10 @@ def expert_costs(config: QuantizeConfig, scores: LayerScores, part: str, option:
     if few.size:
         error = error.copy()
         error[few] = error.sum() / max(1.0, tokens.sum()) * (tokens[few] + 1)
-    pmq = COSTS.get(config.cost) if isinstance(config.cost, str) else config.cost
-    if isinstance(pmq, Pmq):
+    if pmq is not None:
         frequency, weight = (_shares(statistics[name]) for name in ("tokens", "gate_sum"))
         return frequency**pmq.alpha * weight**pmq.beta * np.sqrt(error) ** pmq.gamma, few.tolist()
-    return error / (scores.stream_energy if kind == "error" else 1.0), few.tolist()
+    return error, few.tolist()
 
 
 def _shares(values: Array) -> Array:

@@ -1,11 +1,17 @@
 """What it costs to quantize one expert, measured on its own tokens: every expert alone, every width, every projection.
 
-The costs land in the scores as `error.<part>.<option>` and, with channel weights, `fisher.<part>.<option>`, each [E]:
-the sum over an expert's tokens of |g (f - f_b)|^2, f its raw output, f_b the output with b bits, as the step's own
-method quantizes it (or rounded to nearest, `measured_by: rtn`), g the value that multiplies it. The part is a
-projection, or `expert` for all of them. `error.expert.drop` is the sum of |y - y_without|^2 over the same tokens, y the
-block's routed output, y_without the same when the router has lost the expert: other experts take its place, with the
-gate values that the model gives them.
+The costs land in the scores as `<kind>.<part>.<option>`, each [E]. The part is a projection, or `expert` for all of
+them. The kinds are sums over an expert's tokens, of the change d = g (f - f_b), f the expert's raw output, f_b the
+output with b bits, as the step's own method quantizes it (or rounded to nearest, `measured_by: rtn`), g the value that
+multiplies it, and h the residual stream that leaves the layer:
+
+* `error`: |d|^2.
+* `relative_error`: |d|^2 / |h|^2. What follows sees the stream through its norm, and a few tokens (attention sinks)
+  have streams so large that their errors, which matter little, would outweigh all others.
+* `relative_fisher`, with channel weights F: the sum over channels c of F_c d_c^2 / |h|^2.
+
+For the option `drop` the change is y - y_without, y the block's routed output, y_without the same when the router has
+lost the expert: other experts take its place, with the gate values that the model gives them.
 
 At most `max_tokens_per_expert` tokens of an expert are kept, those seen first; its sums are scaled up to all of them.
 Not covered: what the loss of an expert changes for tokens that were not routed to it (where gates are shares of all).
@@ -34,6 +40,7 @@ from moe_compress.models.skeleton import build_skeleton
 from moe_compress.runtime.grid import Grid
 
 Array = NDArray[np.float64]
+TINY = float(np.finfo(np.float64).tiny)
 CHUNK_BYTES = 1 << 30  # of matrices and second moments held at a time
 
 
@@ -51,15 +58,16 @@ class Sensitivity:
     ) -> None:
         self.config, self.moe, self.scale_dtype = config, moe, scale_dtype
         self.routers, self.channel_weights = routers, channel_weights
-        self.kept: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(moe.num_experts)]
+        self.kept: list[list[list[Tensor]]] = [[] for _ in range(moe.num_experts)]
         self.seen = [0] * moe.num_experts
 
-    def add(self, expert: int, input_NH: Tensor, block_input_NH: Tensor, gate_N: Tensor) -> None:
+    def add(self, expert: int, input_NH: Tensor, block_input_NH: Tensor, gate_N: Tensor, leaving_N: Tensor) -> None:
         """Keep what came to an expert, as far as there is room."""
         room = max(0, self.config.max_tokens_per_expert - self.seen[expert])
         if room:
             block_NH = block_input_NH[: room if self.routers is not None else 0]
-            self.kept[expert].append((input_NH[:room].clone(), block_NH.clone(), gate_N[:room].clone()))
+            kept = (input_NH[:room], block_NH, gate_N[:room], leaving_N[:room])
+            self.kept[expert].append([tensor.clone() for tensor in kept])
         self.seen[expert] += len(gate_N)
 
     @torch.no_grad()
@@ -70,7 +78,7 @@ class Sensitivity:
         options = sorted({*self.config.options, SUPER_EXPERT_BITS})
         names = [f"{part}.{bits}" for part in parts for bits in options]
         names += [f"{WHOLE}.{DROP}"] if self.routers is not None else []
-        kinds = ["error"] + (["fisher"] if self.channel_weights is not None else [])
+        kinds = ["error", "relative_error"] + (["relative_fisher"] if self.channel_weights is not None else [])
         costs = {f"{kind}.{name}": np.zeros(self.moe.num_experts) for kind in kinds for name in names}
         for chunk in self._chunks():
             inputs = {expert: [torch.cat(found) for found in zip(*self.kept[expert], strict=True)] for expert in chunk}
@@ -78,17 +86,18 @@ class Sensitivity:
             for bits in options:
                 rounded = self._rounded(chunk, bits, moments)
                 for number, expert in enumerate(chunk):
-                    input_NH, _, gate_N = inputs[expert]
+                    input_NH, _, gate_N, leaving_N = inputs[expert]
                     own = {name: matrices[number] for name, matrices in rounded.items()}
                     for part in parts:
                         one = _Rounded(experts, own, part)
                         output_NH = expert_output(one, expert, expert_inner(one, expert, input_NH))
                         change_NH = self.moe.output_scale * gate_N[:, None] * (output_NH - exact[expert])
-                        self._enter(costs, f"{part}.{bits}", expert, change_NH)
+                        self._enter(costs, f"{part}.{bits}", expert, change_NH, leaving_N)
             if self.routers is not None:
                 for expert in chunk:
-                    change_NH = self.routers.change(self.moe, expert, inputs[expert][1])
-                    self._enter(costs, f"{WHOLE}.{DROP}", expert, change_NH)
+                    _, block_NH, _, leaving_N = inputs[expert]
+                    change_NH = self.routers.change(self.moe, expert, block_NH)
+                    self._enter(costs, f"{WHOLE}.{DROP}", expert, change_NH, leaving_N)
         return costs
 
     def _chunks(self) -> Iterator[list[int]]:
@@ -141,12 +150,14 @@ class Sensitivity:
                 rounded[name] = rtn(weights, grid, **settings).dequantize()
         return rounded
 
-    def _enter(self, costs: dict[str, Array], name: str, expert: int, change_NH: Tensor) -> None:
+    def _enter(self, costs: dict[str, Array], name: str, expert: int, change_NH: Tensor, leaving_N: Tensor) -> None:
         squares_NH = change_NH.double().square()
+        relative_NH = squares_NH / leaving_N.double().square().clamp(min=TINY)[:, None]
         scale = self.seen[expert] / len(change_NH)
         costs[f"error.{name}"][expert] = float(squares_NH.sum()) * scale
+        costs[f"relative_error.{name}"][expert] = float(relative_NH.sum()) * scale
         if self.channel_weights is not None:
-            costs[f"fisher.{name}"][expert] = float((squares_NH.cpu() * self.channel_weights).sum()) * scale
+            costs[f"relative_fisher.{name}"][expert] = float((relative_NH.cpu() * self.channel_weights).sum()) * scale
 
 
 class _Rounded:

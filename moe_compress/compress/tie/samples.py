@@ -31,7 +31,7 @@ class ExpertSamples:
         self.moe, self.folder = moe, folder
         self._samples = [EvenSample(limit) for _ in range(moe.num_experts)]
 
-    def add(self, expert: int, input_NH: Tensor, block_input_NH: Tensor, gate_N: Tensor) -> None:
+    def add(self, expert: int, input_NH: Tensor, block_input_NH: Tensor, gate_N: Tensor, leaving_N: Tensor) -> None:
         self._samples[expert].add(input_NH.float(), gate_N.float())
 
     def measure(self) -> dict[str, NDArray[np.float64]]:
