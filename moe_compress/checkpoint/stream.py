@@ -172,6 +172,11 @@ class LayerStream:
         """Make the output head resident."""
         self._load_end(self.model.get_output_embeddings())
 
+    def load_outside(self) -> None:
+        """Make resident all that the model knows besides the layers, whether a forward pass needs it or not."""
+        self._load(list(self.outside_targets))
+        self.model.tie_weights()
+
     def _load_end(self, module: nn.Module) -> None:
         self._load(self.end_names[module])
         if not self.end_names[self._ends()[1]]:

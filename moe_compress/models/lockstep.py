@@ -286,7 +286,10 @@ def _output(tensors: list[Tensor]) -> Any:
 def _checksum(value: Any) -> int:
     """Sum over the words of all tensors in an argument, however nested."""
     if isinstance(value, Tensor):
+        flat = value.detach().contiguous().reshape(-1)
         words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-        return int(value.detach().contiguous().reshape(-1).view(words).sum(dtype=torch.int64))
+        # Words of 64 bits where they fit: a sum of shorter ones would first make a longer copy of them all.
+        whole = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
+        return int(flat.view(torch.int64 if whole else words).sum(dtype=torch.int64))
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
     return sum(_checksum(item) for item in items) % 2**62

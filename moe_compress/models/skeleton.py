@@ -43,12 +43,13 @@ def build_skeleton(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    experts_implementation: str = "eager",
+    experts_implementation: str | None = "eager",
 ) -> PreTrainedModel:
     """An empty model in evaluation mode.
 
     `dtype` is that of the meta parameters, `device` where the computed buffers live, `experts_implementation` a name
-    in `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS`. The configuration is copied, not changed.
+    in `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS`, or None for the one that transformers would take. The
+    configuration is copied, not changed.
 
     Raises `UnsupportedModelError` when the model is no language model, or cannot be built as it is configured.
     """

@@ -19,7 +19,7 @@ from moe_compress.compress.distill import parts
 from moe_compress.compress.distill.apply import DistillChange, Readers
 from moe_compress.compress.distill.config import DistillConfig
 from moe_compress.compress.distill.layerwise import heal_layers, trained_readers
-from moe_compress.compress.distill.state import load_parameters
+from moe_compress.compress.distill.state import parameter_readers
 from moe_compress.compress.distill.train import Job, train
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.progress import SilentProgress
@@ -96,10 +96,10 @@ def test_whole_model(case: Case) -> None:
     save_file({"tokens": TOKENS}, folder / "tokens.safetensors")
     lines: list[dict[str, Any]] = []
     train(Job(config, case.student.folder, case.teacher.folder, folder, "cpu", "x"), lines.append)
-    found = load_parameters(folder)
+    found = parameter_readers(folder)
     assert counted(case.student) <= set(found)
     aliases = parts.aliases(build_skeleton(case.student.config))
-    trained = {name: lambda first=first: found[first] for name, first in aliases.items() if first in found}
+    trained = {name: found[first] for name, first in aliases.items() if first in found}
     model = case.written("whole", trained)
     assert probe_error(model, case.folder / "whole") < TOLERANCE
     before = divergence(case, case.load("student"))

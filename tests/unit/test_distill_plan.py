@@ -61,6 +61,10 @@ def test_memory_counts_weights_gradients_moments_and_logits() -> None:
     assert full_memory(config(teacher="cached", prompt_length=4), **sizes) == 4 * 4000  # it writes the responses
     two = config(processes=2, micro_batch_size=4)
     assert full_memory(two, **sizes) == 2 * 4 * (1000 + 300 + 2000 + 3 * 4 * 8 * 50)
+    divided = 4 * (1000 + 300 + 2000) + 2 * 4 * (70 + 3 * 4 * 8 * 50)
+    assert full_memory(two, **sizes, gathered=70) == divided
+    packed = two.model_copy(update={"teacher": "nf4"})  # which every process has
+    assert full_memory(packed, **sizes, gathered=70) == divided + 4 * 2000
 
 
 def test_an_nf4_teacher_counts_the_packed_matrices_of_its_layers() -> None:

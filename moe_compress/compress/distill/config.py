@@ -118,6 +118,12 @@ class DistillConfig(BaseModel):
         description="Of products in the passes; weights are trained in float32. auto: bfloat16 on a GPU that has it.",
     )
     processes: int = Field(default=1, ge=1, description="Processes that share a batch, one per GPU or CPU group.")
+    accelerate_config: str | None = Field(
+        default=None,
+        min_length=1,
+        description="An accelerate config file (`accelerate config`) that says how many processes there are, whether "
+        "they divide parameters, gradients and optimizer states among them (FSDP2), and the precision of products.",
+    )
     save_every: int = Field(default=25, ge=1, description="Updates between two saves of the training state.")
 
     inputs: Literal["teacher", "student"] = Field(
@@ -186,8 +192,10 @@ _FULL_ONLY = {
     "sampling_temperature": "`mode: layerwise` learns from given texts",
     "precision": "`mode: layerwise` computes in float32",
     "processes": "`mode: layerwise` is one process",
+    "accelerate_config": "`mode: layerwise` is one process",
     "save_every": "`mode: layerwise` saves every layer",
 }
+_ACCELERATE = {"processes": "`num_processes`", "precision": "`mixed_precision`"}
 _SCORED = "`stage: on_policy` scores sampled tokens"
 _OFF_POLICY_ONLY = {
     "top_logits": _SCORED,
@@ -226,6 +234,8 @@ def idle(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if step.get("mode") == "layerwise":
         yield from ((key, why) for key, why in _FULL_ONLY.items() if key in step)
         return
+    if step.get("accelerate_config") is not None:
+        yield from ((key, f"{why} of `accelerate_config` decides") for key, why in _ACCELERATE.items() if key in step)
     if "sampling_temperature" in step and step.get("prompt_length") is None:
         yield "sampling_temperature", "without `prompt_length` nothing is sampled"
     if "inputs" in step:

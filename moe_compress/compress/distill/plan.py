@@ -71,17 +71,24 @@ def full_memory(
     original: int,
     vocabulary: int,
     sequence_length: int,
+    gathered: int | None = None,
 ) -> int:
     """Bytes that the whole-model mode needs, activations inside the layers left out.
 
     `student`, `trained`, `teacher` and `original` count parameters; the teacher's as many as would take its memory in
     float32 while it teaches. Each process holds weights in float32, and of what is trained the gradient and AdamW's two
     moments; logits of one pass lie in memory with their gradient and those of the teacher. Where the original writes
-    responses, it does so before, in one process, and unpacked.
+    responses, it does so before, in one process, and unpacked. With FSDP2 the processes hold all this together (but a
+    packed teacher each), and `gathered` counts what each of them holds whole for a moment.
     """
     online = config.on_policy or (config.teacher != "cached" and config.asks_teacher)
     logits = (3 if online else 2) * config.micro_batch_size * sequence_length * vocabulary
-    training = config.processes * (student + 3 * trained + (teacher if online else 0) + logits)
+    own, taught_by = student + 3 * trained, teacher if online else 0
+    if gathered is None:
+        training = config.processes * (own + taught_by + logits)
+    else:
+        copies = config.processes if config.teacher == "nf4" else 1
+        training = own + copies * taught_by + config.processes * (gathered + logits)
     writes = config.prompt_length is not None and not config.on_policy
     return round(FLOAT * max(training, original if writes else 0))
 

@@ -1,64 +1,130 @@
-"""The state of a training on disk, and its metrics: whole files, from which it goes on as if it had not stopped."""
+"""The state of a training on disk, and its metrics: whole at any moment, so that it goes on as if it had not stopped.
+
+A state is a folder, `state-<update>`, written by torch.distributed.checkpoint: every process writes what it holds of a
+tensor, in parallel and without gathering it, and any number of processes can read it again.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from moe_compress.checkpoint.durable import replace_durably
+from moe_compress.checkpoint.writer import write_json
 from moe_compress.errors import ResumeError
 
-STATE_FILE = "state.pt"
+STATE, PART = "state-", "state.part"
+ABOUT = "about.json"
 METRICS_FILE = "metrics.jsonl"
+PARAMETER, MOMENTS = "parameter", ("exp_avg", "exp_avg_sq")
 
 
 def save_state(
-    folder: Path, update: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, identity: str
+    folder: Path, update: int, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, identity: str
 ) -> None:
-    """Keep what the trained parameters and the optimizer are before update number `update`."""
-    state = {
-        "update": update,
-        "identity": identity,
-        "parameters": {name: value.detach().cpu() for name, value in parameters.items()},
-        "optimizer": optimizer.state_dict(),
-    }
-    temporary = folder / f"{STATE_FILE}.part"
-    torch.save(state, temporary)
-    replace_durably(temporary, folder / STATE_FILE)
+    """Keep what the trained parameters and AdamW are before update number `update`; all processes call it together."""
+    part = folder / PART
+    if _is_first():
+        shutil.rmtree(part, ignore_errors=True)
+    state: dict[str, Any] = {}
+    for name, value in parameters.items():
+        state |= _named(name, value, _moments(optimizer, value))
+    if dist.is_initialized():
+        dist.barrier()
+    with _without_remarks():
+        save(state, storage_writer=FileSystemWriter(part))
+    if _is_first():
+        write_json(part / ABOUT, {"update": update, "identity": identity})
+        older = _states(folder)
+        replace_durably(part, folder / f"{STATE}{update:08d}")
+        for state_folder in older:
+            shutil.rmtree(state_folder)
 
 
-def load_state(folder: Path, parameters: dict[str, Any], optimizer: torch.optim.Optimizer, identity: str) -> int:
+def load_state(folder: Path, parameters: Mapping[str, Any], optimizer: torch.optim.Optimizer, identity: str) -> int:
     """Take up what `save_state` kept; returns the update to go on with, 0 where there is nothing.
 
     Raises `ResumeError` when it is of another training.
     """
-    file = folder / STATE_FILE
-    if not file.exists():
+    states = _states(folder)
+    if not states:
         return 0
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    if state["identity"] != identity:
-        raise ResumeError(f"{file} is of a training with other data or settings; start over with --force.")
-    with torch.no_grad():
-        for name, value in state["parameters"].items():
-            parameters[name].copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["update"])
+    about = json.loads((states[-1] / ABOUT).read_text(encoding="utf-8"))
+    if about["identity"] != identity:
+        raise ResumeError(f"{states[-1]} is of a training with other data or settings; start over with --force.")
+    update: int = about["update"]
+    state: dict[str, Any] = {}
+    for name, value in parameters.items():
+        moments = _moments(optimizer, value)
+        optimizer.state[value] = {"step": torch.tensor(float(update)), **moments}
+        state |= _named(name, value, moments)
+    with _without_remarks():
+        load(state, storage_reader=FileSystemReader(states[-1]))
+    return update
 
 
 def state_update(folder: Path) -> int:
     """The update that the state in `folder` goes on with; 0 without one."""
-    file = folder / STATE_FILE
-    return int(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["update"]) if file.exists() else 0
+    states = _states(folder)
+    return int(json.loads((states[-1] / ABOUT).read_text(encoding="utf-8"))["update"]) if states else 0
 
 
-def load_parameters(folder: Path) -> dict[str, Tensor]:
-    """The trained parameters, by their first names."""
-    found: dict[str, Tensor] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)["parameters"]
-    return found
+def parameter_readers(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """What reads each trained parameter, by its first name."""
+    state = _states(folder)[-1]
+    stored = FileSystemReader(state).read_metadata().state_dict_metadata
+    prefix = f"{PARAMETER}."
+    return {key.removeprefix(prefix): partial(_read, state, key) for key in stored if key.startswith(prefix)}
+
+
+def _read(state: Path, key: str) -> Tensor:
+    reader = FileSystemReader(state)
+    about: Any = reader.read_metadata().state_dict_metadata[key]
+    found = {key: torch.empty(about.size, dtype=about.properties.dtype)}
+    with _without_remarks():
+        load(found, storage_reader=reader)
+    return found[key]
+
+
+def _named(name: str, parameter: Tensor, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is kept of a parameter, by its name in the state."""
+    return {f"{PARAMETER}.{name}": parameter.detach()} | {f"{key}.{name}": value for key, value in moments.items()}
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameter: Any) -> dict[str, Tensor]:
+    """AdamW's moments of a parameter; zeros before the first update."""
+    known = optimizer.state.get(parameter, {})
+    return {moment: known[moment] if moment in known else torch.zeros_like(parameter) for moment in MOMENTS}
+
+
+def _states(folder: Path) -> list[Path]:
+    """The whole states, in order; a run killed while it replaced one leaves two."""
+    return sorted(folder.glob(f"{STATE}*"))
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Without the warning that one process is alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 class Metrics:

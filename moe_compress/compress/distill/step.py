@@ -27,6 +27,7 @@ from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
 from moe_compress.compress.demand import FLOAT, Demand, apply_demand, hidden_bytes, num_tokens
 from moe_compress.compress.distill import parts
+from moe_compress.compress.distill.accelerate_config import Launch, read_launch
 from moe_compress.compress.distill.apply import DistillChange, Readers
 from moe_compress.compress.distill.balance import SkipTarget
 from moe_compress.compress.distill.config import DistillConfig
@@ -41,7 +42,8 @@ from moe_compress.compress.distill.plan import (
     thinned,
 )
 from moe_compress.compress.distill.sampling import PORTION, sample_responses
-from moe_compress.compress.distill.state import load_parameters, read_metrics, state_update
+from moe_compress.compress.distill.sharding import gathered
+from moe_compress.compress.distill.state import parameter_readers, read_metrics, state_update
 from moe_compress.compress.distill.teacher import cache_bytes, write_cache
 from moe_compress.compress.distill.train import CACHE, TOKENS_FILE, Job, load_model, train
 from moe_compress.compress.distill.worker import train_in_processes
@@ -101,6 +103,7 @@ class DistillStep(Step[DistillConfig]):
             require_same_language(self.config, folder, config)
         if self.config.data is not None:
             scoring.read_calibration(folder, config, self.config.data)
+        self._settled()
 
     def run(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Record:
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,6 +133,13 @@ class DistillStep(Step[DistillConfig]):
         assert around.original is not None
         return around.original
 
+    def _settled(self) -> tuple[DistillConfig, Launch | None]:
+        """The settings, with what an accelerate config decides of them."""
+        if self.config.accelerate_config is None:
+            return self.config, None
+        launch = read_launch(self.config.accelerate_config)
+        return launch.settle(self.config), launch
+
     def demands(self, before: Outlook, after: Outlook, calibration: CalibrationConfig) -> list[Demand]:
         """The original is taken for as large as what is trained."""
         data = self.config.data or calibration
@@ -152,14 +162,16 @@ class DistillStep(Step[DistillConfig]):
             streams = 2 if self.config.inputs == "student" else 1  # the last layer's hidden states beside the next's
             scratch = FLOAT * trained + 2 * streams * hidden_bytes(before.size, num_tokens(data))
         else:
+            config, launch = self._settled()
             needed = full_memory(
-                self.config,
+                config,
                 student=count,
                 trained=trained,
-                teacher=teacher_floats(self.config, skeleton),
+                teacher=teacher_floats(config, skeleton),
                 original=count,
                 vocabulary=vocabulary,
                 sequence_length=data.sequence_length,
+                gathered=gathered(skeleton, chosen, skeleton) if launch is not None and launch.sharded else None,
             )
             scratch = state_bytes(trained)
             if self.config.caches_logits:
@@ -183,8 +195,10 @@ class DistillStep(Step[DistillConfig]):
         schedule = Schedule(self.config, *data.tokens.shape)
         first = state_update(work)
         if first < schedule.num_updates:
-            self._require_memory(skeleton, teacher, schedule, around.device)
-            identity = fingerprint(self.config, source, teacher, data)
+            config, launch = self._settled()
+            device = "cpu" if launch is not None and launch.use_cpu else around.device
+            self._require_memory(skeleton, teacher, schedule, device)
+            identity = fingerprint(config, source, teacher, data)
             tokens_NS = self._learnt(teacher, data.tokens, work, around, title)
             if self.config.caches_logits:
                 vocabulary = source.config.get_text_config().vocab_size
@@ -198,18 +212,17 @@ class DistillStep(Step[DistillConfig]):
             if self.config.teacher == "nf4" and self.config.asks_teacher:
                 QuantizeStep(NF4).run(teacher, work / PACKED_TEACHER, replace(around, tier="plugin"), title)
                 taught_by = open_rewritten(work / PACKED_TEACHER / "checkpoint", teacher).folder
-            job = Job(self.config, source.folder, taught_by, work, around.device, identity)
+            job = Job(config, source.folder, taught_by, work, device, identity, launch)
             with around.progress.stage(f"{title}: train", schedule.num_updates, "update") as stage:
                 for _ in range(first):
                     stage.advance("done before")
                 watch = watcher(stage, schedule)
-                if self.config.processes > 1:
+                if config.processes > 1:
                     train_in_processes(job, first, watch)
                 else:
                     train(job, watch)
-        found = load_parameters(work)
-        aliases = parts.aliases(skeleton)
-        return {name: partial(found.__getitem__, first) for name, first in aliases.items() if first in found}
+        read = parameter_readers(work)
+        return {name: read[first] for name, first in parts.aliases(skeleton).items() if first in read}
 
     def _learnt(self, teacher: Checkpoint, tokens_NS: Tensor, work: Path, around: Surroundings, title: str) -> Tensor:
         """What is learnt from: the texts, or their beginnings with what the original made of them."""
@@ -273,17 +286,19 @@ class DistillStep(Step[DistillConfig]):
     def _require_memory(self, skeleton: Any, teacher: Checkpoint, schedule: Schedule, device: str) -> None:
         parameters, original = dict(skeleton.named_parameters()), build_skeleton(teacher.config)
         chosen = parts.chosen(parts.parts(parameters, find_moe_layers(skeleton)), self.config.trainable)
+        config, launch = self._settled()
         needed = full_memory(
-            self.config,
+            config,
             student=sum(parameter.numel() for parameter in parameters.values()),
             trained=sum(parameters[name].numel() for name in chosen),
-            teacher=teacher_floats(self.config, original),
+            teacher=teacher_floats(config, original),
             original=sum(parameter.numel() for parameter in original.parameters()),
             vocabulary=skeleton.config.get_text_config().vocab_size,
             sequence_length=schedule.sequence_length,
+            gathered=gathered(skeleton, chosen, original) if launch is not None and launch.sharded else None,
         )
         if device.startswith("cuda"):
-            needed //= self.config.processes  # each has a GPU of its own
+            needed //= config.processes  # each has a GPU of its own
         require_memory(needed, device, "train fewer parts, take `teacher: cached`, or use `mode: layerwise`")
 
     def _require_layer_memory(self, student: LayerStream, original: LayerStream, num_tokens: int) -> None:
@@ -351,7 +366,7 @@ def require_memory(needed: int, device: str, advice: str) -> None:
 def fingerprint(config: DistillConfig, source: Checkpoint, teacher: Checkpoint, data: Calibration) -> str:
     """A hash of everything that decides the losses."""
     decided = {
-        "config": config.model_dump(mode="json", exclude={"save_every", "processes"}),
+        "config": config.model_dump(mode="json", exclude={"save_every", "processes", "accelerate_config"}),
         "student": describe_source(source),
         "teacher": describe_source(teacher),
         "tokens": data.fingerprint,

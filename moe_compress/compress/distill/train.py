@@ -2,18 +2,20 @@
 
 The loop is deterministic: an update is a function of the parameters, the optimizer's state and its number, and all
 three are saved together. Several processes take turns at the passes of one batch, and their gradients are added up
-before each update, so their number changes no loss beyond the rounding of that sum.
+before each update, so their number changes no loss beyond the rounding of that sum. Each holds the whole models, or,
+with an accelerate config for FSDP2, its part of every parameter, of its gradient and of the optimizer's state.
 
-Not covered: parameters or optimizer states divided among processes (FSDP); each process holds all of them.
+Not covered: processes on several machines; layers or experts as a whole divided among processes (pipeline, expert
+parallelism).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,12 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from moe_compress.compress.distill import losses, parts
+from moe_compress.compress.distill.accelerate_config import Launch
 from moe_compress.compress.distill.balance import SkipTarget, skipped_L
 from moe_compress.compress.distill.config import DistillConfig
 from moe_compress.compress.distill.plan import Schedule
 from moe_compress.compress.distill.sampling import Rollout, sample
+from moe_compress.compress.distill.sharding import sharded_model, whole
 from moe_compress.compress.distill.state import Metrics, load_state, save_state
 from moe_compress.compress.distill.teacher import CachedTeacher, Lesson, OnlineTeacher
 from moe_compress.errors import TrainingError
@@ -46,7 +50,7 @@ SKIPPED = "skipped"  # among the terms: the share of slots that each layer skipp
 class Job:
     """A training: where the models lie, and the folder with the tokens, the teacher's cache, the state and the metrics.
 
-    `identity` is a hash of everything that decides the losses.
+    `identity` is a hash of everything that decides the losses; `launch` is there where an accelerate config is.
     """
 
     config: DistillConfig
@@ -55,19 +59,27 @@ class Job:
     folder: Path
     device: str
     identity: str
+    launch: Launch | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the processes divide the models' parameters among them."""
+        return self.launch is not None and self.launch.sharded
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-able values."""
         paths = {name: str(getattr(self, name)) for name in ("student", "teacher", "folder")}
         config = self.config.model_dump(mode="json")
-        return paths | {"config": config, "device": self.device, "identity": self.identity}
+        launch = None if self.launch is None else asdict(self.launch)
+        return paths | {"config": config, "device": self.device, "identity": self.identity, "launch": launch}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Job:
         """What `to_json` gave."""
         paths = {name: Path(content[name]) for name in ("student", "teacher", "folder")}
         config = DistillConfig.model_validate(content["config"])
-        return cls(config, device=content["device"], identity=content["identity"], **paths)
+        launch = None if content["launch"] is None else Launch(**content["launch"])
+        return cls(config, device=content["device"], identity=content["identity"], launch=launch, **paths)
 
 
 def train(job: Job, on_update: Callable[[dict[str, Any]], None]) -> None:
@@ -79,7 +91,7 @@ def train(job: Job, on_update: Callable[[dict[str, Any]], None]) -> None:
     device = accelerator.device if accelerator.num_processes > 1 else torch.device(job.device)
     tokens_NS = load_file(job.folder / TOKENS_FILE)["tokens"]
     schedule = Schedule(job.config, *tokens_NS.shape)
-    student = load_model(job.student, device)
+    student = read_model(job, job.student, device, is_trained=True)
     moe_layers, every = find_moe_layers(student), dict(student.named_parameters())
     by_part = parts.parts(every, moe_layers)
     trained = {name: every[name].requires_grad_() for name in parts.chosen(by_part, job.config.trainable)}
@@ -94,12 +106,26 @@ def train(job: Job, on_update: Callable[[dict[str, Any]], None]) -> None:
         line["seconds"] = round(time.monotonic() - started, 3)
         if metrics is not None:
             metrics.add(line)
-            if (update + 1) % job.config.save_every == 0 and update + 1 < schedule.num_updates:
-                run.save(update + 1)
+        if (update + 1) % job.config.save_every == 0 and update + 1 < schedule.num_updates:
+            run.save(update + 1)
         on_update(line)
-    if accelerator.is_main_process:
-        run.save(schedule.num_updates)
+    run.save(schedule.num_updates)
     accelerator.wait_for_everyone()
+
+
+def read_model(job: Job, folder: Path, device: torch.device, *, is_trained: bool) -> Any:
+    """A model as this process holds it: whole, or its part of every parameter."""
+    if not job.is_sharded:
+        return load_model(folder, device)
+    assert job.launch is not None
+    return sharded_model(
+        folder,
+        device,
+        processes=job.launch.processes,
+        is_trained=is_trained,
+        reshard=job.launch.reshard_after_forward or not is_trained,
+        in_bfloat16=computes_bfloat16(job.config, device),
+    )
 
 
 def load_model(folder: Path, device: torch.device | str) -> Any:
@@ -115,9 +141,9 @@ def make_teacher(job: Job, device: torch.device) -> Callable[[Sequence[int], Ten
         return lambda sequences, tokens_BS: Lesson(None)
     if job.config.caches_logits:
         return CachedTeacher(job.folder / CACHE, device)
-    return OnlineTeacher(
-        load_model(job.teacher, device), logits=job.config.uses_teacher_logits, hidden=job.config.hidden_weight > 0
-    )
+    is_packed = job.config.teacher == "nf4"  # its buffers are small, and each process has them all
+    model = load_model(job.teacher, device) if is_packed else read_model(job, job.teacher, device, is_trained=False)
+    return OnlineTeacher(model, logits=job.config.uses_teacher_logits, hidden=job.config.hidden_weight > 0)
 
 
 def loss_terms(config: DistillConfig, output: Any, lesson: Lesson, tokens_BS: Tensor) -> dict[str, Tensor]:
@@ -157,9 +183,10 @@ def computes_bfloat16(config: DistillConfig, device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class _Micro:
-    """What one pass learns from: the tokens that go in, and how they were sampled."""
+    """What one pass learns from: the tokens that go in, their share of the batch, and how they were sampled."""
 
     sequences: Sequence[int]
+    share: float
     tokens_BS: Tensor
     rollout: Rollout | None = None
 
@@ -200,18 +227,18 @@ class _Run:
             group["lr"] = rate * group["scale"]
         terms = self._passes(update, sequences, tokens_NS)
         skipped = terms.pop(SKIPPED)
-        norm = self._gradient_norm()
+        total_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.trained.values()])
+        norm = float(whole(total_norm))
         values: dict[str, Any] = {name: found[0] for name, found in terms.items()}
         loss = sum(factor * values[name] for name, factor in self.factors.items())
         if not math.isfinite(loss) or not math.isfinite(norm):
-            if self.accelerator.is_main_process:
-                self.save(update)
+            self.save(update)
             raise TrainingError(
                 f"the loss is {loss} with gradients of norm {norm} at update {update + 1} of "
                 f"{self.schedule.num_updates}; lower `learning_rate` and start again (the weights as they were before "
                 f"are kept in {self.job.folder})."
             )
-        torch.nn.utils.clip_grad_norm_(list(self.trained.values()), config.max_gradient_norm)
+        torch.nn.utils.clip_grads_with_norm_(list(self.trained.values()), config.max_gradient_norm, total_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         seen = min((update + 1) * config.batch_size, self.schedule.num_sequences * config.epochs)
@@ -227,42 +254,55 @@ class _Run:
 
     def _passes(self, update: int, sequences: Sequence[int], tokens_NS: Tensor) -> dict[str, list[float]]:
         """This process's share of a batch, forward and back; the terms of the whole batch."""
-        size, world = self.job.config.micro_batch_size, self.accelerator.num_processes
         sums: dict[str, Tensor] = {}
-        micros = [sequences[start : start + size] for start in range(0, len(sequences), size)]
-        own = range(self.accelerator.process_index, len(micros), world)
-        batch = [
-            self._drawn(micros[number], tokens_NS, [self.job.config.seed, update], number * size) for number in own
-        ]
+        seed = [self.job.config.seed, update]
+        batch = [self._drawn(micro, share, tokens_NS, seed, first) for first, micro, share in self._turns(sequences)]
         shares = self._shares(batch)
         for micro in batch:
-            share = len(micro.sequences) / len(sequences)
             terms = self._terms(micro, shares)
-            loss = torch.stack([share * factor * terms[name].double() for name, factor in self.factors.items()]).sum()
-            loss.backward()
+            loss = torch.stack([factor * terms[name].double() for name, factor in self.factors.items()]).sum()
+            (micro.share * loss).backward()
             for name, term in terms.items():
-                sums[name] = sums.get(name, 0) + share * term.detach().double().view(-1)
+                sums[name] = sums.get(name, 0) + micro.share * term.detach().double().view(-1)
         return self._over_processes(sums)
 
-    def _drawn(self, sequences: Sequence[int], tokens_NS: Tensor, seed: list[int], first: int) -> _Micro:
+    def _turns(self, sequences: Sequence[int]) -> Iterator[tuple[int, Sequence[int], float]]:
+        """The passes of this process: where their sequences begin in the batch, these, and their share of it.
+
+        Processes that divide the parameters pass through them together; one with nothing left to do then repeats the
+        last pass with a share of 0.
+        """
+        size, world = self.job.config.micro_batch_size, self.accelerator.num_processes
+        firsts = list(range(0, len(sequences), size))
+        for turn in range(0, len(firsts), world):
+            number = turn + self.accelerator.process_index
+            if number < len(firsts) or self.job.is_sharded:
+                first = firsts[min(number, len(firsts) - 1)]
+                micro = sequences[first : first + size]
+                yield first, micro, len(micro) / len(sequences) if number < len(firsts) else 0.0
+
+    def _drawn(self, sequences: Sequence[int], share: float, tokens_NS: Tensor, seed: list[int], first: int) -> _Micro:
         """The sequences of one pass, as they are or as the student writes them; `first` is their place in the batch."""
         config, tokens_BS = self.job.config, tokens_NS[list(sequences)].to(self.device)
         if config.prompt_length is None or not config.on_policy:
-            return _Micro(sequences, tokens_BS)
+            return _Micro(sequences, share, tokens_BS)
         prompt_BP, temperature = tokens_BS[:, : config.prompt_length], config.sampling_temperature
         seeds = [[*seed, first + place] for place in range(len(sequences))]
         # A context of its own, for it keeps weights without their gradients. A processor attends to single tokens more
-        # slowly in bfloat16.
-        with nullcontext() if self.device.type == "cpu" else self.autocast():
+        # slowly in bfloat16, but where weights are gathered as such there is no other way.
+        is_exact = self.device.type == "cpu" and not self.job.is_sharded
+        with nullcontext() if is_exact else self.autocast():
             rollout = sample(self.student, prompt_BP, tokens_BS.shape[1], temperature, seeds, self.moe_layers)
-        return _Micro(sequences, rollout.tokens_BS[:, :-1], rollout)
+        return _Micro(sequences, share, rollout.tokens_BS[:, :-1], rollout)
 
     def _shares(self, batch: Sequence[_Micro]) -> dict[int, Tensor]:
         """By layer, the share of the whole batch's slots that each row of its router takes; nothing if not asked."""
         if self.skip is None or not self.job.config.expert_balance_alpha:
             return {}
         total = partial(self.accelerator.reduce, reduction="sum")
-        return self.skip.shares((micro.rows or self._routed(micro.tokens_BS) for micro in batch), total)
+        picked = ((micro.rows or self._routed(micro.tokens_BS), micro.share) for micro in batch)
+        counted = ({layer: row if share else row[:0] for layer, row in rows.items()} for rows, share in picked)
+        return self.skip.shares(counted, total)
 
     @torch.no_grad()
     def _routed(self, tokens_BS: Tensor) -> dict[int, Tensor]:
@@ -302,10 +342,6 @@ class _Run:
                 parameter.grad = torch.zeros_like(parameter)
         if self.accelerator.num_processes > 1:
             found = self.accelerator.reduce(found, "sum")
-            for parameter in self.trained.values():
+            for parameter in () if self.job.is_sharded else self.trained.values():  # FSDP has added them up
                 parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
         return {name: part.tolist() for name, part in zip(sizes, found.split(list(sizes.values())), strict=True)}
-
-    def _gradient_norm(self) -> float:
-        gradients = [parameter.grad for parameter in self.trained.values()]
-        return float(torch.nn.utils.get_total_norm(gradients))

@@ -1,6 +1,7 @@
 """Whole-model distillation in several processes: how they are started and watched, and what each of them runs.
 
 python -m torch.distributed.run --nproc_per_node N -m moe_compress.compress.distill.worker JOB.json
+python -m accelerate.commands.launch --config_file FILE --module moe_compress.compress.distill.worker JOB.json
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from accelerate.utils import disable_fsdp_ram_efficient_loading
 
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.distill.state import read_metrics
@@ -28,13 +30,20 @@ JOB_FILE, FAILURE_FILE, LOG_FILE = "job.json", "failure.json", "processes.log"
 def train_in_processes(job: Job, first: int, on_update: Callable[[dict[str, Any]], None]) -> None:
     """`train` in `config.processes` processes; they end when this one does. `first` is the update they begin with.
 
+    With an accelerate config, they are started by accelerate as it says.
+
     Raises `TrainingError` with what went wrong in them.
     """
     failure = job.folder / FAILURE_FILE
     failure.unlink(missing_ok=True)
     write_json(job.folder / JOB_FILE, job.to_json() | {"parent": os.getpid()})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(job.config.processes), "-m", __name__, str(job.folder / JOB_FILE)]
+    if job.launch is not None:
+        assert job.config.accelerate_config is not None
+        command = ["accelerate.commands.launch", "--config_file", job.config.accelerate_config]
+        command += ["--main_process_port", "0", "--module"]  # any that is free
+    else:
+        command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(job.config.processes), "-m"]
+    command = [sys.executable, "-m", *command, __name__, str(job.folder / JOB_FILE)]
     shown = first
     with (job.folder / LOG_FILE).open("wb") as log:
         started = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -63,6 +72,7 @@ def main(file: Path) -> int:
     """One of the processes; the exit code."""
     content = json.loads(file.read_text(encoding="utf-8"))
     parent = content.pop("parent")
+    disable_fsdp_ram_efficient_loading()  # which would let transformers read a model in one process alone
 
     def watch(line: dict[str, Any]) -> None:
         if not psutil.pid_exists(parent):
