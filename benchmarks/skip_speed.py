@@ -5,9 +5,9 @@
 * functions: one layer's experts of the built-in model's shape and of OLMoE-1B-7B's (random weights), called on T tokens
   with random routing, nothing skipped and half of the slots skipped. `eager` and `grouped_mm` cannot leave slots out,
   they always run all. All are called in turn, in random order; seconds are medians.
-* models: prefill and decode of the built-in model beside itself with half of the slots skipped by gate ratio, and of
-  four layers of OLMoE-1B-7B's shape with random weights beside the same with as many zero experts as experts, to which
-  random routers send half of the slots. Fresh processes take turns, as in every report; batches of 1 and 16.
+* models: prefill and decode of the built-in model beside itself with half of the slots skipped by gate ratio, in fresh
+  processes that take turns, as in every report; and of four layers of OLMoE-1B-7B's shape with random weights beside
+  the same with as many zero experts as experts (`skip_layers`). Batches of 1 and 16.
 
 Results go to `benchmarks/results/skip_speed.json`. Not covered: GPUs, and what skipping does to quality
 (`skip_reference`).
@@ -28,8 +28,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "skip_speed.json"
 SHAPES = {"reference": (256, 96, 16, 4), "olmoe": (2048, 1024, 64, 8)}  # hidden, expert width, experts, top-k
 TOKENS = (1, 4, 16, 64, 256)
-SECONDS = 6.0  # for one shape, type and number of tokens
-LEAST_CALLS = 9  # of each function
+SECONDS = 5.0  # for one shape, type and number of tokens
+LEAST_CALLS = 15  # of each function
 STEPS = {"reference": {"op": "skip", "target_skip": 0.5}, "olmoe": {"op": "zero_experts", "count": 1.0}}
 WORKLOADS = ({"batch_size": 1}, {"batch_size": 16})
 
@@ -125,15 +125,16 @@ def row(shape: str, dtype: str, tokens: int, times: dict[str, list[float]]) -> d
 def models(folder: Path) -> list[dict[str, Any]]:
     """Tokens per second of original and adapted models."""
     import moe_compress
+    from benchmarks import skip_layers
     from benchmarks.olmoe_shape import write
     from moe_compress.eval.speed import measure_speed
 
     folder.mkdir(parents=True, exist_ok=True)
     shape = folder / "olmoe-4-layers"
     write(shape, num_layers=4)
-    rows = []
+    adapted = {name: folder / f"{name}-adapted" for name in STEPS}
     for name, source in {"reference": "reference", "olmoe": str(shape)}.items():
-        out = folder / f"{name}-adapted"
+        out = adapted[name]
         if not out.exists():
             moe_compress.run(
                 {
@@ -145,16 +146,21 @@ def models(folder: Path) -> list[dict[str, Any]]:
                 },
                 out,
             )
-        figures = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        skipped = 1 - figures["ratio"]["experts_per_token_mean"]
-        original = Path(moe_compress.__file__).parent / "reference/checkpoint" if source == "reference" else shape
-        for workload in WORKLOADS:
-            found = measure_speed({"original": original, "adapted": out}, prompt_tokens=256, new_tokens=32, **workload)
-            speeds = {model: entry["speed"] for model, entry in found.items()}
-            gained = {key: speeds["adapted"][key] / speeds["original"][key] for key in speeds["original"]}
-            settings = found["adapted"]["speed_settings"]
-            rows.append({"model": name, "skipped": skipped, "speeds": speeds, "ratio": gained, "settings": settings})
-            print(rows[-1], flush=True)
+    rows = []
+    original = Path(moe_compress.__file__).parent / "reference/checkpoint"
+    figures = json.loads((adapted["reference"] / "report.json").read_text(encoding="utf-8"))
+    skipped = dict.fromkeys(("prefill", "decode"), 1 - figures["ratio"]["experts_per_token_mean"])
+    for workload in WORKLOADS:
+        sides = {"original": original, "adapted": adapted["reference"]}
+        found = measure_speed(sides, prompt_tokens=256, new_tokens=32, **workload)
+        speeds = {model: entry["speed"] for model, entry in found.items()}
+        settings = found["adapted"]["speed_settings"]
+        rows.append({"model": "reference", "skipped": skipped, "speeds": speeds, "settings": settings})
+    rows += skip_layers.rows(shape, adapted["olmoe"])
+    for line in rows:
+        speeds = line["speeds"]
+        line["ratio"] = {key: speeds["adapted"][key] / speeds["original"][key] for key in speeds["original"]}
+        print(line, flush=True)
     return rows
 
 

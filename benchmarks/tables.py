@@ -193,18 +193,17 @@ def skip_speed() -> str:
 
 
 def skip_models() -> str:
-    """Tokens per second of whole models, half of the slots skipped."""
-    rows = []
+    """Tokens per second of models, half of the slots skipped."""
+    rows, kinds = [], ("prefill", "decode")
     for row in load("skip_speed")["models"]["rows"]:
-        cells = [row["model"], str(row["settings"]["batch_size"]), format_percent(row["skipped"])]
-        for key in ("prefill_tokens_per_s", "decode_tokens_per_s"):
-            cells += [f"{row['speeds'][side][key]:,.0f}" for side in ("original", "adapted")] + [
-                f"{row['ratio'][key]:.2f}"
-            ]
+        cells = [row["model"], str(row["settings"]["batch_size"])]
+        for kind in kinds:
+            key = f"{kind}_tokens_per_s"
+            cells += [f"{row['speeds'][side][key]:,.0f}" for side in ("original", "adapted")]
+            cells += [format_percent(row["skipped"][kind]), f"{row['ratio'][key]:.2f}"]
         rows.append(cells)
-    kinds, columns = ("prefill", "decode"), (", tokens/s", " with half skipped", ", ratio")
-    speeds = [kind + column for kind in kinds for column in columns]
-    return table(["", "batch", "slots skipped", *speeds], rows)
+    columns = (", tokens/s", " with slots skipped", ", how many", ", ratio")
+    return table(["", "batch", *(kind + column for kind in kinds for column in columns)], rows)
 
 
 ALLOCATIONS = {
