@@ -122,7 +122,7 @@ def other_claims() -> Iterator[str]:
         row for row in models["rows"] if row["model"] == PARTS["layers"] and row["settings"]["batch_size"] == 1
     )
     assert all(ratio >= 1.3 for ratio in olmoe["ratio"].values()) and models["threads"] == 2
-    assert all(abs(share - 0.5) < 0.005 for share in olmoe["skipped"].values())
+    assert all(abs(share - 0.5) < 0.01 for share in olmoe["skipped"].values())
     yield "both reach it"
     yield "on two threads"
     trial = load("gptq_speed")
