@@ -1,6 +1,7 @@
 """The built-in model with half of its expert slots left out, untrained and trained: every way there is, by task.
 
     python -m benchmarks.skip_reference --folder DIR [--only NAME ...]
+    python -m benchmarks.skip_reference --folder DIR --speed
 
 Each row is a recipe, run as a person would run it, evaluated on whole tables of the `reference` tasks. The calibration
 of untrained rows is 64 x 512 tokens of the packaged texts as they come; `skipped` is counted on them where tokens
@@ -11,8 +12,9 @@ row of the first. Halved rows learn in the same way, without zero experts. `skip
 sequences that they learn from. Seconds are of training alone, in one process, on a shared machine.
 
 Results go to `benchmarks/results/skip_reference.json` after every row; rows that are there already are kept while all
-that decides them is the same, and trainings in DIR that are complete are not done again. Not covered: speed
-(`skip_speed`), other models, other seeds.
+that decides them is the same, and trainings in DIR that are complete are not done again. `--speed` measures rows that
+leave out half of the slots beside the original, in turn; it makes what is not in DIR, and wants a quiet machine. Not
+covered: speed where experts are large (`skip_speed`), other models, other seeds.
 """
 
 from __future__ import annotations
@@ -22,14 +24,17 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import moe_compress
+from benchmarks.tables import HALF_WITHIN
 from benchmarks.zeda_texts import write_texts
 from moe_compress.checkpoint.source import REFERENCE
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.harness import evaluate
+from moe_compress.eval.speed import measure_speed
 from moe_compress.manifest import hardware, library_versions
 from moe_compress.recipe import load_recipe
 
@@ -81,6 +86,7 @@ TRAINED: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "ZEDA, target 25 %": ("original", [ZERO, OFF | SHORT | {"target_skip": 0.25}]),
     "ZEDA, target 75 %": ("ZEDA, off-policy", [OFF | SHORT | {"target_skip": 0.75}]),
 }
+BATCH_SIZES = (1, 16)
 CONTROLS = ("ZEDA, target 25 %", "ZEDA, target 75 %")  # of the skip ratio alone: not evaluated by task
 
 
@@ -175,37 +181,68 @@ def by_task(tasks: dict[str, Any]) -> dict[str, float]:
 
 
 def made(name: str, step: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
-    """One row: the step, the experts that ran, and the tasks' headline figures."""
+    """One untrained row: the step, the experts that ran, and the tasks' headline figures."""
     shutil.rmtree(folder, ignore_errors=True)
-    recipe = {
-        "model": "reference",
-        "steps": [] if step is None else [step],
-        "export": {"tier": "plugin"},
-        "eval": {"tasks": ["reference"], "baseline": False, "speed": False},
-    }
-    calibrated = step is not None and (step["op"] != "topk" or "allocation" in step)
-    report = moe_compress.run(recipe | ({"calibration": CALIBRATION} if calibrated else {}), folder)
+    report = moe_compress.run(untrained(step, ["reference"]), folder)
     figures = report["compressed"]
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["steps"]
     row = {"name": name} | identity(name) | {"plan": [line for entry in plan for line in entry["summary"]]}
     return row | flops(figures) | {"tasks": by_task(figures["tasks"])}
 
 
+def untrained(step: dict[str, Any] | None, tasks: list[str]) -> dict[str, Any]:
+    """The recipe of an untrained row."""
+    calibrated = step is not None and (step["op"] != "topk" or "allocation" in step)
+    return {
+        "model": "reference",
+        "steps": [] if step is None else [step],
+        "export": {"tier": "plugin"},
+        "eval": {"tasks": tasks, "baseline": False, "speed": False},
+    } | ({"calibration": CALIBRATION} if calibrated else {})
+
+
+def measured(names: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+    """Tokens per second of rows, one sequence and 16 at a time."""
+    folders = {}
+    for name in names:
+        folders[name] = checkpoint(name, folder) if name in TRAINED else folder / slug(name)
+        if not folders[name].exists():
+            moe_compress.run(untrained(ROWS[name], []), folders[name])
+    return [
+        {
+            "batch_size": size,
+            "models": {name: {key: one[key] for key in ("speed", "speed_settings")} for name, one in found.items()},
+        }
+        for size in BATCH_SIZES
+        for found in [measure_speed(folders, batch_size=size, new_tokens=32)]
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are made; trained ones are kept")
     parser.add_argument("--only", nargs="+", choices=[*ROWS, *TRAINED], help="rows to make; all by default")
+    parser.add_argument(
+        "--speed", action="store_true", help="measure the speed of rows that are there, and nothing else"
+    )
     given = parser.parse_args()
     made_with = settings()
     given.folder.mkdir(parents=True, exist_ok=True)
     order = [*ROWS, *TRAINED]
+    if given.speed:
+        found = json.loads(RESULTS.read_text(encoding="utf-8"))
+        halved = [row["name"] for row in found["rows"] if "tasks" in row and abs(row["skipped"] - 0.5) < HALF_WITHIN]
+        found["speeds"] = measured(["original", *(given.only or halved)], given.folder)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        return
+    speeds = json.loads(RESULTS.read_text(encoding="utf-8")).get("speeds", []) if RESULTS.exists() else []
     for name in given.only or order:
         rows = kept_rows(made_with)
         if any(row["name"] == name for row in rows):
             continue
         row = made(name, ROWS[name], given.folder / "row") if name in ROWS else trained(name, given.folder)
         rows = sorted([*kept_rows(made_with), row], key=lambda row: order.index(row["name"]))
-        RESULTS.write_text(json.dumps(made_with | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        RESULTS.write_text(json.dumps(made_with | {"rows": rows, "speeds": speeds}, indent=1) + "\n", encoding="utf-8")
         print(name, f"{row['skipped']:.3f}", row.get("tasks"), flush=True)
 
 

@@ -159,6 +159,20 @@ def _training(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list
     return [f"{tokens:,}", f"{seconds / 60:.1f}"]
 
 
+def skip_rivals_speed() -> str:
+    """Speed of the rows beside the original's, measured in one run."""
+    speeds, cells = load("skip_reference")["speeds"], []
+    for name in list(speeds[0]["models"])[1:]:
+        ratios = [
+            found["models"][name]["speed"][rate] / found["models"]["original"]["speed"][rate]
+            for found in speeds
+            for rate in ("prefill_tokens_per_s", "decode_tokens_per_s")
+        ]
+        cells.append([name, *(f"{ratio:.2f}" for ratio in ratios)])
+    kinds = [f"{kind}, batch {found['batch_size']}" for found in speeds for kind in ("prefill", "decode")]
+    return table(["", *kinds], cells)
+
+
 def skip_control() -> str:
     """Skip ratios asked for and counted."""
     rows = [row for row in load("skip_reference")["rows"] if _asked(row)]
@@ -438,7 +452,8 @@ TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
         prune_reference, prune_criteria, prune_readme, merge_reference, merge_short, tie_reference, skip_reference,
-        skip_trained, skip_control, skip_speed, skip_models, distill_reference, quantize_allocations, quantize_sizes,
+        skip_trained, skip_rivals_speed, skip_control, skip_speed, skip_models, distill_reference, quantize_allocations,
+        quantize_sizes,
         quantize_readme, quantize_frontier,
         streaming, layerwise_memory, kill_resume, allocation, lm_eval_reference, gptq_speed, plan_accuracy,
         audit_reference,

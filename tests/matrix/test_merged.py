@@ -229,7 +229,7 @@ def tie(case: Case, name: str, plan: TiePlan) -> Path:
         generator = torch.Generator().manual_seed(tied.layer)
         for expert in range(NUM_EXPERTS):
             rows = torch.randn(12, moe.width, generator=generator)
-            sampled.add(expert, rows, rows, torch.rand(12, generator=generator))
+            sampled.add(expert, rows, rows, torch.rand(12, generator=generator), torch.ones(12))
         sampled.measure()
     with SilentProgress().stage(name, 1) as stage:
         make_banks(plan, LayerStream(case.source), folder / "samples", folder / "banks", stage)
