@@ -1,7 +1,6 @@
 """The built-in model with half of its expert slots left out, untrained and trained: every way there is, by task.
 
-    python -m benchmarks.skip_reference --folder DIR [--only NAME ...]
-    python -m benchmarks.skip_reference --folder DIR --speed
+    python -m benchmarks.skip_reference --folder DIR [--only NAME ...] [--speed]
 
 Each row is a recipe, run as a person would run it, evaluated on whole tables of the `reference` tasks. The calibration
 of untrained rows is 64 x 512 tokens of the packaged texts as they come; `skipped` is counted on them where tokens

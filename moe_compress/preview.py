@@ -8,10 +8,11 @@ from typing import Any
 
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import share
+from moe_compress.calibrate.documents import require_local
 from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.rewrite import dense_config
-from moe_compress.checkpoint.source import Checkpoint, open_config, small_files
+from moe_compress.checkpoint.source import Checkpoint, is_local, open_config, small_files
 from moe_compress.compress.operation import Outlook
 from moe_compress.compress.quantize.config import BUDGETS
 from moe_compress.compress.quantize.step import QuantizeStep
@@ -24,7 +25,7 @@ from moe_compress.manifest import describe_source
 from moe_compress.measure import cost_figures
 from moe_compress.models.layers import PACKED, SECTION, find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
-from moe_compress.recipe import REFERENCE, Recipe, check_tier, load_recipe
+from moe_compress.recipe import Recipe, check_tier, load_recipe
 from moe_compress.steps import make_step
 
 
@@ -246,11 +247,18 @@ def calibration_differences(scores: Scores, calibration: CalibrationConfig) -> l
 
 def foresee(recipe: Recipe) -> list[str]:
     """Warnings about what the recipe would do to its model, if that lies on this disk; raises what `run` refuses."""
-    if recipe.model != REFERENCE and not Path(recipe.model).expanduser().is_dir():
+    require_local_texts(recipe)
+    if not is_local(recipe.model):
         return []
     config, index = open_config(recipe.model, recipe.revision)
     planned, _ = look_ahead(recipe, config, index)
     return [*task_warnings(recipe), *step_warnings(planned)]
+
+
+def require_local_texts(recipe: Recipe) -> None:
+    """Raise `DataError` where the calibration names a path and nothing is there."""
+    for part in recipe.calibration.parts:
+        require_local(part)
 
 
 def step_warnings(planned: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -158,8 +158,7 @@ def _builder(part: DatasetPart) -> datasets.DatasetBuilder:
         if not path.stat().st_size:
             raise DataError(f"The calibration file {path} is empty; name another.")
         return datasets.load_dataset_builder(_reader(path), data_files={"train": [str(path)]})
-    if not path.is_dir() and (part.dataset.startswith((".", "/", "~")) or path.suffix in READERS):
-        raise DataError(f"The calibration file or folder {part.dataset} does not exist.")
+    require_local(part)
     if path.is_dir():
         _refuse_mixed_folder(path)
     name = str(path) if path.is_dir() else part.dataset
@@ -168,6 +167,13 @@ def _builder(part: DatasetPart) -> datasets.DatasetBuilder:
         if part.config_name not in known:
             raise unknown("configuration", part.config_name, known, f"dataset {part.dataset}", "config_name")
     return datasets.load_dataset_builder(name, part.config_name)
+
+
+def require_local(part: DatasetPart) -> None:
+    """Raise `DataError` where a path is named and nothing is there; a Hub id passes."""
+    path = Path(part.dataset).expanduser()
+    if not path.exists() and (part.dataset.startswith((".", "/", "~")) or path.suffix in READERS):
+        raise DataError(f"The calibration file or folder {part.dataset} does not exist.")
 
 
 def _reader(path: Path) -> str:

@@ -100,6 +100,11 @@ def small_files(model: str, revision: str | None = None) -> tuple[Path, str | No
     return folder, folder.name
 
 
+def is_local(model: str) -> bool:
+    """Whether `model` is the built-in one, a folder or a path to one; else it is a Hub id."""
+    return model == "reference" or model.startswith((".", "/", "~")) or Path(model).is_dir()
+
+
 def _refuse_path(path: Path, model: str) -> None:
     """Say what is wrong with a path that is no folder; a Hub id passes."""
     if model == "reference":
@@ -108,7 +113,7 @@ def _refuse_path(path: Path, model: str) -> None:
         raise UnsupportedModelError(_gguf(model))
     if path.exists():
         raise CheckpointError(f"{path} is a file; name the folder of the checkpoint.")
-    if model.startswith((".", "/", "~")):
+    if is_local(model):
         raise CheckpointError(f"The checkpoint folder {path} does not exist.")
 
 

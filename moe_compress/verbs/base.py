@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,10 +26,14 @@ def examples(*lines: str) -> str:
 
 
 def guarded(verb: Verb) -> Verb:
-    """Turn what a verb raises into a sentence on stderr and an exit code; `--debug` adds the traceback."""
+    """Turn what a verb raises into a sentence on stderr and an exit code; `--debug` adds the traceback.
+
+    SIGTERM, by which schedulers end a job, is an interrupt like Ctrl-C.
+    """
 
     @functools.wraps(verb)
     def call(*args: Any, **options: Any) -> None:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             verb(*args, **options)
         except (typer.Exit, typer.Abort, BrokenPipeError):
@@ -47,6 +52,8 @@ def guarded(verb: Verb) -> Verb:
                 advice = " (run again with --debug for the traceback)" if "debug" in options else ""
                 complain(f"unexpected error: {str(error).strip() or type(error).__name__}{advice}")
             raise typer.Exit(getattr(error, "exit_code", 1)) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     return call  # type: ignore[return-value]
 

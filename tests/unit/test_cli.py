@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -229,6 +230,19 @@ def test_validate_says_what_is_valid_and_takes_overrides() -> None:
     )
 
 
+@pytest.mark.parametrize("missing", ["model=/no/where", "calibration.dataset=./no-where.jsonl"])
+def test_validate_looks_for_what_lies_on_this_disk(missing: str) -> None:
+    refused = invoke("validate", "prune-reap-25", missing)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert refused.stderr.endswith(f"{missing.partition('=')[2]} does not exist.\n")
+
+
+def test_validate_says_that_groups_are_smaller_than_asked() -> None:
+    said = "warning: steps.0.group_size: the largest group of layers that can share a bank is 4.\n"
+    assert invoke("validate", "tie-2", "steps.0.group_size=5").stdout == f"{said}tie-2 is valid: tie.\n"
+    assert invoke("validate", "tie-2", "steps.0.group_size=4").stdout == "tie-2 is valid: tie.\n"
+
+
 def test_inspect(pipeline: Fakes) -> None:
     calls = pipeline(inspect=FACTS)
     shown = invoke("inspect", "org/model", "--revision", "main").stdout
@@ -336,6 +350,14 @@ def test_an_interrupt_before_anything_was_written(pipeline: Fakes, tmp_path: Pat
     done = invoke("demo", str(tmp_path / "out"))
     assert (done.exit_code, done.stderr) == (130, "error: interrupted; nothing was written yet.\n")
     assert (invoke("inspect", "x").exit_code, invoke("inspect", "x").stderr) == (130, "error: interrupted.\n")
+
+
+def test_a_scheduler_that_ends_the_job_interrupts_it(pipeline: Fakes, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    pipeline(run=lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    done = invoke("run", "demo", str(tmp_path / "out"))
+    assert (done.exit_code, done.stderr) == (130, "error: interrupted; nothing was written yet.\n")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_demo_runs_the_packaged_recipe(pipeline: Fakes, tmp_path: Path) -> None:

@@ -242,8 +242,8 @@ def _groups(
     left = count - len(alone)
     if left < (1 if len(others) else 0):
         raise UsageError(
-            f"layer {layer.layer} has {len(alone)} super experts, but keep: {config.keep} leaves {count} groups; raise "
-            "keep, or set protect_super_experts: false."
+            f"keep: {config.keep} leaves layer {layer.layer} no group beside those of its super experts, which stay "
+            f"alone (super experts: {len(alone)}, groups: {count}); raise keep, or set protect_super_experts: false."
         )
     found = [Group(expert, (expert,), (1.0,)) for expert in alone]
     if not len(others):

@@ -63,6 +63,9 @@ class TieStep(Step[TieConfig]):
         plan = self._outline(sizes) if before.scores is None else self.plan(before.scores, sizes)
         found = plan.to_json()
         entry: dict[str, Any] = {"op": "tie", "group_size": self.config.group_size, "summary": found["summary"]}
+        largest = max(len(group.layers) for group in plan.groups)
+        if largest < self.config.group_size:
+            entry["warnings"] = [f"group_size: the largest group of layers that can share a bank is {largest}."]
         if before.scores is not None:
             entry["groups"] = found["groups"]
         if tier == "stock":
