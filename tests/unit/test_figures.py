@@ -236,10 +236,28 @@ def readme_claims() -> Iterator[str]:
     yield f"so did all of {len(kills)} that were killed"
 
 
+def front_page_claims() -> Iterator[str]:
+    rows = {row["name"]: row for row in load("tie_reference")["rows"]}
+    tied, original = rows["tie-8-distill, more text"], rows["original"]
+    assert beyond_two_errors(tied["tasks"], original["tasks"]) == []
+    yield f"{1 - tied['expert_bytes'] / original['expert_bytes']:.1%} fewer bytes of experts".replace("%", " %")
+    (whole,) = (
+        row["ratio"]
+        for row in load("skip_speed")["models"]["rows"]
+        if row["model"] == PARTS["whole"] and row["settings"]["batch_size"] == 1
+    )
+    yield f"prefill {whole['prefill_tokens_per_s']:.2f} times and decoding {whole['decode_tokens_per_s']:.2f} times"
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/faq.md"])
 def test_what_is_said_to_newcomers_is_so(document: str) -> None:
     text = " ".join((ROOT / document).read_text(encoding="utf-8").split())
     assert not [claim for claim in readme_claims() if claim not in text]
+
+
+def test_what_the_front_page_says_is_so() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert not [claim for claim in front_page_claims() if claim not in text]
 
 
 @pytest.mark.parametrize(
