@@ -191,11 +191,15 @@ def test_what_fails_in_a_process_is_said(recipe: Callable[..., dict[str, Any]], 
         run(settings, tmp_path / "out")
 
 
+@pytest.mark.parametrize("save_every", [1, 25])
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
-    recipe: Callable[..., dict[str, Any]], tmp_path: Path
+    recipe: Callable[..., dict[str, Any]], tmp_path: Path, save_every: int
 ) -> None:
-    with pytest.raises(TrainingError, match="lower `learning_rate`"):
-        run(recipe(PRUNE, DISTILL | {"learning_rate": 1e30, "trainable": ["experts"]}), tmp_path / "out")
+    """Whether or not the state before that update was kept already; a run that goes on from it ends in the same way."""
+    settings = recipe(PRUNE, DISTILL | {"learning_rate": 1e30, "trainable": ["experts"], "save_every": save_every})
+    for resume in (False, True):
+        with pytest.raises(TrainingError, match="lower `learning_rate`"):
+            run(settings, tmp_path / "out", resume=resume)
     assert not (tmp_path / "out").exists()
     folder = tmp_path / "out.work" / "step-1" / "training"
     assert state_update(folder) == len(read_metrics(folder))

@@ -35,8 +35,13 @@ PARAMETER, MOMENTS = "parameter", ("exp_avg", "exp_avg_sq")
 def save_state(
     folder: Path, update: int, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, identity: str
 ) -> None:
-    """Keep what the trained parameters and AdamW are before update number `update`; all processes call it together."""
-    part = folder / PART
+    """Keep what the trained parameters and AdamW are before update number `update`; all processes call it together.
+
+    What is kept of that update already stays: a training that fails there saves once more.
+    """
+    part, whole = folder / PART, folder / f"{STATE}{update:08d}"
+    if whole.exists():
+        return
     if _is_first():
         shutil.rmtree(part, ignore_errors=True)
     state: dict[str, Any] = {}
@@ -49,7 +54,7 @@ def save_state(
     if _is_first():
         write_json(part / ABOUT, {"update": update, "identity": identity})
         older = _states(folder)
-        replace_durably(part, folder / f"{STATE}{update:08d}")
+        replace_durably(part, whole)
         for state_folder in older:
             shutil.rmtree(state_folder)
 
