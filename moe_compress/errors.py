@@ -72,6 +72,12 @@ class DataError(MoECompressError):
     """Calibration or evaluation data cannot be had."""
 
 
+class UnknownDataError(DataError):
+    """A setting names data that there is not: no such path, task, split or column."""
+
+    exit_code = 2
+
+
 class PublishError(MoECompressError):
     """A checkpoint cannot be pushed; what the Hub holds is what it held before."""
 

@@ -48,6 +48,7 @@ from moe_compress.workspace import (
     place,
     refuse_existing,
     refuse_overlap,
+    refuse_unwritable,
     remove_leftovers,
     remove_workspace,
     require_space,
@@ -177,9 +178,10 @@ def dry_run(
     With `hours` the machine is looked at for two seconds, and `time` says how long the run takes.
     """
     out, work = _places(out, work)
-    _look(recipe, out, work, scores, resume=resume, force=force)
+    config, folder, *_ = _look(recipe, out, work, scores, resume=resume, force=force)
     if scores is not None:
         GivenScores.for_first_step(recipe, scores)
+    check_inputs(recipe, folder, config)
     planned = plan(recipe, scores=scores, keep_steps=keep_steps, device=device, clocked_at=work if hours else None)
     if not work.exists():
         require_space(work, planned["disk_needed"])
@@ -259,6 +261,8 @@ def _look(
     check_tier(recipe)
     if not resume:
         refuse_existing(out, force)
+    for folder in (out, work):
+        refuse_unwritable(folder)
     return look(recipe, {"OUT": out, "the work folder": work} | ({"--scores": scores} if scores else {}))
 
 

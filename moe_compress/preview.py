@@ -256,7 +256,7 @@ def foresee(recipe: Recipe) -> list[str]:
 
 
 def require_local_texts(recipe: Recipe) -> None:
-    """Raise `DataError` where the calibration names a path and nothing is there."""
+    """Raise `UnknownDataError` where the calibration names a path and nothing is there."""
     for part in recipe.calibration.parts:
         require_local(part)
 

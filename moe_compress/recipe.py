@@ -192,6 +192,8 @@ def packaged_recipes() -> list[tuple[str, str]]:
 def recipe_file(name: str) -> Path:
     """The file of a packaged recipe; `UsageError` with the nearest name when there is none."""
     names = [known for known, _ in packaged_recipes()]
+    if name not in names and (Path(name).suffix in (".yaml", ".yml") or len(Path(name).parts) > 1):
+        raise UsageError(f"the recipe file {name} does not exist.")
     if name not in names:
         hint = did_you_mean(name, names) or f"; packaged are {', '.join(names)}."
         raise UsageError(f"`{name}` is neither a recipe file nor a packaged recipe{hint}")

@@ -48,6 +48,7 @@ def locked(folder: Path, *, option: str = " with --work") -> Iterator[None]:
     The lock goes with the process that holds it, however that ends. `option` says how to choose another folder.
     """
     _refuse_foreign(folder, option)
+    refuse_unwritable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
         try:
@@ -180,10 +181,23 @@ def is_result(folder: Path) -> bool:
     return isinstance(content, dict) and str(content.get("tool")).startswith(f"{TOOL} ")
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Raise `UsageError` when `folder`, or the nearest one above it that exists, cannot hold new files."""
+    present = _present(folder)
+    if not present.is_dir():
+        raise UsageError(f"{present} is not a folder; choose another place.")
+    if not os.access(present, os.W_OK | os.X_OK) or not shutil.disk_usage(present).total:  # none: such as /proc
+        raise UsageError(f"nothing can be written in {present}; choose another place.")
+
+
+def _present(folder: Path) -> Path:
+    """`folder`, or the nearest above it that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
 def require_space(folder: Path, needed: int) -> None:
     """Raise `CheckpointError` when fewer than `needed` bytes are free where `folder` lies."""
-    present = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(present).free
+    free = shutil.disk_usage(_present(folder)).free
     if free < needed:
         raise CheckpointError(
             f"this run needs about {needed / 1e9:.2f} GB at {folder}, but only {free / 1e9:.2f} GB are free there; "
@@ -207,8 +221,7 @@ def explained_disk_errors(folder: Path, advice: str = "continue with --resume") 
 
 def same_disk(one: Path, other: Path) -> bool:
     """Whether a rename can move a file from one folder to the other."""
-    places = [next(path for path in (folder, *folder.parents) if path.exists()) for folder in (one, other)]
-    return places[0].stat().st_dev == places[1].stat().st_dev
+    return _present(one).stat().st_dev == _present(other).stat().st_dev
 
 
 def place(finished: Path, out: Path) -> None:

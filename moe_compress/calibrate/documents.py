@@ -18,7 +18,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from moe_compress.calibrate.config import DatasetPart
-from moe_compress.errors import DataError
+from moe_compress.errors import DataError, UnknownDataError
 from moe_compress.text import first_line
 
 if TYPE_CHECKING:
@@ -170,10 +170,10 @@ def _builder(part: DatasetPart) -> datasets.DatasetBuilder:
 
 
 def require_local(part: DatasetPart) -> None:
-    """Raise `DataError` where a path is named and nothing is there; a Hub id passes."""
+    """Raise `UnknownDataError` where a path is named and nothing is there; a Hub id passes."""
     path = Path(part.dataset).expanduser()
     if not path.exists() and (part.dataset.startswith((".", "/", "~")) or path.suffix in READERS):
-        raise DataError(f"The calibration file or folder {part.dataset} does not exist.")
+        raise UnknownDataError(f"The calibration file or folder {part.dataset} does not exist.")
 
 
 def _reader(path: Path) -> str:
@@ -195,9 +195,9 @@ def _refuse_mixed_folder(folder: Path) -> None:
         )
 
 
-def unknown(what: str, name: str, known: Sequence[str], where: str, setting: str) -> DataError:
+def unknown(what: str, name: str, known: Sequence[str], where: str, setting: str) -> UnknownDataError:
     """The error for a name that does not exist, with the names that do."""
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean `{close[0]}`?" if close else f"set `{setting}` to one of them."
     listed = ", ".join(f"`{item}`" for item in known)
-    return DataError(f"There is no {what} `{name}` in {where} (it has {listed}); {hint}")
+    return UnknownDataError(f"There is no {what} `{name}` in {where} (it has {listed}); {hint}")

@@ -112,9 +112,9 @@ def _refuse_path(path: Path, model: str) -> None:
     if path.suffix == ".gguf":
         raise UnsupportedModelError(_gguf(model))
     if path.exists():
-        raise CheckpointError(f"{path} is a file; name the folder of the checkpoint.")
+        raise UsageError(f"{path} is a file; name the folder of the checkpoint.")
     if is_local(model):
-        raise CheckpointError(f"The checkpoint folder {path} does not exist.")
+        raise UsageError(f"The checkpoint folder {path} does not exist.")
 
 
 def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:

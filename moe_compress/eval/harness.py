@@ -25,7 +25,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 
-from moe_compress.errors import DataError, MeasurementError, MoECompressError, UsageError
+from moe_compress.errors import DataError, MeasurementError, MoECompressError, UnknownDataError, UsageError
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.memory import require_memory
 from moe_compress.eval.precision import compute_dtype
@@ -145,7 +145,7 @@ def _load_tasks(config: EvalConfig) -> tuple[dict[str, Any], Any]:
     folders += [Path(name) for name in config.tasks if _is_folder(name)]
     for folder in folders[1:]:
         if not folder.is_dir():
-            raise DataError(f"The task folder {folder} does not exist.")
+            raise UnknownDataError(f"The task folder {folder} does not exist.")
     paths = tuple(str(folder.resolve()) for folder in folders)
     manager = _manager(paths, include_defaults=False)
     names = [name for entry in config.tasks for name in _expand(entry, manager)]
@@ -156,7 +156,7 @@ def _load_tasks(config: EvalConfig) -> tuple[dict[str, Any], Any]:
         if name not in manager.task_index and not _is_file(name):
             close = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"did you mean `{close[0]}`?" if close else "`lm-eval ls tasks` lists those that lm-eval brings."
-            raise DataError(f"There is no evaluation task `{name}`; {hint}")
+            raise UnknownDataError(f"There is no evaluation task `{name}`; {hint}")
     loaded: dict[str, Any] = {}
     for name in dict.fromkeys(names):
         with _own_errors(f"Task `{name}` cannot be loaded"):

@@ -128,10 +128,11 @@ def test_a_dry_run_refuses_what_the_run_would(
 
     assert message() == ""
     assert "none inside the other" in message("--work", str(out))
+    assert "did you mean `reference_sums`" in message("eval.tasks=[reference_sum]")
     out.mkdir()
     assert "--force" in message() and message("--force") == ""
     out.rmdir()
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=100, free=10))
     assert "needs about" in message()
     assert [entry.name for entry in tmp_path.iterdir()] == ["recipe.json"]
 

@@ -233,8 +233,15 @@ def test_validate_says_what_is_valid_and_takes_overrides() -> None:
 @pytest.mark.parametrize("missing", ["model=/no/where", "calibration.dataset=./no-where.jsonl"])
 def test_validate_looks_for_what_lies_on_this_disk(missing: str) -> None:
     refused = invoke("validate", "prune-reap-25", missing)
-    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert (refused.exit_code, refused.stdout) == (2, "")
     assert refused.stderr.endswith(f"{missing.partition('=')[2]} does not exist.\n")
+
+
+def test_a_recipe_that_is_not_there() -> None:
+    for path in ("/no/mine.yaml", "mine.yml", "no/demo"):
+        refused = invoke("validate", path)
+        assert (refused.exit_code, refused.stderr) == (2, f"error: the recipe file {path} does not exist.\n")
+    assert "did you mean `demo`?" in invoke("validate", "dem").stderr
 
 
 def test_validate_says_that_groups_are_smaller_than_asked() -> None:

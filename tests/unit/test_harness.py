@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.checkpoint.source import open_checkpoint
-from moe_compress.errors import DataError, MeasurementError, UsageError
+from moe_compress.errors import DataError, MeasurementError, UnknownDataError, UsageError
 from moe_compress.eval import harness, memory, precision
 from moe_compress.eval.config import EvalConfig
 from moe_compress.eval.harness import batch_size, check_tasks, evaluate, flatten
@@ -226,10 +226,10 @@ def test_no_tasks_need_no_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"tasks": ["chioce"]}, DataError, "did you mean `choice`"),
-        ({"tasks": ["text", "xyzzy"]}, DataError, "no evaluation task `xyzzy`"),
+        ({"tasks": ["chioce"]}, UnknownDataError, "did you mean `choice`"),
+        ({"tasks": ["text", "xyzzy"]}, UnknownDataError, "no evaluation task `xyzzy`"),
         ({"tasks": ["missing"]}, DataError, "Task `missing` cannot be loaded"),
-        ({"tasks": ["text"], "include_path": "absent"}, DataError, "absent does not exist"),
+        ({"tasks": ["text"], "include_path": "absent"}, UnknownDataError, "absent does not exist"),
         ({"tasks": ["choice"], "apply_chat_template": True}, UsageError, "no chat template"),
         ({"tasks": ["echo"], "max_gen_toks": 64}, UsageError, "context of the model is 64"),
     ],

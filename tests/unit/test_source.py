@@ -70,10 +70,10 @@ def test_reference_is_the_packaged_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_path_that_is_no_folder(tmp_path: Path) -> None:
-    assert "does not exist" in refusal(CheckpointError, str(tmp_path / "absent"))
-    assert "does not exist" in refusal(CheckpointError, "./absent")
+    assert "does not exist" in refusal(UsageError, str(tmp_path / "absent"))
+    assert "does not exist" in refusal(UsageError, "./absent")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert "name the folder" in refusal(CheckpointError, str(tmp_path / "model.safetensors"))
+    assert "name the folder" in refusal(UsageError, str(tmp_path / "model.safetensors"))
     assert "neither a folder that exists nor a Hub id" in refusal(CheckpointError, "no/such/thing")
 
 

@@ -27,6 +27,7 @@ from moe_compress.workspace import (
     place,
     refuse_existing,
     refuse_overlap,
+    refuse_unwritable,
     remove_workspace,
     require_space,
 )
@@ -256,6 +257,15 @@ def test_failed_copy_to_another_disk_leaves_nothing(tmp_path: Path, monkeypatch:
         place(finished, out)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "finished"}
     assert files(out) == {"model": "old"} and files(finished) == {"model": "new"}
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_unwritable(tmp_path / "a" / "b")
+    assert "/proc; choose another" in refusal(UsageError, refuse_unwritable, Path("/proc/a/b"))
+    (tmp_path / "file").touch()
+    assert "file is not a folder" in refusal(UsageError, refuse_unwritable, tmp_path / "file" / "a")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    assert f"in {tmp_path};" in refusal(UsageError, refuse_unwritable, tmp_path / "a" / "b")
 
 
 def test_too_little_space_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
