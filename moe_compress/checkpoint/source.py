@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.checkpoint.index import INDEX_FILE, SINGLE_FILE, TensorIndex, shard_names
@@ -36,6 +36,9 @@ from moe_compress.text import first_line
 REFERENCE = Path(__file__).parents[1] / "reference" / "checkpoint"
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# What one of a tokenizer's files is called.
+TOKENIZER_PREFIXES = ("tokenizer.", "vocab", "tekken.", "spiece")
+TOKENIZER_SUFFIXES = (".model", ".tiktoken")
 # Of all files that hold weights, in whatever format; the rest of a checkpoint is copied with it.
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", *PICKLE_SUFFIXES)
 
@@ -98,6 +101,30 @@ def small_files(model: str, revision: str | None = None) -> tuple[Path, str | No
         return path, None
     folder = _download(model, revision, SMALL_FILES)
     return folder, folder.name
+
+
+def require_weights(model: str, revision: str | None = None) -> None:
+    """Raise `CheckpointError` when `model` has no weights that `open_checkpoint` reads; none are downloaded."""
+    folder, commit = small_files(model, revision)
+    _check_weights(
+        model, [file.name for file in folder.iterdir()] if commit is None else _repository_files(model, folder)
+    )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint in `folder`; `CheckpointError` when it has none, or a damaged one.
+
+    From a folder without one, transformers makes some families a tokenizer that knows no words.
+    """
+    if not any(
+        file.name.startswith(TOKENIZER_PREFIXES) or file.suffix in TOKENIZER_SUFFIXES for file in folder.iterdir()
+    ):
+        raise CheckpointError(f"{folder} holds no tokenizer (tokenizer.json); copy it there from the original model.")
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # every tokenizer has its own
+        raise CheckpointError(f"The tokenizer in {folder} cannot be loaded: {first_line(error)}.") from error
+    return found
 
 
 def is_local(model: str) -> bool:

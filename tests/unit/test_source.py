@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from moe_compress.checkpoint import source
-from moe_compress.checkpoint.source import open_checkpoint, open_config
+from moe_compress.checkpoint.source import load_tokenizer, open_checkpoint, open_config, require_weights
 from moe_compress.errors import CheckpointError, UnsupportedModelError, UsageError
 
 REMOTE_CODE = """
@@ -116,6 +116,21 @@ def test_no_weights(tmp_path: Path) -> None:
     save_file({"a": np.ones(1, np.float32)}, folder / "adapter_model.safetensors")
     assert "no safetensors weights" in refusal(CheckpointError, str(folder))
     assert open_config(str(folder))[1] is None
+    with pytest.raises(CheckpointError, match="no safetensors weights"):
+        require_weights(str(folder))
+    require_weights("reference")
+
+
+def test_a_tokenizer_is_there_and_whole(tmp_path: Path) -> None:
+    """From a folder with a config alone transformers makes a Qwen tokenizer that knows no words."""
+    folder = checkpoint(tmp_path / "m")
+    (folder / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"m holds no tokenizer"):
+        load_tokenizer(folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"^The tokenizer in .*m cannot be loaded: .*\.$"):
+        load_tokenizer(folder)
+    assert len(load_tokenizer(source.REFERENCE)) == 4096
 
 
 def test_gguf(tmp_path: Path) -> None:
