@@ -10,6 +10,7 @@ Not covered: whether the model has experts at all; that is seen in its structure
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.checkpoint.index import INDEX_FILE, SINGLE_FILE, TensorIndex, shard_names
 from moe_compress.errors import CheckpointError, UnsupportedModelError, UsageError
+from moe_compress.models.families import EXPERT_COUNT_KEYS, TOP_K_KEYS
 from moe_compress.models.layers import PACKED, SECTION
 from moe_compress.text import first_line
 
@@ -220,6 +222,11 @@ def _checked_config(folder: Path, model: str, names: list[str], quantized: bool)
     except Exception as error:  # every architecture checks its own settings
         raise CheckpointError(f"The config.json of {model} is not accepted: {first_line(error)}.") from error
     assert isinstance(config, PretrainedConfig)
+    text: Any = config.get_text_config()
+    counts, picks = ([getattr(text, key, None) for key in keys] for keys in (EXPERT_COUNT_KEYS, TOP_K_KEYS))
+    for count, pick in itertools.product(counts, picks):
+        if isinstance(count, int) and isinstance(pick, int) and count > 0 and not 1 <= pick <= count:
+            raise CheckpointError(f"The config.json of {model} is not accepted: {pick} of {count} experts per token.")
     return config
 
 

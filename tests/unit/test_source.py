@@ -26,7 +26,9 @@ class StrangeConfig(PretrainedConfig):
 def checkpoint(folder: Path, *, weights: bool = True, **settings: Any) -> Path:
     """A folder with a config of `settings` and, in two shards, two tensors."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "num_experts": 4} | settings))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2} | settings)
+    )
     if weights:
         shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
         for name, shard in shards.items():
@@ -89,6 +91,12 @@ def test_no_config(tmp_path: Path) -> None:
 def test_damaged_config(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content, encoding="latin-1")
     assert "damaged" in refusal(CheckpointError, str(tmp_path))
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_impossible_top_k(tmp_path: Path, top_k: int) -> None:
+    folder = checkpoint(tmp_path / "m", num_experts_per_tok=top_k)
+    assert f"{top_k} of 4 experts per token" in refusal(CheckpointError, str(folder))
 
 
 def test_rejected_config(tmp_path: Path) -> None:
