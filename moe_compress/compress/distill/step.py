@@ -296,9 +296,8 @@ class DistillStep(Step[DistillConfig]):
             vocabulary=skeleton.config.get_text_config().vocab_size,
             sequence_length=schedule.sequence_length,
             gathered=gathered(skeleton, chosen, original) if launch is not None and launch.sharded else None,
+            devices=config.processes if device.startswith("cuda") else 1,  # each process has a GPU of its own
         )
-        if device.startswith("cuda"):
-            needed //= config.processes  # each has a GPU of its own
         require_memory(needed, device, "train fewer parts, take `teacher: cached`, or use `mode: layerwise`")
 
     def _require_layer_memory(self, student: LayerStream, original: LayerStream, num_tokens: int) -> None:
