@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.cells import TASKS, TEXTS, Rows, load, scores, short, span, table
 from moe_compress.report.audit import criterion_rows
-from moe_compress.report.tables import format_bytes, format_percent
+from moe_compress.text import format_bytes, format_percent
 
 ROOT = Path(__file__).parents[1]
 MARKS = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n.*?<!-- end of table -->", re.DOTALL)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe_compress.text import listed
+from moe_compress.text import format_bytes, format_count, format_flops, format_number, format_percent, listed
 
 TIERS = {
     "stock": "plain transformers loads the result",
@@ -47,8 +47,6 @@ def print_table(rows: Sequence[Sequence[str]], title: str | None = None) -> None
 
 def print_inspection(facts: Mapping[str, Any]) -> None:
     """What `pipeline.inspect` found."""
-    from moe_compress.report.tables import format_bytes, format_count, format_flops
-
     shared = ", and shared experts" if facts["shared_experts"] else ""
     print(f"{facts['model']}: {facts['architecture']} ({facts['model_type']}, {facts['dtype']})")
     print(
@@ -76,8 +74,6 @@ def print_inspection(facts: Mapping[str, Any]) -> None:
 
 def print_routing(health: Mapping[str, Any]) -> None:
     """Routing health, layer by layer, and what it means."""
-    from moe_compress.report.tables import format_percent
-
     header = ["layer", "least used", "most used", "used evenly", "dead", "super experts"]
     header += ["SRP, 16 tokens", "by chance", "hits at top-k", "at 2 x", "at 3 x"]
     rows = [header]
@@ -121,7 +117,7 @@ def print_score_summary(summary: Mapping[str, Any]) -> None:
 
 def print_plan(planned: Mapping[str, Any]) -> None:
     """What `pipeline.plan` decided for each layer, and the sizes it predicts."""
-    from moe_compress.report.tables import FIGURES, figure_label, format_bytes, format_percent
+    from moe_compress.report.tables import FIGURES, figure_label
 
     for index, step in enumerate(planned["steps"]):
         print(f"steps.{index}: {step['op']}, {_settings(step)}")
@@ -149,8 +145,6 @@ def print_plan(planned: Mapping[str, Any]) -> None:
 
 def _print_parts(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     """Parameters and bytes by part of the model, before and after."""
-    from moe_compress.report.tables import format_bytes, format_count
-
     rows = [["part", "parameters", "after", "stored", "after"]]
     parts = dict.fromkeys([*before["params_by_part"], *before["bytes_by_part"]])
     for part in parts:
@@ -163,8 +157,6 @@ def _print_parts(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
 
 def _print_memory(memory: Mapping[str, Any]) -> None:
     """The largest memory, and when it is reached."""
-    from moe_compress.report.tables import format_bytes
-
     print(
         f"memory: about {format_bytes(memory['process'])} at most ({memory['process_stage']}); with the processes it "
         f"starts {format_bytes(memory['host'])} ({memory['host_stage']})"
@@ -177,8 +169,6 @@ def _print_memory(memory: Mapping[str, Any]) -> None:
 
 def _print_time(time: Mapping[str, Any]) -> None:
     """How long a run takes, and what that rests on."""
-    from moe_compress.report.tables import format_bytes, format_flops
-
     each = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in time["stages"].items())
     print(
         f"time: about {_duration(time['seconds'])} without evaluation ({each}), as this machine copies "
@@ -217,8 +207,6 @@ def print_checks(checks: Mapping[str, Mapping[str, Any]]) -> None:
 
 def print_push(planned: Mapping[str, Any], hub: str) -> None:
     """What a push will upload, where to, and what it will remove there."""
-    from moe_compress.report.tables import format_bytes
-
     state = {None: "", True: "existing, ", False: "new, "}[planned["exists"]]
     visibility = (
         "private"
@@ -242,7 +230,7 @@ def print_push(planned: Mapping[str, Any], hub: str) -> None:
 
 def _random_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """The chosen criterion beside the random baselines: their mean and the best of them."""
-    from moe_compress.report.tables import NOTHING, format_metric, format_number, metric_label
+    from moe_compress.report.tables import NOTHING, format_metric, metric_label
 
     rows = [["", "compressed", "random: mean", "random: best", "seeds"]]
     for task, metrics in report["random_summary"].items():
@@ -260,7 +248,7 @@ def _console() -> Console:
 
 def print_frontier(setting: str, found: Sequence[Mapping[str, Any]]) -> None:
     """Bytes against predicted loss, a line for each budget."""
-    from moe_compress.report.tables import NOTHING, format_bytes
+    from moe_compress.report.tables import NOTHING
 
     rows = [["budget", "bits per weight", "stored size", "experts dropped", "predicted loss", "proven"]]
     for entry in found:

@@ -31,8 +31,8 @@ from moe_compress.compress.operation import Outlook
 from moe_compress.eval.memory import free_bytes
 from moe_compress.eval.precision import compute_dtype
 from moe_compress.recipe import Recipe
-from moe_compress.report.tables import format_bytes
 from moe_compress.steps import make_step
+from moe_compress.text import format_bytes
 from moe_compress.verification.checks import WHOLE_MODEL_BYTES
 
 PROGRAM_BYTES = 550 << 20  # of Python with torch, transformers and this package, what the heap keeps included

@@ -22,7 +22,7 @@ from moe_compress.calibrate.locality import (
 )
 from moe_compress.calibrate.scores import LayerScores, Scores
 from moe_compress.compress.prune.plan import super_experts
-from moe_compress.report.tables import format_bytes, format_percent
+from moe_compress.text import format_bytes, format_percent
 
 SHOWN_SEGMENT, SHOWN_RATIO = 16, 2  # in sentences
 NEAR_CHANCE = 0.05  # SRP above chance that is hardly any

@@ -125,7 +125,6 @@ class _Worker:
 
     def __init__(self, folder: Path, device: str, workload: Workload, log: Path) -> None:
         self.description: dict[str, Any] = {}
-        self._folder = folder
         self._settings = json.dumps(asdict(workload) | {"folder": str(folder.resolve()), "device": device})
         self._process: subprocess.Popen[str] | None = None
         self._log = log

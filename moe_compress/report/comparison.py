@@ -9,7 +9,8 @@ from moe_compress.report.frontier import Point, dominating, mean_recovery, measu
 from moe_compress.report.plots import change, letter, plane, recovery_strips
 from moe_compress.report.result import Result, flat
 from moe_compress.report.single import SIZED_BY, check_rows, is_figure, step_names
-from moe_compress.report.tables import FIGURES, Formatter, figure_label, format_metric, format_percent, metric_label
+from moe_compress.report.tables import FIGURES, Formatter, figure_label, format_metric, metric_label
+from moe_compress.text import format_percent
 
 NO_COMPARISON = ("versions", "torch", "transformers", "lm_eval", "batch_size", "device")  # of `settings.eval`
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_compress.calibrate.scores import ABLATION, Scores
-from moe_compress.report.tables import format_number, format_percent
+from moe_compress.text import format_number, format_percent
 
 FORMAT = 1
 EXPERTS_FILE = "experts.json"

@@ -13,7 +13,8 @@ from statistics import median
 from typing import Any
 
 from moe_compress.report.experts import KEEP, OUTCOMES, ExpertMap, width_text
-from moe_compress.report.tables import Formatter, format_percent
+from moe_compress.report.tables import Formatter
+from moe_compress.text import format_percent
 
 SHADES = 7  # of an amount, light to dark
 SKEWED = 10.0  # largest amount over the median, beyond which shades are multiples and not differences

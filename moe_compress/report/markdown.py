@@ -8,16 +8,8 @@ from typing import Any
 
 from moe_compress.recipe import random_word
 from moe_compress.report.build import decode_ratios, random_name
-from moe_compress.report.tables import (
-    format_bytes,
-    format_count,
-    format_metric,
-    format_percent,
-    format_score,
-    metric_label,
-    summary_rows,
-)
-from moe_compress.text import listed
+from moe_compress.report.tables import format_metric, format_score, metric_label, summary_rows
+from moe_compress.text import format_bytes, format_count, format_percent, listed
 
 CHECKS = ("coverage", "bytes", "keys", "logits", "target")
 GENERATIVE_METRICS = frozenset({"exact_match", "pass@1", "pass_at_1", "f1", "bleu", "rouge1", "rougeL", "chrf"})

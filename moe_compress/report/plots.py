@@ -13,7 +13,8 @@ from typing import Any
 
 from moe_compress.report.build import random_name
 from moe_compress.report.frontier import SIZE, Point, dominating, random_recoveries, staircase, ticks
-from moe_compress.report.tables import format_bytes, format_flops, format_percent, metric_label
+from moe_compress.report.tables import metric_label
+from moe_compress.text import format_bytes, format_flops, format_percent
 
 BINS = 16
 TICK_DIGITS = 5  # enough for any round number on an axis

@@ -14,15 +14,8 @@ from moe_compress.report.heatmap import heat_maps
 from moe_compress.report.markdown import CHECKS, limits
 from moe_compress.report.plots import change, histogram, paired_bars, plane, recovery_strips
 from moe_compress.report.result import Result, flat
-from moe_compress.report.tables import (
-    cost_rows,
-    format_bytes,
-    format_count,
-    format_flops,
-    format_percent,
-    format_rate,
-    task_rows,
-)
+from moe_compress.report.tables import cost_rows, task_rows
+from moe_compress.text import format_bytes, format_count, format_flops, format_percent, format_rate
 
 Report = Mapping[str, Any]
 SIZED_BY = {  # title of the plot, what stands to the right, and what kind of figure that is

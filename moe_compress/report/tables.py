@@ -1,7 +1,4 @@
-"""The figures of a report as text: how numbers are written, and the rows that every table shows.
-
-Bytes are decimal (1 GB = 10^9 bytes), as on the Hub. A figure that is missing reads `not measured`.
-"""
+"""The figures of a report as text: the rows that every table shows. A figure that is missing reads `not measured`."""
 
 from __future__ import annotations
 
@@ -9,8 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moe_compress.text import (
+    format_bytes,
+    format_count,
+    format_flops,
+    format_number,
+    format_percent,
+    format_rate,
+)
+
 MISSING = "not measured"
-UNDEFINED = "undefined"
 NOTHING = "-"
 
 
@@ -26,42 +31,10 @@ class SummaryRow:
     provenance: str
 
 
-def format_bytes(size: float, digits: int = 3) -> str:
-    """`13.8 GB`: three digits in decimal units."""
-    return _scaled(size, (" B", " kB", " MB", " GB", " TB", " PB"), digits)
-
-
-def format_count(count: float) -> str:
-    """`6.92 B`: parameters in thousands (K), millions (M), billions (B)."""
-    return _scaled(count, ("", " K", " M", " B", " T"))
-
-
-def format_flops(flops: float, digits: int = 3) -> str:
-    """`2.43 GFLOP`."""
-    return _scaled(flops, (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP"), digits)
-
-
-def format_rate(rate: float) -> str:
-    """`1,234 tokens/s`."""
-    return f"{format_number(rate)} tokens/s"
-
-
-def format_number(value: float) -> str:
-    """Four digits, with separators where there are more before the point: `0.853`, `12.35`, `1,234`."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
-
-
 def format_score(value: float) -> str:
     """A task's metric, decimals by size so that a column lines up: `0.8530`, `12.35`, `1,234`."""
     size = abs(value)
     return f"{value:.4f}" if size < 10 else f"{value:.2f}" if size < 1000 else format_number(value)
-
-
-def format_percent(share: float | None, stderr: float | None = None) -> str:
-    """`75.0 %`, `98.2 ± 0.5 %`; `undefined` for None."""
-    if share is None:
-        return UNDEFINED
-    return f"{share * 100:.1f} %" if stderr is None else f"{share * 100:.1f} ± {stderr * 100:.1f} %"
 
 
 def format_metric(metric: Mapping[str, Any] | None) -> str:
@@ -146,12 +119,3 @@ def _get(figures: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
-
-
-def _scaled(value: float, units: tuple[str, ...], digits: int = 3) -> str:
-    """So many digits and the unit, 1000 apart."""
-    power = 0
-    while abs(value) >= 999.5 and power < len(units) - 1:
-        value /= 1000
-        power += 1
-    return f"{value:.{digits}g}{units[power]}"

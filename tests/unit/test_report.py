@@ -17,7 +17,8 @@ from moe_compress.report.build import build_report, decode_ratios, headline_metr
 from moe_compress.report.markdown import headline, limits, random_lines, report_markdown
 from moe_compress.report.paths import without_local_paths
 from moe_compress.report.single import tiles
-from moe_compress.report.tables import MISSING, UNDEFINED, summary_rows
+from moe_compress.report.tables import MISSING, summary_rows
+from moe_compress.text import UNDEFINED
 
 RECIPE = "model: org/model\nsteps:\n- op: prune\n  criterion: reap\n  keep: 0.75\n"
 CHECKS = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_compress.compress.merge.low_rank import best_scale, best_successor, weighted_error
+from moe_compress.compress.merge.low_rank import best_scale, best_successor
 from moe_compress.compress.merge.neurons import Expert, inner_activations, read_expert, write_expert
 from moe_compress.compress.sampling import EvenSample
 from moe_compress.compress.tie.costs import by_output, by_weights
@@ -231,6 +231,7 @@ def test_the_best_scale() -> None:
     matrix, lead, x = (random(*size, seed=n).double() for n, size in enumerate(((5, 7), (5, 7), (400, 7))))
     moment = x.T @ x
     found = float(best_scale(matrix, lead, moment))
-    errors = [weighted_error(matrix - scale * lead, moment) for scale in (found - 0.05, found, found + 0.05)]
+    rests = [matrix - scale * lead for scale in (found - 0.05, found, found + 0.05)]
+    errors = [float((rest @ x.T).square().sum()) for rest in rests]
     assert errors[1] < min(errors[0], errors[2])
     assert float(best_scale(matrix, torch.zeros(5, 7), moment)) == 0

@@ -53,9 +53,3 @@ def best_successor(matrix_OI: Tensor, cross_II: Tensor, moment_II: Tensor) -> Te
     cross = cross_II.double() + added * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
     solved: Tensor = torch.linalg.solve(moment, (matrix_OI.double() @ cross).T)
     return solved.T
-
-
-def weighted_error(matrix_OI: Tensor, moment_II: Tensor) -> float:
-    """Sum of |M x|^2 over inputs with this second moment."""
-    matrix = matrix_OI.double()
-    return float(((matrix @ moment_II.double()) * matrix).sum())

@@ -12,8 +12,6 @@ from moe_compress.compress.quantize.plan import ExpertShapes
 from moe_compress.models.experts import matrix_shape, projections
 from moe_compress.models.layers import MoELayer
 
-DTYPE_NAMES = {2: "BF16", 4: "F32"}
-
 
 @dataclass(frozen=True)
 class LinearLayer:

@@ -82,11 +82,6 @@ def balance_weight(target_skip: float, num_experts: int, zero_experts: int) -> f
     return target_skip / (1 - target_skip) * num_experts / zero_experts
 
 
-def balanced_skip(weight: float, num_experts: int, zero_experts: int) -> float:
-    """The share of slots that is skipped at the lowest point of the group balance loss with this weight."""
-    return weight * zero_experts / (num_experts + weight * zero_experts)
-
-
 def _count(config: ZeroExpertsConfig, num_experts: int, num_groups: int) -> int:
     if isinstance(config.count, float):
         return max(1, math.floor(config.count * num_experts / num_groups + 0.5)) * num_groups
