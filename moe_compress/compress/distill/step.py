@@ -19,9 +19,10 @@ from transformers import AutoTokenizer
 
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import Calibration
+from moe_compress.calibrate.documents import require_local
 from moe_compress.checkpoint.record import Record, Target
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, open_rewritten, rewrite
-from moe_compress.checkpoint.source import Checkpoint, open_checkpoint, open_config, small_files
+from moe_compress.checkpoint.source import Checkpoint, open_checkpoint, open_config, refuse_path, small_files
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
@@ -98,12 +99,19 @@ class DistillStep(Step[DistillConfig]):
         summary.append(f"{target:.0%} of the expert slots are to be skipped.")
         return entry | {"summary": summary}, before.resized(after)
 
+    def check_paths(self) -> None:
+        self._settled()
+        if self.config.teacher_model is not None:
+            refuse_path(self.config.teacher_model)
+        if self.config.data is not None:
+            for part in self.config.data.parts:
+                require_local(part)
+
     def check_inputs(self, folder: Path, config: Any) -> None:
         if self.config.teacher_model is not None:
             require_same_language(self.config, folder, config)
         if self.config.data is not None:
             scoring.read_calibration(folder, config, self.config.data)
-        self._settled()
 
     def run(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Record:
         folder.mkdir(parents=True, exist_ok=True)
