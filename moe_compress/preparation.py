@@ -19,7 +19,7 @@ from moe_compress.errors import UsageError
 from moe_compress.preview import (
     calibration_differences,
     look_ahead,
-    require_local_texts,
+    require_paths,
     require_same_model,
     step_warnings,
     task_warnings,
@@ -51,7 +51,7 @@ def look(recipe: Recipe, folders: dict[str, Path]) -> tuple[PretrainedConfig, Pa
     Raises all refusals that need no weights.
     """
     refuse_overlap(folders | folder_of("the model", recipe.model))
-    require_local_texts(recipe)
+    require_paths(recipe)
     config, index = open_config(recipe.model, recipe.revision)
     planned, outlooks = look_ahead(recipe, config, index)
     folder, _ = small_files(recipe.model, recipe.revision)

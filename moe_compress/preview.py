@@ -12,7 +12,7 @@ from moe_compress.calibrate.documents import require_local
 from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.rewrite import dense_config
-from moe_compress.checkpoint.source import Checkpoint, is_local, open_config, small_files
+from moe_compress.checkpoint.source import Checkpoint, is_local, open_config, refuse_path, small_files
 from moe_compress.compress.operation import Outlook
 from moe_compress.compress.quantize.config import BUDGETS
 from moe_compress.compress.quantize.step import QuantizeStep
@@ -253,7 +253,7 @@ def calibration_differences(scores: Scores, calibration: CalibrationConfig) -> l
 
 def foresee(recipe: Recipe) -> list[str]:
     """Warnings about what the recipe would do to its model, if that lies on this disk; raises what `run` refuses."""
-    require_local_texts(recipe)
+    require_paths(recipe)
     if not is_local(recipe.model):
         return []
     config, index = open_config(recipe.model, recipe.revision)
@@ -261,10 +261,13 @@ def foresee(recipe: Recipe) -> list[str]:
     return [*task_warnings(recipe), *step_warnings(planned)]
 
 
-def require_local_texts(recipe: Recipe) -> None:
-    """Raise `UnknownDataError` where the calibration names a path and nothing is there."""
+def require_paths(recipe: Recipe) -> None:
+    """Raise `UsageError` or `UnknownDataError` where model, calibration or a step name a path and nothing is there."""
+    refuse_path(recipe.model)
     for part in recipe.calibration.parts:
         require_local(part)
+    for step in recipe.steps:
+        make_step(step).check_paths()
 
 
 def step_warnings(planned: Sequence[Mapping[str, Any]]) -> list[str]:

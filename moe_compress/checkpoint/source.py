@@ -72,7 +72,7 @@ def open_checkpoint(model: str, revision: str | None = None, *, quantized: bool 
         config = _checked_config(folder, model, names, quantized)
         _check_weights(model, names)
     else:
-        _refuse_path(path, model)
+        refuse_path(model)
         folder = _download(model, revision, SMALL_FILES)
         commit = folder.name
         names = _repository_files(model, folder)
@@ -91,7 +91,7 @@ def open_config(
         config = _checked_config(path, model, [file.name for file in path.iterdir()], quantized)
         weights = any((path / name).exists() for name in shard_names(path))
         return config, TensorIndex.from_folder(path) if weights else None
-    _refuse_path(path, model)
+    refuse_path(model)
     folder = _download(model, revision, SMALL_FILES)
     return _checked_config(folder, model, _repository_files(model, folder), quantized), None
 
@@ -134,8 +134,11 @@ def is_local(model: str) -> bool:
     return model == "reference" or model.startswith((".", "/", "~")) or Path(model).is_dir()
 
 
-def _refuse_path(path: Path, model: str) -> None:
-    """Say what is wrong with a path that is no folder; a Hub id passes."""
+def refuse_path(model: str) -> None:
+    """Say what is wrong with a path that is no folder; a folder and a Hub id pass."""
+    path = REFERENCE if model == "reference" else Path(model).expanduser()
+    if path.is_dir():
+        return
     if model == "reference":
         raise CheckpointError("This installation lacks the reference model; install moe-compress again.")
     if path.suffix == ".gguf":

@@ -18,9 +18,17 @@ from torch import Tensor
 
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import Calibration
+from moe_compress.calibrate.documents import require_local
 from moe_compress.checkpoint.record import Record, Target
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, open_rewritten, rewrite
-from moe_compress.checkpoint.source import Checkpoint, load_tokenizer, open_checkpoint, open_config, small_files
+from moe_compress.checkpoint.source import (
+    Checkpoint,
+    load_tokenizer,
+    open_checkpoint,
+    open_config,
+    refuse_path,
+    small_files,
+)
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
@@ -97,12 +105,19 @@ class DistillStep(Step[DistillConfig]):
         summary.append(f"{target:.0%} of the expert slots are to be skipped.")
         return entry | {"summary": summary}, before.resized(after)
 
+    def check_paths(self) -> None:
+        self._settled()
+        if self.config.teacher_model is not None:
+            refuse_path(self.config.teacher_model)
+        if self.config.data is not None:
+            for part in self.config.data.parts:
+                require_local(part)
+
     def check_inputs(self, folder: Path, config: Any) -> None:
         if self.config.teacher_model is not None:
             require_same_language(self.config, folder, config)
         if self.config.data is not None:
             scoring.read_calibration(folder, config, self.config.data)
-        self._settled()
 
     def run(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Record:
         folder.mkdir(parents=True, exist_ok=True)
@@ -295,9 +310,8 @@ class DistillStep(Step[DistillConfig]):
             vocabulary=skeleton.config.get_text_config().vocab_size,
             sequence_length=schedule.sequence_length,
             gathered=gathered(skeleton, chosen, original) if launch is not None and launch.sharded else None,
+            devices=config.processes if device.startswith("cuda") else 1,  # each process has a GPU of its own
         )
-        if device.startswith("cuda"):
-            needed //= config.processes  # each has a GPU of its own
         require_memory(needed, device, "train fewer parts, take `teacher: cached`, or use `mode: layerwise`")
 
     def _require_layer_memory(self, student: LayerStream, original: LayerStream, num_tokens: int) -> None:
