@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from moe_compress.calibrate.agreement import AUDIT_FILE
 from moe_compress.calibrate.scores import Scores
-from moe_compress.checkpoint.source import REFERENCE, open_config, small_files
+from moe_compress.checkpoint.source import REFERENCE, load_tokenizer, open_config, require_weights, small_files
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.operation import Outlook
 from moe_compress.compress.surroundings import Surroundings, resolved
@@ -19,7 +19,7 @@ from moe_compress.errors import UsageError
 from moe_compress.preview import (
     calibration_differences,
     look_ahead,
-    require_local_texts,
+    require_paths,
     require_same_model,
     step_warnings,
     task_warnings,
@@ -51,7 +51,7 @@ def look(recipe: Recipe, folders: dict[str, Path]) -> tuple[PretrainedConfig, Pa
     Raises all refusals that need no weights.
     """
     refuse_overlap(folders | folder_of("the model", recipe.model))
-    require_local_texts(recipe)
+    require_paths(recipe)
     config, index = open_config(recipe.model, recipe.revision)
     planned, outlooks = look_ahead(recipe, config, index)
     folder, _ = small_files(recipe.model, recipe.revision)
@@ -65,13 +65,18 @@ def folder_of(name: str, model: str) -> dict[str, Path]:
 
 
 def check_inputs(recipe: Recipe, folder: Path, config: PretrainedConfig) -> None:
-    """Raise what would keep tasks and steps from working: a task that is not known, a teacher that is not there."""
+    """Raise what would keep tasks and steps from working: no weights, no tokenizer, a task that is not known, a teacher
+    that is not there."""
+    require_weights(recipe.model, recipe.revision)
+    steps = [make_step(step) for step in recipe.steps]
+    if any(step.is_calibrated for step in steps):
+        load_tokenizer(folder)
     if recipe.eval.tasks:
         from moe_compress.eval.harness import check_tasks
 
         check_tasks(folder, recipe.eval)
-    for step in recipe.steps:
-        make_step(step).check_inputs(folder, config)
+    for step in steps:
+        step.check_inputs(folder, config)
 
 
 @dataclass(frozen=True)

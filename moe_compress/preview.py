@@ -12,7 +12,7 @@ from moe_compress.calibrate.documents import require_local
 from moe_compress.calibrate.scores import Scores
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.checkpoint.rewrite import dense_config
-from moe_compress.checkpoint.source import Checkpoint, is_local, open_config, small_files
+from moe_compress.checkpoint.source import Checkpoint, is_local, open_config, refuse_path, small_files
 from moe_compress.compress.operation import Outlook
 from moe_compress.compress.quantize.config import BUDGETS
 from moe_compress.compress.quantize.step import QuantizeStep
@@ -38,6 +38,7 @@ def inspect(model: str, *, revision: str | None = None, scores: Path | None = No
         raise UsageError(f"`--revision` has no effect: {model} is no Hub id; leave it out.")
     config, index = open_config(model, revision, quantized=True)
     tiers = [_what_loads_it(config)]
+    estimate = "estimated" if _quantization(config) is None else "estimated as if it were not quantized"
     config = dense_config(config)
     layers = find_moe_layers(build_skeleton(config))
     figures = cost(config, stored_bytes=index.nbytes if index is not None else None)
@@ -66,7 +67,7 @@ def inspect(model: str, *, revision: str | None = None, scores: Path | None = No
         "total_params": figures.total_params,
         "active_params": figures.active_params,
         "bytes": stored,
-        "bytes_are": "measured" if index is not None else "estimated",
+        "bytes_are": "measured" if index is not None else estimate,
         "stored_bytes": figures.stored_bytes,
         "flops_per_token": figures.prefill_flops,
         "context": figures.context,
@@ -81,12 +82,17 @@ def _what_loads_it(config: Any) -> str:
     if (section := getattr(config, SECTION, None)) is not None:
         packed = ", its experts packed" if PACKED in section else ""
         return f"plugin: it needs this package to load{packed}: `import moe_compress`, or trust_remote_code=True."
-    found = (getattr(part, "quantization_config", None) for part in (config, config.get_text_config()))
-    quantization = next((one for one in found if one is not None), None)
+    quantization = _quantization(config)
     if quantization is None:
         return "stock: plain transformers loads it; pruning to one expert count for all layers keeps it so."
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
     return f"stock: plain transformers loads it with what it needs for `{method}`; it is no source to compress."
+
+
+def _quantization(config: Any) -> Any:
+    """What transformers' own quantization of the checkpoint is set to, if it has one."""
+    found = (getattr(part, "quantization_config", None) for part in (config, config.get_text_config()))
+    return next((one for one in found if one is not None), None)
 
 
 def plan(
@@ -247,7 +253,7 @@ def calibration_differences(scores: Scores, calibration: CalibrationConfig) -> l
 
 def foresee(recipe: Recipe) -> list[str]:
     """Warnings about what the recipe would do to its model, if that lies on this disk; raises what `run` refuses."""
-    require_local_texts(recipe)
+    require_paths(recipe)
     if not is_local(recipe.model):
         return []
     config, index = open_config(recipe.model, recipe.revision)
@@ -255,10 +261,13 @@ def foresee(recipe: Recipe) -> list[str]:
     return [*task_warnings(recipe), *step_warnings(planned)]
 
 
-def require_local_texts(recipe: Recipe) -> None:
-    """Raise `UnknownDataError` where the calibration names a path and nothing is there."""
+def require_paths(recipe: Recipe) -> None:
+    """Raise `UsageError` or `UnknownDataError` where model, calibration or a step name a path and nothing is there."""
+    refuse_path(recipe.model)
     for part in recipe.calibration.parts:
         require_local(part)
+    for step in recipe.steps:
+        make_step(step).check_paths()
 
 
 def step_warnings(planned: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -26,6 +26,7 @@ Key = str | int
 Location = tuple[Key, ...]
 Config = TypeVar("Config", bound=BaseModel)
 
+MOST_BUDGETS = 1000  # of a range
 MAX_SHOWN = 60  # characters of a wrong value that a message repeats
 
 
@@ -82,7 +83,7 @@ class Document:
                 continue
             try:
                 path: Location = tuple(int(part) if part.isdecimal() else part for part in name.split("."))
-                self.set(path, yaml.safe_load(value))
+                self.set(path, yaml.load(value, Loader))
             except yaml.YAMLError:
                 self.problems.append(Problem(name, f"`{value}` is not a YAML value; quote it"))
             except LookupError as error:
@@ -119,10 +120,23 @@ class Document:
             raise RecipeError(sorted(unique, key=lambda problem: (problem.line is None, problem.line or 0)))
 
 
+class Loader(yaml.SafeLoader):
+    """YAML in which `1e-4` is a number, as in YAML 1.2 and everywhere else; YAML 1.1 takes it for a text."""
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes what `Loader` reads back the same."""
+
+
+EXPONENTIAL = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+for _kind in (Loader, Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENTIAL, list("-+.0123456789"))
+
+
 def read_yaml(path: Path) -> Document:
     """Parse a YAML file of settings; `RecipeError` when it is no YAML or no mapping."""
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        loader = Loader(path.read_text(encoding="utf-8"))
         root = loader.get_single_node()
         document = Document({})
         if root is not None:
@@ -324,6 +338,8 @@ def parse_range(text: str) -> tuple[str, list[float]]:
             f"`{text}` is no range; write it as `average_bits=1.6:4:0.2` or `stored_bytes=8GB:16GB:1GB`."
         ) from None
     count = int((last - first) / step + 1e-9) + 1
+    if count > MOST_BUDGETS:
+        raise UsageError(f"`{text}` are {count:,} budgets, each an optimum to be found; take {MOST_BUDGETS} at most.")
     return match[1], [round(first + step * number, 9) for number in range(count)]
 
 

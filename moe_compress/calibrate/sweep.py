@@ -118,13 +118,13 @@ class LayerStatistics:
         self.cosine_sum += F.cosine_similarity(entering, leaving, dim=-1).sum(dtype=torch.float64)
         self.stream_energy += leaving.square().sum(dtype=torch.float64)
         change_T = (1 - F.cosine_similarity(*self._around(leaving), dim=-1)).clamp(min=0).double()
+        norm_T = leaving.norm(dim=-1)
         for expert, token_N, gate_N, product_N in self._saliency:
             self.sums["easy_ep"][expert] += (product_N * change_T[token_N]).sum()
             if self.measurement is not None:
                 assert self._input_TH is not None
                 around_TH = self._input_TH if self._entering_TH is None else self._entering_TH
-                leaving_N = leaving[token_N].norm(dim=-1)
-                self.measurement.add(expert, self._input_TH[token_N], around_TH[token_N], gate_N, leaving_N)
+                self.measurement.add(expert, self._input_TH[token_N], around_TH[token_N], gate_N, norm_T[token_N])
         self._saliency.clear()
         self._input_TH = self._routed_TH = self._block_TH = None
 

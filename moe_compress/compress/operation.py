@@ -101,6 +101,9 @@ class Step(ABC, Generic[Settings]):
         step cannot be.
         """
 
+    def check_paths(self) -> None:
+        """Raise where a setting names a path and nothing is there; what is on the Hub passes."""
+
     def check_inputs(self, folder: Path, config: Any) -> None:
         """Raise what can be known to be wrong with what the step reads, before any step has begun.
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +21,9 @@ from transformers.utils import logging
 
 from moe_compress import run
 from moe_compress.calibrate.config import CalibrationConfig
-from moe_compress.checkpoint.hidden import load_hidden
+from moe_compress.checkpoint.hidden import load_hidden, save_hidden
 from moe_compress.checkpoint.source import open_checkpoint
+from moe_compress.compress.distill import layerwise
 from moe_compress.compress.distill import step as distill_step
 from moe_compress.compress.distill.state import parameter_readers, read_metrics, state_update
 from moe_compress.compress.distill.train import _Run
@@ -30,7 +31,6 @@ from moe_compress.compress.scoring import read_calibration
 from moe_compress.errors import CheckpointError, MoECompressError, TrainingError, UsageError
 from moe_compress.verification import checks
 from tests.crashes import in_child
-from tests.integration.test_run import interrupted_at
 from tests.tiny_checkpoint import VOCABULARY, tiny_checkpoint, tiny_recipe
 
 LAYERS = 3
@@ -270,12 +270,20 @@ def test_a_student_that_equals_its_teacher_stays_put(recipe: Callable[..., dict[
 
 @pytest.mark.parametrize("inputs", ["teacher", "student"])
 def test_layerwise_goes_on_with_the_layer_at_hand(
-    recipe: Callable[..., dict[str, Any]], inputs: str, tmp_path: Path
+    recipe: Callable[..., dict[str, Any]], inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Interrupted as soon as the second one is kept."""
     settings = recipe(PRUNE, LAYERWISE | {"inputs": inputs})
     whole = distilled(settings, tmp_path / "whole")
-    with interrupted_at(2 * LAYERS + 2) as progress:  # two layers were healed
-        run(settings, tmp_path / "cut", keep_steps=True, progress=progress)
+
+    def cut(folder: Path, layer: int, hidden: Sequence[Tensor]) -> None:
+        save_hidden(folder, layer, hidden)
+        if layer == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(layerwise, "save_hidden", cut)
+        run(settings, tmp_path / "cut", keep_steps=True)
     assert load_hidden(tmp_path / "cut.work" / "step-1" / "training")[0] == 2
     assert distilled(settings, tmp_path / "cut", resume=True) == whole
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")

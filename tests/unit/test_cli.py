@@ -237,6 +237,15 @@ def test_validate_looks_for_what_lies_on_this_disk(missing: str) -> None:
     assert refused.stderr.endswith(f"{missing.partition('=')[2]} does not exist.\n")
 
 
+@pytest.mark.parametrize(
+    "missing", ["teacher_model=/no/where", "data.dataset=./no-where.jsonl", "accelerate_config=/no/where.yaml"]
+)
+def test_validate_looks_for_what_a_step_reads(missing: str) -> None:
+    refused = invoke("validate", "prune-distill", f"steps.1.{missing}")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert missing.partition("=")[2] in refused.stderr and refused.stderr.endswith("does not exist.\n")
+
+
 def test_a_recipe_that_is_not_there() -> None:
     for path in ("/no/mine.yaml", "mine.yml", "no/demo"):
         refused = invoke("validate", path)

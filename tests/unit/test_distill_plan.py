@@ -63,6 +63,10 @@ def test_memory_counts_weights_gradients_moments_and_logits() -> None:
     assert full_memory(two, **sizes) == 2 * 4 * (1000 + 300 + 2000 + 3 * 4 * 8 * 50)
     divided = 4 * (1000 + 300 + 2000) + 2 * 4 * (70 + 3 * 4 * 8 * 50)
     assert full_memory(two, **sizes, gathered=70) == divided
+    assert full_memory(two, **sizes, gathered=70, devices=2) == divided / 2
+    asked = two.model_copy(update={"prompt_length": 4})
+    large = sizes | {"original": 20_000}
+    assert full_memory(asked, **large, gathered=70, devices=2) == 4 * 20_000, "one device alone writes the responses"
     packed = two.model_copy(update={"teacher": "nf4"})  # which every process has
     assert full_memory(packed, **sizes, gathered=70) == divided + 4 * 2000
 

@@ -90,8 +90,8 @@ def heal_layers(
             student.release(index)
             del fit
             give_back()
-            save_hidden(folder, index + 1, [*run.hidden, *states])
             metrics.add({"update": index, **line, "seconds": round(time.monotonic() - started, 3)})
+            save_hidden(folder, index + 1, [*run.hidden, *states])  # from here on, the layer is done
             calls.clear()
             stage.advance(f"error {line['before']:.2e} -> {line['loss']:.2e}")
     finally:

@@ -72,13 +72,14 @@ def full_memory(
     vocabulary: int,
     sequence_length: int,
     gathered: int | None = None,
+    devices: int = 1,
 ) -> int:
-    """Bytes that the whole-model mode needs, activations inside the layers left out.
+    """Bytes that the whole-model mode needs on each of `devices`, activations inside the layers left out.
 
     `student`, `trained`, `teacher` and `original` count parameters; the teacher's as many as would take its memory in
     float32 while it teaches. Each process holds weights in float32, and of what is trained the gradient and AdamW's two
     moments; logits of one pass lie in memory with their gradient and those of the teacher. Where the original writes
-    responses, it does so before, in one process, and unpacked. With FSDP2 the processes hold all this together (but a
+    responses, it does so before, on one device, and unpacked. With FSDP2 the processes hold all this together (but a
     packed teacher each), and `gathered` counts what each of them holds whole for a moment.
     """
     online = config.on_policy or (config.teacher != "cached" and config.asks_teacher)
@@ -90,7 +91,7 @@ def full_memory(
         copies = config.processes if config.teacher == "nf4" else 1
         training = own + copies * taught_by + config.processes * (gathered + logits)
     writes = config.prompt_length is not None and not config.on_policy
-    return round(FLOAT * max(training, original if writes else 0))
+    return round(FLOAT * max(training / devices, original if writes else 0))
 
 
 def layerwise_memory(*, layer: int, trained: int, teacher_layer: int, outside: int, tokens: int, width: int) -> int:

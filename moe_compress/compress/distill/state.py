@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -49,7 +50,7 @@ def save_state(
         state |= _named(name, value, _moments(optimizer, value))
     if dist.is_initialized():
         dist.barrier()
-    with _without_remarks():
+    with _plainly():
         save(state, storage_writer=FileSystemWriter(part))
     if _is_first():
         write_json(part / ABOUT, {"update": update, "identity": identity})
@@ -76,7 +77,7 @@ def load_state(folder: Path, parameters: Mapping[str, Any], optimizer: torch.opt
         moments = _moments(optimizer, value)
         optimizer.state[value] = {"step": torch.tensor(float(update)), **moments}
         state |= _named(name, value, moments)
-    with _without_remarks():
+    with _plainly():
         load(state, storage_reader=FileSystemReader(states[-1]))
     return update
 
@@ -99,7 +100,7 @@ def _read(state: Path, key: str) -> Tensor:
     reader = FileSystemReader(state)
     about: Any = reader.read_metadata().state_dict_metadata[key]
     found = {key: torch.empty(about.size, dtype=about.properties.dtype)}
-    with _without_remarks():
+    with _plainly():
         load(found, storage_reader=reader)
     return found[key]
 
@@ -121,11 +122,20 @@ def _states(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _without_remarks() -> Iterator[None]:
-    """Without the warning that one process is alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+def _plainly() -> Iterator[None]:
+    """Without the warning that one process is alone, and with errors as they were.
+
+    torch raises a kind that is no `Exception`, around an error that may itself have followed one of the disk.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            yield
+    except CheckpointException as failed:
+        causes: list[BaseException] = [next(iter(failed.failures.values()))[0]]
+        while causes[-1].__context__ is not None:
+            causes.append(causes[-1].__context__)
+        raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from None
 
 
 def _is_first() -> bool:

@@ -15,13 +15,20 @@ import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import Calibration
+from moe_compress.calibrate.documents import require_local
 from moe_compress.checkpoint.record import Record, Target
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, open_rewritten, rewrite
-from moe_compress.checkpoint.source import Checkpoint, open_checkpoint, open_config, small_files
+from moe_compress.checkpoint.source import (
+    Checkpoint,
+    load_tokenizer,
+    open_checkpoint,
+    open_config,
+    refuse_path,
+    small_files,
+)
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
@@ -98,12 +105,19 @@ class DistillStep(Step[DistillConfig]):
         summary.append(f"{target:.0%} of the expert slots are to be skipped.")
         return entry | {"summary": summary}, before.resized(after)
 
+    def check_paths(self) -> None:
+        self._settled()
+        if self.config.teacher_model is not None:
+            refuse_path(self.config.teacher_model)
+        if self.config.data is not None:
+            for part in self.config.data.parts:
+                require_local(part)
+
     def check_inputs(self, folder: Path, config: Any) -> None:
         if self.config.teacher_model is not None:
             require_same_language(self.config, folder, config)
         if self.config.data is not None:
             scoring.read_calibration(folder, config, self.config.data)
-        self._settled()
 
     def run(self, source: Checkpoint, folder: Path, around: Surroundings, title: str) -> Record:
         folder.mkdir(parents=True, exist_ok=True)
@@ -296,9 +310,8 @@ class DistillStep(Step[DistillConfig]):
             vocabulary=skeleton.config.get_text_config().vocab_size,
             sequence_length=schedule.sequence_length,
             gathered=gathered(skeleton, chosen, original) if launch is not None and launch.sharded else None,
+            devices=config.processes if device.startswith("cuda") else 1,  # each process has a GPU of its own
         )
-        if device.startswith("cuda"):
-            needed //= config.processes  # each has a GPU of its own
         require_memory(needed, device, "train fewer parts, take `teacher: cached`, or use `mode: layerwise`")
 
     def _require_layer_memory(self, student: LayerStream, original: LayerStream, num_tokens: int) -> None:
@@ -326,8 +339,8 @@ def require_same_language(config: DistillConfig, folder: Path, model_config: Any
     """Raise `UsageError` when the teacher that is named does not have the tokens, or the layers, of the student."""
     assert config.teacher_model is not None
     other, _ = open_config(config.teacher_model)
-    theirs = AutoTokenizer.from_pretrained(small_files(config.teacher_model)[0]).get_vocab()
-    own = AutoTokenizer.from_pretrained(folder).get_vocab()
+    theirs = load_tokenizer(small_files(config.teacher_model)[0]).get_vocab()
+    own = load_tokenizer(folder).get_vocab()
     text, other_text = model_config.get_text_config(), other.get_text_config()
     if theirs != own or text.vocab_size != other_text.vocab_size:
         raise UsageError(

@@ -19,12 +19,14 @@ import psutil
 from accelerate.utils import disable_fsdp_ram_efficient_loading
 
 from moe_compress.checkpoint.writer import write_json
-from moe_compress.compress.distill.state import read_metrics
+from moe_compress.compress.distill.state import Metrics, read_metrics
 from moe_compress.compress.distill.train import Job, train
 from moe_compress.errors import MoECompressError, TrainingError
+from moe_compress.text import first_line
 
 POLL_SECONDS = 0.5
-JOB_FILE, FAILURE_FILE, LOG_FILE = "job.json", "failure.json", "processes.log"
+JOB_FILE, LOG_FILE = "job.json", "processes.log"
+FAILURES = "failure-*.json"  # one for each process
 
 
 def train_in_processes(job: Job, first: int, on_update: Callable[[dict[str, Any]], None]) -> None:
@@ -34,8 +36,9 @@ def train_in_processes(job: Job, first: int, on_update: Callable[[dict[str, Any]
 
     Raises `TrainingError` with what went wrong in them.
     """
-    failure = job.folder / FAILURE_FILE
-    failure.unlink(missing_ok=True)
+    for failure in job.folder.glob(FAILURES):
+        failure.unlink()
+    Metrics(job.folder, first)  # what an interrupted training wrote after its last state is not shown again
     write_json(job.folder / JOB_FILE, job.to_json() | {"parent": os.getpid()})
     if job.launch is not None:
         assert job.config.accelerate_config is not None
@@ -48,7 +51,8 @@ def train_in_processes(job: Job, first: int, on_update: Callable[[dict[str, Any]
     with (job.folder / LOG_FILE).open("wb") as log:
         started = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
-            while (ended := started.poll() is not None) or True:
+            while True:
+                ended = started.poll() is not None
                 for line in read_metrics(job.folder):
                     if line["update"] >= shown:
                         on_update(line)
@@ -61,11 +65,16 @@ def train_in_processes(job: Job, first: int, on_update: Callable[[dict[str, Any]
                 started.terminate()
                 started.wait()
     if started.returncode:
-        said = (job.folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        reason = said[-1] if said else "no message"
-        if failure.exists():
-            reason = json.loads(failure.read_text(encoding="utf-8"))["sentence"]
-        raise TrainingError(f"the training processes failed: {reason} (see {job.folder / LOG_FILE})")
+        raise TrainingError(f"the training processes failed: {_reason(job.folder)} (see {job.folder / LOG_FILE})")
+
+
+def _reason(folder: Path) -> str:
+    """What the process that failed first says of it; the log's last words where none could, as one that was killed."""
+    failures = sorted(folder.glob(FAILURES), key=lambda file: file.stat().st_mtime_ns)
+    if failures:
+        return str(json.loads(failures[0].read_text(encoding="utf-8"))["sentence"])
+    lines = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip("=- ")), "no message")
 
 
 def main(file: Path) -> int:
@@ -78,11 +87,15 @@ def main(file: Path) -> int:
         if not psutil.pid_exists(parent):
             os._exit(1)  # whoever goes on later must find nobody else at work
 
+    failure = file.with_name(FAILURES.replace("*", os.environ["RANK"]))
     try:
         train(Job.from_json(content), watch)
     except MoECompressError as error:
-        write_json(file.with_name(FAILURE_FILE), {"sentence": str(error)})
+        write_json(failure, {"sentence": str(error)})
         return 1
+    except Exception as error:
+        write_json(failure, {"sentence": f"{type(error).__name__}: {first_line(error)}"})
+        raise
     return 0
 
 
