@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -101,7 +102,7 @@ class Document:
         for detail in details:
             found.setdefault(_place(self.values, detail), []).append(detail)
         wrong_kinds = {path[:-1] for path in found if path[-1:] == ("op",)}
-        schema = config.model_json_schema()
+        schema = _schema(config)
         known = [problem.path for problem in self.problems] + [dotted(path) for path in found]
         for path, errors in found.items():
             inside = any(place.startswith(f"{dotted(path)}.") for place in known)
@@ -216,6 +217,12 @@ def _place(values: Mapping[str, Any], detail: ErrorDetails) -> Location:
     if detail["type"].startswith("union_tag") and isinstance(detail["input"], dict):
         path.append(detail["ctx"]["discriminator"].strip("'"))
     return tuple(path)
+
+
+@cache
+def _schema(config: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a model, which takes long to make."""
+    return config.model_json_schema()
 
 
 def _sentence(path: Location, errors: Sequence[ErrorDetails], schema: Mapping[str, Any]) -> str:
