@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import moe_compress
-from benchmarks.tables import HALF_WITHIN
+from benchmarks.tables import skip_rivals
 from benchmarks.zeda_texts import write_texts
 from moe_compress.checkpoint.source import REFERENCE
 from moe_compress.eval.config import EvalConfig
@@ -230,8 +230,8 @@ def main() -> None:
     order = [*ROWS, *TRAINED]
     if given.speed:
         found = json.loads(RESULTS.read_text(encoding="utf-8"))
-        halved = [row["name"] for row in found["rows"] if "tasks" in row and abs(row["skipped"] - 0.5) < HALF_WITHIN]
-        found["speeds"] = measured(["original", *(given.only or halved)], given.folder)
+        rivals = [row["name"] for row in skip_rivals(found["rows"])]
+        found["speeds"] = measured(["original", *(given.only or rivals)], given.folder)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         return
     speeds = json.loads(RESULTS.read_text(encoding="utf-8")).get("speeds", []) if RESULTS.exists() else []

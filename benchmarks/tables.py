@@ -131,7 +131,6 @@ def skip_reference() -> str:
 def skip_trained() -> str:
     """The original, and half of its slots left out, untrained and trained; FLOPs as shares of the original's."""
     original, *others = load("skip_reference")["rows"]
-    half = [row for row in others if abs(row["skipped"] - 0.5) < HALF_WITHIN or "tokens" in row]
     return table(
         ["", "slots skipped", "expert FLOPs", "FLOPs", *TASKS, "mean of the six", "tokens", "minutes"],
         [
@@ -144,10 +143,14 @@ def skip_trained() -> str:
                 f"{100 * mean(row['tasks'][name] for name in TASKS if name not in TEXTS):.2f}",
                 *_training(row, others),
             ]
-            for row in [original, *half]
-            if "tasks" in row
+            for row in [original, *skip_rivals(others)]
         ],
     )
+
+
+def skip_rivals(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows that leave out about half of the slots, or were trained to."""
+    return [row for row in rows if "tasks" in row and (abs(row["skipped"] - 0.5) < HALF_WITHIN or "tokens" in row)]
 
 
 def _training(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:

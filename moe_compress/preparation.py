@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from moe_compress.calibrate.agreement import AUDIT_FILE
 from moe_compress.calibrate.scores import Scores
-from moe_compress.checkpoint.source import REFERENCE, open_config, small_files
+from moe_compress.checkpoint.source import REFERENCE, load_tokenizer, open_config, require_weights, small_files
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress.operation import Outlook
 from moe_compress.compress.surroundings import Surroundings, resolved
@@ -55,7 +55,7 @@ def look(recipe: Recipe, folders: dict[str, Path]) -> tuple[PretrainedConfig, Pa
     config, index = open_config(recipe.model, recipe.revision)
     planned, outlooks = look_ahead(recipe, config, index)
     folder, _ = small_files(recipe.model, recipe.revision)
-    return config, folder, outlooks, [*task_warnings(recipe), *step_warnings(planned)]
+    return config, folder, outlooks, [*task_warnings(recipe), *step_warnings(planned, outlooks)]
 
 
 def folder_of(name: str, model: str) -> dict[str, Path]:
@@ -65,13 +65,18 @@ def folder_of(name: str, model: str) -> dict[str, Path]:
 
 
 def check_inputs(recipe: Recipe, folder: Path, config: PretrainedConfig) -> None:
-    """Raise what would keep tasks and steps from working: a task that is not known, a teacher that is not there."""
+    """Raise what would keep tasks and steps from working: no weights, no tokenizer, a task that is not known, a teacher
+    that is not there."""
+    require_weights(recipe.model, recipe.revision)
+    steps = [make_step(step) for step in recipe.steps]
+    if any(step.is_calibrated for step in steps):
+        load_tokenizer(folder)
     if recipe.eval.tasks:
         from moe_compress.eval.harness import check_tasks
 
         check_tasks(folder, recipe.eval)
-    for step in recipe.steps:
-        make_step(step).check_inputs(folder, config)
+    for step in steps:
+        step.check_inputs(folder, config)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from moe_compress.models.layers import PACKED, SECTION, find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.recipe import Recipe, check_tier, load_recipe
 from moe_compress.steps import make_step
+from moe_compress.text import format_bytes
+
+NOTABLE_GROWTH = 1.02  # zero experts add a row each to the routers
 
 
 def inspect(model: str, *, revision: str | None = None, scores: Path | None = None) -> dict[str, Any]:
@@ -38,6 +42,7 @@ def inspect(model: str, *, revision: str | None = None, scores: Path | None = No
         raise UsageError(f"`--revision` has no effect: {model} is no Hub id; leave it out.")
     config, index = open_config(model, revision, quantized=True)
     tiers = [_what_loads_it(config)]
+    estimate = "estimated" if _quantization(config) is None else "estimated as if it were not quantized"
     config = dense_config(config)
     layers = find_moe_layers(build_skeleton(config))
     figures = cost(config, stored_bytes=index.nbytes if index is not None else None)
@@ -66,7 +71,7 @@ def inspect(model: str, *, revision: str | None = None, scores: Path | None = No
         "total_params": figures.total_params,
         "active_params": figures.active_params,
         "bytes": stored,
-        "bytes_are": "measured" if index is not None else "estimated",
+        "bytes_are": "measured" if index is not None else estimate,
         "stored_bytes": figures.stored_bytes,
         "flops_per_token": figures.prefill_flops,
         "context": figures.context,
@@ -81,12 +86,17 @@ def _what_loads_it(config: Any) -> str:
     if (section := getattr(config, SECTION, None)) is not None:
         packed = ", its experts packed" if PACKED in section else ""
         return f"plugin: it needs this package to load{packed}: `import moe_compress`, or trust_remote_code=True."
-    found = (getattr(part, "quantization_config", None) for part in (config, config.get_text_config()))
-    quantization = next((one for one in found if one is not None), None)
+    quantization = _quantization(config)
     if quantization is None:
         return "stock: plain transformers loads it; pruning to one expert count for all layers keeps it so."
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
     return f"stock: plain transformers loads it with what it needs for `{method}`; it is no source to compress."
+
+
+def _quantization(config: Any) -> Any:
+    """What transformers' own quantization of the checkpoint is set to, if it has one."""
+    found = (getattr(part, "quantization_config", None) for part in (config, config.get_text_config()))
+    return next((one for one in found if one is not None), None)
 
 
 def plan(
@@ -115,7 +125,7 @@ def plan(
         ]
     warnings += tier_warnings(recipe)
     planned, outlooks = look_ahead(recipe, config, index, scores=measured)
-    warnings += step_warnings(planned)
+    warnings += step_warnings(planned, outlooks)
     after = outlooks[-1]
     predicted = cost(after.config).to_dict()
     predicted |= {"stored_bytes": after.stored_bytes, "active_bytes_per_token": after.active_bytes}
@@ -251,8 +261,7 @@ def foresee(recipe: Recipe) -> list[str]:
     if not is_local(recipe.model):
         return []
     config, index = open_config(recipe.model, recipe.revision)
-    planned, _ = look_ahead(recipe, config, index)
-    return [*task_warnings(recipe), *step_warnings(planned)]
+    return [*task_warnings(recipe), *step_warnings(*look_ahead(recipe, config, index))]
 
 
 def require_paths(recipe: Recipe) -> None:
@@ -264,9 +273,14 @@ def require_paths(recipe: Recipe) -> None:
         make_step(step).check_paths()
 
 
-def step_warnings(planned: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the steps have to say of their settings."""
-    return [f"steps.{index}.{said}" for index, entry in enumerate(planned) for said in entry.get("warnings", ())]
+def step_warnings(planned: Sequence[Mapping[str, Any]], outlooks: Sequence[Outlook]) -> list[str]:
+    """What the steps have to say of their settings, and where they make the checkpoint larger; one outlook more."""
+    said = [f"steps.{index}.{text}" for index, entry in enumerate(planned) for text in entry.get("warnings", ())]
+    for index, (before, after) in enumerate(pairwise(outlooks)):
+        if after.stored_bytes > NOTABLE_GROWTH * before.stored_bytes:
+            sizes = f"{format_bytes(before.stored_bytes)} -> {format_bytes(after.stored_bytes)}"
+            said.append(f"steps.{index} makes the checkpoint larger: {sizes}.")
+    return said
 
 
 def tier_warnings(recipe: Recipe) -> list[str]:

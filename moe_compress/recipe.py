@@ -33,7 +33,7 @@ from moe_compress.compress.zero_experts import config as zero_experts
 from moe_compress.compress.zero_experts.config import ZeroExpertsConfig
 from moe_compress.errors import UsageError
 from moe_compress.eval.config import EvalConfig
-from moe_compress.settings import Document, Location, Size, did_you_mean, plain, read_yaml
+from moe_compress.settings import Document, Dumper, Location, Size, did_you_mean, plain, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 REFERENCE = "reference"
@@ -213,7 +213,7 @@ def dump_recipe(recipe: Recipe) -> str:
         for key in path[:-1]:
             parent = parent[key]
         parent.pop(path[-1], None)
-    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
     return text
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -25,6 +26,7 @@ Key = str | int
 Location = tuple[Key, ...]
 Config = TypeVar("Config", bound=BaseModel)
 
+MOST_BUDGETS = 1000  # of a range
 MAX_SHOWN = 60  # characters of a wrong value that a message repeats
 
 
@@ -81,7 +83,7 @@ class Document:
                 continue
             try:
                 path: Location = tuple(int(part) if part.isdecimal() else part for part in name.split("."))
-                self.set(path, yaml.safe_load(value))
+                self.set(path, yaml.load(value, Loader))
             except yaml.YAMLError:
                 self.problems.append(Problem(name, f"`{value}` is not a YAML value; quote it"))
             except LookupError as error:
@@ -100,7 +102,7 @@ class Document:
         for detail in details:
             found.setdefault(_place(self.values, detail), []).append(detail)
         wrong_kinds = {path[:-1] for path in found if path[-1:] == ("op",)}
-        schema = config.model_json_schema()
+        schema = _schema(config)
         known = [problem.path for problem in self.problems] + [dotted(path) for path in found]
         for path, errors in found.items():
             inside = any(place.startswith(f"{dotted(path)}.") for place in known)
@@ -118,10 +120,23 @@ class Document:
             raise RecipeError(sorted(unique, key=lambda problem: (problem.line is None, problem.line or 0)))
 
 
+class Loader(yaml.SafeLoader):
+    """YAML in which `1e-4` is a number, as in YAML 1.2 and everywhere else; YAML 1.1 takes it for a text."""
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes what `Loader` reads back the same."""
+
+
+EXPONENTIAL = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+for _kind in (Loader, Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENTIAL, list("-+.0123456789"))
+
+
 def read_yaml(path: Path) -> Document:
     """Parse a YAML file of settings; `RecipeError` when it is no YAML or no mapping."""
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        loader = Loader(path.read_text(encoding="utf-8"))
         root = loader.get_single_node()
         document = Document({})
         if root is not None:
@@ -202,6 +217,12 @@ def _place(values: Mapping[str, Any], detail: ErrorDetails) -> Location:
     if detail["type"].startswith("union_tag") and isinstance(detail["input"], dict):
         path.append(detail["ctx"]["discriminator"].strip("'"))
     return tuple(path)
+
+
+@cache
+def _schema(config: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a model, which takes long to make."""
+    return config.model_json_schema()
 
 
 def _sentence(path: Location, errors: Sequence[ErrorDetails], schema: Mapping[str, Any]) -> str:
@@ -317,6 +338,8 @@ def parse_range(text: str) -> tuple[str, list[float]]:
             f"`{text}` is no range; write it as `average_bits=1.6:4:0.2` or `stored_bytes=8GB:16GB:1GB`."
         ) from None
     count = int((last - first) / step + 1e-9) + 1
+    if count > MOST_BUDGETS:
+        raise UsageError(f"`{text}` are {count:,} budgets, each an optimum to be found; take {MOST_BUDGETS} at most.")
     return match[1], [round(first + step * number, 9) for number in range(count)]
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moe_compress.calibrate.config import CalibrationConfig, DatasetPart
 from moe_compress.calibrate.documents import documents
-from moe_compress.errors import DataError
+from moe_compress.errors import DataError, UsageError
 
 # A document longer than the missing tokens can use is cut before it is tokenized; no token is this long on average.
 MAX_CHARACTERS_PER_TOKEN = 32
@@ -46,13 +46,13 @@ def load_calibration(
 
     The documents that hold the first `after` sequences of each part, if given, are left out.
 
-    `max_length` is the longest sequence the model takes. Raises `DataError` when a sequence would be longer, when a
-    dataset, split or column does not exist, or when there is too little text. `fingerprint` is the sha256 of the
-    token ids and of the settings that decide them.
+    `max_length` is the longest sequence the model takes. Raises `UsageError` when a sequence would be longer,
+    `DataError` when a dataset, split or column does not exist, or when there is too little text. `fingerprint` is the
+    sha256 of the token ids and of the settings that decide them.
     """
     if max_length is not None and config.sequence_length > max_length:
-        raise DataError(
-            f"`calibration.sequence_length` is {config.sequence_length}, but the model takes {max_length} tokens at "
+        raise UsageError(
+            f"`sequence_length` is {config.sequence_length}, but the model takes {max_length} tokens at "
             f"most; set it to {max_length} or less."
         )
     parts = config.parts
@@ -102,9 +102,9 @@ def share(parts: list[DatasetPart], num_samples: int) -> list[int]:
     for i in by_remainder[: num_samples - sum(counts)]:
         counts[i] += 1
     if 0 in counts:
-        raise DataError(
-            f"Dataset {parts[counts.index(0)].dataset} gets none of the {num_samples} calibration sequences; raise "
-            "`calibration.num_samples` or its weight."
+        raise UsageError(
+            f"Dataset {parts[counts.index(0)].dataset} gets none of the {num_samples} sequences; raise `num_samples` "
+            "or its weight."
         )
     return counts
 
@@ -138,11 +138,11 @@ def _pack(
             tokens, num_documents, to_skip = [], 0, 0
             needed = num_sequences * config.sequence_length
     enough = len(tokens) // config.sequence_length
-    advice = f"lower `calibration.num_samples` (there is enough for {enough}) or" if enough else "lower"
+    advice = f"lower `num_samples` (there is enough for {enough}) or" if enough else "lower"
     found = f"{len(tokens):,} tokens in {num_documents:,} documents" + " beyond those for calibration" * bool(after)
     raise DataError(
         f"Dataset {part.dataset} has only {found}, but {needed:,} are needed ({num_sequences} x "
-        f"{config.sequence_length}); {advice} `calibration.sequence_length`, or add data."
+        f"{config.sequence_length}); {advice} `sequence_length`, or add data."
     )
 
 

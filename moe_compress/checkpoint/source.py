@@ -10,6 +10,7 @@ Not covered: whether the model has experts at all; that is seen in its structure
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +26,21 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.checkpoint.index import INDEX_FILE, SINGLE_FILE, TensorIndex, shard_names
 from moe_compress.errors import CheckpointError, UnsupportedModelError, UsageError
+from moe_compress.models.families import EXPERT_COUNT_KEYS, TOP_K_KEYS
 from moe_compress.models.layers import PACKED, SECTION
 from moe_compress.text import first_line
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "checkpoint"
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"]
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# What one of a tokenizer's files is called.
+TOKENIZER_PREFIXES = ("tokenizer.", "vocab", "tekken.", "spiece")
+TOKENIZER_SUFFIXES = (".model", ".tiktoken")
 # Of all files that hold weights, in whatever format; the rest of a checkpoint is copied with it.
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", *PICKLE_SUFFIXES)
 
@@ -98,6 +103,30 @@ def small_files(model: str, revision: str | None = None) -> tuple[Path, str | No
         return path, None
     folder = _download(model, revision, SMALL_FILES)
     return folder, folder.name
+
+
+def require_weights(model: str, revision: str | None = None) -> None:
+    """Raise `CheckpointError` when `model` has no weights that `open_checkpoint` reads; none are downloaded."""
+    folder, commit = small_files(model, revision)
+    _check_weights(
+        model, [file.name for file in folder.iterdir()] if commit is None else _repository_files(model, folder)
+    )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint in `folder`; `CheckpointError` when it has none, or a damaged one.
+
+    From a folder without one, transformers makes some families a tokenizer that knows no words.
+    """
+    if not any(
+        file.name.startswith(TOKENIZER_PREFIXES) or file.suffix in TOKENIZER_SUFFIXES for file in folder.iterdir()
+    ):
+        raise CheckpointError(f"{folder} holds no tokenizer (tokenizer.json); copy it there from the original model.")
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # every tokenizer has its own
+        raise CheckpointError(f"The tokenizer in {folder} cannot be loaded: {first_line(error)}.") from error
+    return found
 
 
 def is_local(model: str) -> bool:
@@ -196,6 +225,11 @@ def _checked_config(folder: Path, model: str, names: list[str], quantized: bool)
     except Exception as error:  # every architecture checks its own settings
         raise CheckpointError(f"The config.json of {model} is not accepted: {first_line(error)}.") from error
     assert isinstance(config, PretrainedConfig)
+    text: Any = config.get_text_config()
+    counts, picks = ([getattr(text, key, None) for key in keys] for keys in (EXPERT_COUNT_KEYS, TOP_K_KEYS))
+    for count, pick in itertools.product(counts, picks):
+        if isinstance(count, int) and isinstance(pick, int) and count > 0 and not 1 <= pick <= count:
+            raise CheckpointError(f"The config.json of {model} is not accepted: {pick} of {count} experts per token.")
     return config
 
 

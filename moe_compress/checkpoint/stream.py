@@ -288,7 +288,9 @@ class LayerStream:
             name, stored, expected = sorted(info.mismatched_keys)[0]
             raise CheckpointError(f"`{name}` has the shape {tuple(stored)}, the configuration says {tuple(expected)}.")
         if info.conversion_errors:
-            raise CheckpointError(f"The weights could not be converted: {next(iter(info.conversion_errors.values()))}")
+            name, trace = sorted(info.conversion_errors.items())[0]
+            reason = trace.strip().splitlines()[-1].rstrip(".")
+            raise CheckpointError(f"`{name}` cannot be made: a tensor of it is missing or damaged ({reason}).")
 
 
 def _retype(module: nn.Module, name: str, dtype: torch.dtype) -> None:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from moe_compress.calibrate.ablation import Ablation, Losses
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import Calibration, load_calibration, load_held_out
 from moe_compress.calibrate.scores import Scores
 from moe_compress.calibrate.sweep import Measurement, collect
-from moe_compress.checkpoint.source import Checkpoint
+from moe_compress.checkpoint.source import Checkpoint, load_tokenizer
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.manifest import describe_source
@@ -24,14 +23,14 @@ from moe_compress.models.layers import MoELayer
 
 def read_calibration(folder: Path, config: Any, calibration: CalibrationConfig) -> Calibration:
     """The calibration tokens for the model whose tokenizer lies in `folder`."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return load_calibration(calibration, tokenizer, max_length=longest)
 
 
 def read_held_out(folder: Path, config: Any, calibration: CalibrationConfig, num_sequences: int) -> Calibration:
     """Sequences of documents that the calibration tokens are not of."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return load_held_out(calibration, tokenizer, num_sequences, max_length=longest)
 

@@ -9,7 +9,9 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import resolve_max_length
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
+
+from moe_compress.checkpoint.source import load_tokenizer
 
 
 class QuietLM(HFLM):
@@ -51,6 +53,6 @@ class WithoutWeights:
     """What `QuietLM` says of a model before its weights are there."""
 
     def __init__(self, folder: Path) -> None:
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: Any = load_tokenizer(folder)
         self.max_length = resolve_max_length(AutoConfig.from_pretrained(folder), self.tokenizer)
         self.max_gen_toks: int = HFLM.max_gen_toks.fget(self)

@@ -19,6 +19,7 @@ from moe_compress.recipe import OPERATIONS
 from moe_compress.report.citations import papers
 from moe_compress.report.markdown import check_table, comparison_table, headline, limits, random_section
 from moe_compress.report.scores import is_hub_id, model_index
+from moe_compress.settings import Loader
 
 LOCATION = "path/to/this/folder"
 TAGS = ["moe", "mixture-of-experts", "moe-compress"]
@@ -238,7 +239,7 @@ def _command_lines(recipe: Mapping[str, Any], base_model: str, revision: str | N
 
 
 def _parsed(recipe_yaml: str) -> Mapping[str, Any]:
-    recipe = yaml.safe_load(recipe_yaml)
+    recipe = yaml.load(recipe_yaml, Loader)
     return recipe if isinstance(recipe, dict) else {}
 
 

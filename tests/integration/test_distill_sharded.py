@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +37,6 @@ DISTILL = {
     "op": "distill", "trainable": ["all"], "learning_rate": 2e-3, "epochs": 2, "batch_size": 4, "micro_batch_size": 1,
     "save_every": 2,
 }  # fmt: skip
-SKIP = DISTILL | {"target_skip": 0.5, "expert_balance_alpha": 0.1}
 # What `accelerate config` writes
 CONFIG: dict[str, Any] = {
     "compute_environment": "LOCAL_MACHINE", "debug": False, "distributed_type": "FSDP", "downcast_bf16": "no",
@@ -202,10 +200,10 @@ def test_another_number_of_processes_goes_on(trainings: Trainings) -> None:
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_process_holds_its_share_of_the_bytes(trainings: Trainings, processes: int, tmp_path: Path) -> None:
     """Of student, teacher and moments, by the memory behind them, between two updates."""
-    skeleton = training.load_model(trainings.job("bytes", 1).student, "cpu")
-    count = sum(parameter.numel() for parameter in skeleton.parameters())
-    original = sum(
-        parameter.numel() for parameter in training.load_model(trainings.job("bytes", 1).teacher, "cpu").parameters()
+    job = trainings.job(f"bytes-{processes}", processes)
+    count, original = (
+        sum(parameter.numel() for parameter in training.load_model(folder, "cpu").parameters())
+        for folder in (job.student, job.teacher)
     )
 
     def measured() -> None:
@@ -223,11 +221,10 @@ def test_a_process_holds_its_share_of_the_bytes(trainings: Trainings, processes:
             return line
 
         _Run.update = update  # type: ignore[method-assign]
-        train(trainings.job("bytes", processes), lambda line: None)
+        train(job, lambda line: None)
         (tmp_path / f"{dist.get_rank()}").write_text(str(found[-1]))
 
     in_processes(processes, measured)
-    shutil.rmtree(trainings.job("bytes", processes).folder)
     held = [int((tmp_path / f"{rank}").read_text()) for rank in range(processes)]
     everything = 4 * (3 * count + original)
     assert sum(held) == pytest.approx(everything, rel=0.02)

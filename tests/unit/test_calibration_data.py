@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from moe_compress.calibrate import documents
 from moe_compress.calibrate.config import CalibrationConfig, DatasetPart
 from moe_compress.calibrate.data import Calibration, load_calibration, load_held_out, share
-from moe_compress.errors import DataError
+from moe_compress.errors import DataError, UsageError
 from tests.byte_tokenizer import END, byte_tokenizer
 
 TEXTS = [f"document {i} " + "x" * (i % 7) for i in range(40)]
@@ -31,8 +31,8 @@ def load(dataset: Any, tokenizer: Any = None, max_length: int | None = None, **s
     return load_calibration(config, tokenizer or byte_tokenizer(), max_length=max_length)
 
 
-def refusal(dataset: Any, **arguments: Any) -> str:
-    with pytest.raises(DataError) as caught:
+def refusal(dataset: Any, error: type[Exception] = DataError, **arguments: Any) -> str:
+    with pytest.raises(error) as caught:
         load(dataset, **arguments)
     message = str(caught.value)
     assert "\n" not in message and message[-1] in ".?"
@@ -148,7 +148,7 @@ def test_mix_shares_sequences_by_weight(tmp_path: Path) -> None:
         (1.0, 2, 1, 32),
     ]
     parts[1]["weight"] = 0.01
-    assert "b.jsonl gets none of the 8" in refusal(parts, num_samples=8)
+    assert "b.jsonl gets none of the 8" in refusal(parts, UsageError, num_samples=8)
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(1, 500))
@@ -156,7 +156,7 @@ def test_share_is_exact_and_proportional(weights: list[float], num_samples: int)
     parts = [DatasetPart(dataset=str(i), weight=weight) for i, weight in enumerate(weights)]
     try:
         counts = share(parts, num_samples)
-    except DataError:
+    except UsageError:
         assert min(weights) / sum(weights) * num_samples < 1
         return
     assert sum(counts) == num_samples
@@ -197,7 +197,7 @@ def test_held_out_text_is_of_other_documents(tmp_path: Path) -> None:
 def test_longer_than_the_model(tmp_path: Path) -> None:
     source = texts(tmp_path / "a.jsonl")
     assert load(source, max_length=16).tokens.shape == (4, 16)
-    assert "15" in refusal(source, max_length=15)
+    assert "15" in refusal(source, UsageError, max_length=15)
 
 
 @pytest.mark.parametrize(

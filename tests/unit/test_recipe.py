@@ -45,6 +45,18 @@ def write(folder: Path, text: str) -> str:
     return str(file)
 
 
+@pytest.mark.parametrize("number", ["1e-4", "1E-4", "1.e-4", "+.1e-3", "0.0001"])
+def test_exponents_need_no_point(number: str, tmp_path: Path) -> None:
+    """As in YAML 1.2; YAML 1.1 takes most of these for texts."""
+    settings = "op: distill, teacher_model: b, data: {dataset: a, num_samples: 8, sequence_length: 16}"
+    file = write(tmp_path, f"model: a\nsteps: [{{{settings}, learning_rate: {number}}}]\n")
+    for recipe in (load_recipe(file), load_recipe(file, [f"steps.0.learning_rate={number}"])):
+        assert recipe.steps[0].learning_rate == 1e-4  # type: ignore[union-attr]
+        assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
+    named = load_recipe({"model": number})
+    assert load_recipe(write(tmp_path, dump_recipe(named))).model == number, "a text that looks like a number is quoted"
+
+
 @pytest.mark.parametrize("name", ["demo", "prune-man-50", "prune-reap-25"])
 def test_packaged_recipes_are_valid_described_and_survive_a_round_trip(name: str) -> None:
     recipe = load_recipe(name, runnable=True)
@@ -281,7 +293,7 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean `prune-reap-25`"):
         load_recipe("prune-reap-52")
     with pytest.raises(UsageError, match="packaged are budget-joint, demo, differences-50, mc-2"):
-        load_recipe("nowhere/x.yml")
+        load_recipe("nowhere")
 
 
 def test_models_and_dicts_are_recipes_too() -> None:

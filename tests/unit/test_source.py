@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from moe_compress.checkpoint import source
-from moe_compress.checkpoint.source import open_checkpoint, open_config
+from moe_compress.checkpoint.source import load_tokenizer, open_checkpoint, open_config, require_weights
 from moe_compress.errors import CheckpointError, UnsupportedModelError, UsageError
 
 REMOTE_CODE = """
@@ -26,7 +26,9 @@ class StrangeConfig(PretrainedConfig):
 def checkpoint(folder: Path, *, weights: bool = True, **settings: Any) -> Path:
     """A folder with a config of `settings` and, in two shards, two tensors."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "num_experts": 4} | settings))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2} | settings)
+    )
     if weights:
         shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
         for name, shard in shards.items():
@@ -91,6 +93,12 @@ def test_damaged_config(tmp_path: Path, content: str) -> None:
     assert "damaged" in refusal(CheckpointError, str(tmp_path))
 
 
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_impossible_top_k(tmp_path: Path, top_k: int) -> None:
+    folder = checkpoint(tmp_path / "m", num_experts_per_tok=top_k)
+    assert f"{top_k} of 4 experts per token" in refusal(CheckpointError, str(folder))
+
+
 def test_rejected_config(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "m", hidden_size="many")
     assert "not accepted" in refusal(CheckpointError, str(folder))
@@ -116,6 +124,21 @@ def test_no_weights(tmp_path: Path) -> None:
     save_file({"a": np.ones(1, np.float32)}, folder / "adapter_model.safetensors")
     assert "no safetensors weights" in refusal(CheckpointError, str(folder))
     assert open_config(str(folder))[1] is None
+    with pytest.raises(CheckpointError, match="no safetensors weights"):
+        require_weights(str(folder))
+    require_weights("reference")
+
+
+def test_a_tokenizer_is_there_and_whole(tmp_path: Path) -> None:
+    """From a folder with a config alone transformers makes a Qwen tokenizer that knows no words."""
+    folder = checkpoint(tmp_path / "m")
+    (folder / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"m holds no tokenizer"):
+        load_tokenizer(folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"^The tokenizer in .*m cannot be loaded: .*\.$"):
+        load_tokenizer(folder)
+    assert len(load_tokenizer(source.REFERENCE)) == 4096
 
 
 def test_gguf(tmp_path: Path) -> None:

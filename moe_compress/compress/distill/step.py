@@ -15,14 +15,20 @@ import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import Calibration
 from moe_compress.calibrate.documents import require_local
 from moe_compress.checkpoint.record import Record, Target
 from moe_compress.checkpoint.rewrite import LEDGER_FILE, open_rewritten, rewrite
-from moe_compress.checkpoint.source import Checkpoint, open_checkpoint, open_config, refuse_path, small_files
+from moe_compress.checkpoint.source import (
+    Checkpoint,
+    load_tokenizer,
+    open_checkpoint,
+    open_config,
+    refuse_path,
+    small_files,
+)
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
@@ -333,8 +339,8 @@ def require_same_language(config: DistillConfig, folder: Path, model_config: Any
     """Raise `UsageError` when the teacher that is named does not have the tokens, or the layers, of the student."""
     assert config.teacher_model is not None
     other, _ = open_config(config.teacher_model)
-    theirs = AutoTokenizer.from_pretrained(small_files(config.teacher_model)[0]).get_vocab()
-    own = AutoTokenizer.from_pretrained(folder).get_vocab()
+    theirs = load_tokenizer(small_files(config.teacher_model)[0]).get_vocab()
+    own = load_tokenizer(folder).get_vocab()
     text, other_text = model_config.get_text_config(), other.get_text_config()
     if theirs != own or text.vocab_size != other_text.vocab_size:
         raise UsageError(
