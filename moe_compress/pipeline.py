@@ -226,6 +226,7 @@ def evaluate_checkpoint(
     """Measure a checkpoint, and its original beside it when one is named; nothing is verified."""
     if output is not None:
         refuse_overlap({"--output": output} | folder_of("the checkpoint", ckpt))
+        refuse_unwritable(output)
     compressed = open_checkpoint(ckpt, quantized=True)
     original = open_checkpoint(baseline, quantized=True) if baseline is not None else None
     recipe = Recipe(model=ckpt, eval=config)

@@ -55,7 +55,7 @@ def look(recipe: Recipe, folders: dict[str, Path]) -> tuple[PretrainedConfig, Pa
     config, index = open_config(recipe.model, recipe.revision)
     planned, outlooks = look_ahead(recipe, config, index)
     folder, _ = small_files(recipe.model, recipe.revision)
-    return config, folder, outlooks, [*task_warnings(recipe), *step_warnings(planned)]
+    return config, folder, outlooks, [*task_warnings(recipe), *step_warnings(planned, outlooks)]
 
 
 def folder_of(name: str, model: str) -> dict[str, Path]:

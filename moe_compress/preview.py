@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from moe_compress.models.layers import PACKED, SECTION, find_moe_layers
 from moe_compress.models.skeleton import build_skeleton
 from moe_compress.recipe import Recipe, check_tier, load_recipe
 from moe_compress.steps import make_step
+from moe_compress.text import format_bytes
+
+NOTABLE_GROWTH = 1.02  # zero experts add a row each to the routers
 
 
 def inspect(model: str, *, revision: str | None = None, scores: Path | None = None) -> dict[str, Any]:
@@ -121,7 +125,7 @@ def plan(
         ]
     warnings += tier_warnings(recipe)
     planned, outlooks = look_ahead(recipe, config, index, scores=measured)
-    warnings += step_warnings(planned)
+    warnings += step_warnings(planned, outlooks)
     after = outlooks[-1]
     predicted = cost(after.config).to_dict()
     predicted |= {"stored_bytes": after.stored_bytes, "active_bytes_per_token": after.active_bytes}
@@ -257,8 +261,7 @@ def foresee(recipe: Recipe) -> list[str]:
     if not is_local(recipe.model):
         return []
     config, index = open_config(recipe.model, recipe.revision)
-    planned, _ = look_ahead(recipe, config, index)
-    return [*task_warnings(recipe), *step_warnings(planned)]
+    return [*task_warnings(recipe), *step_warnings(*look_ahead(recipe, config, index))]
 
 
 def require_paths(recipe: Recipe) -> None:
@@ -270,9 +273,14 @@ def require_paths(recipe: Recipe) -> None:
         make_step(step).check_paths()
 
 
-def step_warnings(planned: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the steps have to say of their settings."""
-    return [f"steps.{index}.{said}" for index, entry in enumerate(planned) for said in entry.get("warnings", ())]
+def step_warnings(planned: Sequence[Mapping[str, Any]], outlooks: Sequence[Outlook]) -> list[str]:
+    """What the steps have to say of their settings, and where they make the checkpoint larger; one outlook more."""
+    said = [f"steps.{index}.{text}" for index, entry in enumerate(planned) for text in entry.get("warnings", ())]
+    for index, (before, after) in enumerate(pairwise(outlooks)):
+        if after.stored_bytes > NOTABLE_GROWTH * before.stored_bytes:
+            sizes = f"{format_bytes(before.stored_bytes)} -> {format_bytes(after.stored_bytes)}"
+            said.append(f"steps.{index} makes the checkpoint larger: {sizes}.")
+    return said
 
 
 def tier_warnings(recipe: Recipe) -> list[str]:

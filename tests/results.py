@@ -120,8 +120,11 @@ def experts() -> dict[str, Any]:
             "layer": layer,
             "num_experts": 4,
             "num_tokens": 50,
-            "stream_energy": 100.0,
-            "statistics": {"tokens": row, "gate_sum": [0.5 * n for n in row], "error.expert.2": [5.0, 1.0, 2.0, 0.5]},
+            "statistics": {
+                "tokens": row,
+                "gate_sum": [0.5 * n for n in row],
+                "relative_error.expert.2": [2.5, 0.5, 1.0, 0.25],
+            },
         }
         for layer, row in tokens.items()
     ]

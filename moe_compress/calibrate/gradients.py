@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moe_compress.checkpoint.durable import replace_durably
 from moe_compress.checkpoint.stream import LayerStream
 from moe_compress.models.layers import MoELayer
 from moe_compress.models.lockstep import Lockstep
@@ -62,7 +63,7 @@ def channel_gradients(
         stage.advance("back")
     temporary = folder / "gradients.part"
     save_file({str(layer): values for layer, values in moments.items()}, temporary)
-    temporary.rename(file)
+    replace_durably(temporary, file)
     return moments
 
 

@@ -2,7 +2,7 @@
 
 `experts.json` holds of the scores what has one number per expert and helps a reader:
 
-    {"format": 1, "steps": [null, {"layers": [{"layer", "num_experts", "num_tokens", "stream_energy",
+    {"format": 1, "steps": [null, {"layers": [{"layer", "num_experts", "num_tokens",
                                                "statistics": {"tokens": [E], "gate_sum": [E], ...}}]}]}
 
 `null` is a step that measured nothing. Everything else is read from the plans by their structure, not by the names of
@@ -35,7 +35,7 @@ FORMAT = 1
 EXPERTS_FILE = "experts.json"
 KEPT = ("tokens", "gate_sum", "norm_sum", "max_abs")
 KEEP = "keep"  # the width of an expert that stays as it is
-ERROR = "error.expert."  # output error of one width, measured with the expert alone at it
+ERROR = "relative_error.expert."  # output error of one width, measured with the expert alone at it
 DIGITS = 7  # significant, of what is kept
 
 Plan = Mapping[str, Any]
@@ -75,7 +75,6 @@ def _kept(folder: Path) -> dict[str, Any] | None:
             "layer": layer.layer,
             "num_experts": layer.num_experts,
             "num_tokens": layer.num_tokens,
-            "stream_energy": layer.stream_energy,
             "statistics": {name: [_short(value) for value in row] for name, row in layer.statistics.items()},
         })  # fmt: skip
     return {"layers": layers}
@@ -249,13 +248,16 @@ def _measured(layers: Sequence[Any]) -> Iterator[ExpertMap]:
     widths = {name for row in found.values() for name in row if name.startswith(ERROR)}
     numbers = sorted(int(name.removeprefix(ERROR)) for name in widths if name.removeprefix(ERROR).isdigit())
     if numbers:
-        name, energy = f"{ERROR}{numbers[0]}", {entry["layer"]: entry["stream_energy"] for entry in layers}
+        name, passed = f"{ERROR}{numbers[0]}", {entry["layer"]: entry["num_tokens"] for entry in layers}
         errors: Values = {
-            layer: [None if error is None else error / (energy[layer] or 1) for error in row[name]]
+            layer: [None if error is None else error / (passed[layer] or 1) for error in row[name]]
             for layer, row in found.items()
         }
         few = width_text(str(numbers[0]))
-        note = f"Squared error when this expert alone has {few}, over the squared hidden states that leave the layer."
+        note = (
+            f"Squared error when this expert alone has {few}, over the squared hidden states that leave the layer, "
+            "mean over all tokens."
+        )
         yield _made(f"Error at {few}", note, "measured", errors, lambda value: f"{value:.3g}")
 
 

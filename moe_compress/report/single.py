@@ -101,11 +101,11 @@ def lede(report: Report) -> list[str]:
     before, after = _pair(report, "stored_bytes")
     work = _pair(report, "flops_per_token")
     by = ", then ".join(step_names(report))
-    if measure_of_size([report]) == WORK and None not in work:
-        sentences.append(f"From {format_flops(work[0])} to {format_flops(work[1])} per token with {by}.")
+    with_steps = f" with {by}" if by else ""
+    if measure_of_size([report]) == WORK:
+        sentences.append(f"From {format_flops(work[0])} to {format_flops(work[1])} per token{with_steps}.")
     elif before and after:
-        by = f" with {by}" if by else ""
-        sentences.append(f"From {format_bytes(before)} to {format_bytes(after)}{by}.")
+        sentences.append(f"From {format_bytes(before)} to {format_bytes(after)}{with_steps}.")
     elif after:
         sentences.append(f"{format_bytes(after)} stored{f', made by {by}' if by else ''}.")
     known = {task: value for task, value in report["recovery"].items() if value is not None}

@@ -246,6 +246,14 @@ def test_validate_looks_for_what_a_step_reads(missing: str) -> None:
     assert missing.partition("=")[2] in refused.stderr and refused.stderr.endswith("does not exist.\n")
 
 
+def test_validate_says_that_a_step_makes_the_checkpoint_larger() -> None:
+    assert invoke("validate", "tie-2", "steps.0.residual_rank=100").stdout.startswith(
+        "warning: steps.0 makes the checkpoint larger: 24.2 MB -> "
+    )
+    for recipe in ("zeda-50", "tie-8-distill", "budget-joint"):
+        assert "larger" not in invoke("validate", recipe).output
+
+
 def test_a_recipe_that_is_not_there() -> None:
     for path in ("/no/mine.yaml", "mine.yml", "no/demo"):
         refused = invoke("validate", path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moe_compress.compress.distill.config import DistillConfig
 from moe_compress.compress.distill.state import METRICS_FILE
 from moe_compress.compress.distill.train import Job
 from moe_compress.errors import TrainingError
+from tests.crashes import in_child
 
 # The end of what torch.distributed.run says of a process that the system killed
 KILLED = """
@@ -81,3 +83,15 @@ def test_updates_that_will_be_made_again_are_not_shown(job: Job, monkeypatch: py
     shown: list[int] = []
     worker.train_in_processes(job, 3, lambda line: shown.append(line["update"]))
     assert shown == []
+
+
+def test_a_process_ends_with_the_one_that_started_it(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of an update: it would write beside whoever goes on."""
+    parent = subprocess.Popen(["true"])
+    parent.wait()
+    monkeypatch.setattr(worker, "train", lambda *_: time.sleep(60))
+    monkeypatch.setenv("RANK", "0")
+    write_json(job.folder / worker.JOB_FILE, job.to_json() | {"parent": parent.pid})
+    started = time.monotonic()
+    assert in_child(lambda: worker.main(job.folder / worker.JOB_FILE)) == 1
+    assert time.monotonic() - started < 30

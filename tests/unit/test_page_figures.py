@@ -115,6 +115,8 @@ def test_work_stands_in_for_a_size_that_is_the_same() -> None:
     assert measure_of_size([larger]) == WORK, "routers with rows for zero experts take some bytes more"
     assert title(Result(larger)) == "org/model, 30.0 % fewer FLOPs"
     assert lede(larger)[0].startswith("From 2.46 GFLOP to 1.72 GFLOP per token with prune (reap)")
+    larger["settings"]["steps"] = []  # what `eval` writes
+    assert lede(larger)[0] == "From 2.46 GFLOP to 1.72 GFLOP per token."
     found = points([less, least, same], ["a", "b", "c"])
     assert [point.size for point in found] == pytest.approx([0.8 * 2.461e9, 0.6 * 2.461e9, 2.461e9, 2.461e9])
     assert [dominating(point, found) is not None for point in found] == [False, False, True, False]
@@ -294,11 +296,12 @@ def scores(seed: int = 0) -> Scores:
     layers = []
     for layer in (0, 2):
         statistics = {
-            name: rng.random(5) * 1e4 for name in ("gate_sum", "norm_sum", "max_abs", "easy_ep", "error.expert.2")
+            name: rng.random(5) * 1e4
+            for name in ("gate_sum", "norm_sum", "max_abs", "easy_ep", "error.expert.2", "relative_error.expert.2")
         }
         statistics |= {"tokens": np.array([0.0, 3, 7, 1e6, 12]), "error.gate_proj.2": rng.random(5)}
         statistics |= {"output_sum": rng.random((5, 64)), "coselection": rng.random((5, 5))}
-        layers.append(LayerScores(layer, 5, 2, 100, 0.9, statistics, stream_energy=42.0))
+        layers.append(LayerScores(layer, 5, 2, 100, 0.9, statistics))
     return Scores(layers, {"source": "x"})
 
 
@@ -309,13 +312,8 @@ def test_experts_json_keeps_what_has_one_number_per_expert(tmp_path: Path) -> No
     found = json.loads(json.dumps(expert_statistics([tmp_path / "scores", tmp_path / "none"]), allow_nan=False))
     assert found["format"] == 1 and found["steps"][1] is None
     for layer, kept in zip(measured.layers, found["steps"][0]["layers"], strict=True):
-        assert (kept["layer"], kept["num_experts"], kept["num_tokens"], kept["stream_energy"]) == (
-            layer.layer,
-            5,
-            100,
-            42.0,
-        )
-        assert set(kept["statistics"]) == {"tokens", "gate_sum", "norm_sum", "max_abs", "error.expert.2"}
+        assert (kept["layer"], kept["num_experts"], kept["num_tokens"]) == (layer.layer, 5, 100)
+        assert set(kept["statistics"]) == {"tokens", "gate_sum", "norm_sum", "max_abs", "relative_error.expert.2"}
         for name, values in kept["statistics"].items():
             for value, exact in zip(values, layer.statistics[name], strict=True):
                 assert (value is None and np.isinf(exact)) or value == pytest.approx(exact, rel=1e-6)

@@ -7,6 +7,7 @@ top-p and other ways to leave tokens out, continuous batching.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -63,9 +64,11 @@ def sample(
     drawings = [np.random.default_rng(seed).random(length - prompt_BP.shape[1]) for seed in seeds]
     uniform_RB = torch.from_numpy(np.stack(drawings, axis=1)).to(prompt_BP.device)
     tokens, logs, cache = [prompt_BP], [], None
+    has_choice = "logits_to_keep" in inspect.signature(model.forward).parameters
+    of_the_last = {"logits_to_keep": 1} if has_choice else {}  # those of a prompt would take the most memory
     with RoutingTrace(layers) if layers else nullcontext() as trace:
         for uniform_B in uniform_RB:
-            output = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
+            output = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True, **of_the_last)
             cache = output.past_key_values
             log_BV = (output.logits[:, -1].float() / temperature).log_softmax(-1)
             drawn_B1 = drawn(log_BV, uniform_B)

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -81,15 +82,11 @@ def main(file: Path) -> int:
     """One of the processes; the exit code."""
     content = json.loads(file.read_text(encoding="utf-8"))
     parent = content.pop("parent")
+    _end_with(parent)
     disable_fsdp_ram_efficient_loading()  # which would let transformers read a model in one process alone
-
-    def watch(line: dict[str, Any]) -> None:
-        if not psutil.pid_exists(parent):
-            os._exit(1)  # whoever goes on later must find nobody else at work
-
     failure = file.with_name(FAILURES.replace("*", os.environ["RANK"]))
     try:
-        train(Job.from_json(content), watch)
+        train(Job.from_json(content), lambda line: None)
     except MoECompressError as error:
         write_json(failure, {"sentence": str(error)})
         return 1
@@ -97,6 +94,17 @@ def main(file: Path) -> int:
         write_json(failure, {"sentence": f"{type(error).__name__}: {first_line(error)}"})
         raise
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """End this process when `parent` has, in the middle of an update too: who goes on must find nobody at work."""
+
+    def watch() -> None:
+        while psutil.pid_exists(parent):
+            time.sleep(POLL_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":
