@@ -6,14 +6,15 @@ Each row is a recipe, run as a person would run it, evaluated on whole tables of
 of untrained rows is 64 x 512 tokens of the packaged texts as they come; `skipped` is counted on them where tokens
 differ, and FLOPs are derived from it. Rows that do not leave out half of the slots are controls.
 
-Trained rows have the settings of the recipe `zeda-50`, but more text (`zeda_texts`); rows of two stages go on from the
-row of the first. Halved rows learn in the same way, without zero experts. `skipped` is counted on the first 64
+Trained rows have the settings of the recipe `zeda-50`, but more text (`zeda_texts`), seen once; rows of two stages go
+on from the row of the first. Halved rows learn in the same way, without zero experts. Both are trained again with other
+seeds: of the texts, their order, the zero experts' rows and what is sampled. `skipped` is counted on the first 64
 sequences that they learn from. Seconds are of training alone, in one process, on a shared machine.
 
 Results go to `benchmarks/results/skip_reference.json` after every row; rows that are there already are kept while all
 that decides them is the same, and trainings in DIR that are complete are not done again. `--speed` measures rows that
 leave out half of the slots beside the original, in turn; it makes what is not in DIR, and wants a quiet machine. Not
-covered: speed where experts are large (`skip_speed`), other models, other seeds.
+covered: speed where experts are large (`skip_speed`), other models.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import moe_compress
-from benchmarks.tables import skip_rivals
+from benchmarks.tables import SEED, skip_rivals
 from benchmarks.zeda_texts import write_texts
 from moe_compress.checkpoint.source import REFERENCE
 from moe_compress.eval.config import EvalConfig
@@ -63,7 +64,9 @@ ZERO, OFF, ON = RECIPE
 LAYERWISE = load_recipe("zeda-50-layerwise").model_dump(mode="json", exclude_unset=True)["steps"][1]
 TEXTS = "texts.jsonl"
 TEXT_BYTES = 3_900_000
-OFF = OFF | {"precision": "bfloat16", "data": {"dataset": TEXTS, "num_samples": 1024, "sequence_length": 512}}
+REPEATED = ("epochs", "teacher")  # settings of a recipe that sees its few texts several times
+OFF = {key: value for key, value in OFF.items() if key not in REPEATED}
+OFF |= {"precision": "bfloat16", "data": {"dataset": TEXTS, "num_samples": 1024, "sequence_length": 512}}
 ON = ON | {"precision": "bfloat16", "data": {"dataset": TEXTS, "num_samples": 512, "sequence_length": 256}}
 SHORT = {"data": {"dataset": TEXTS, "num_samples": 128, "sequence_length": 512}, "batch_size": 4, "balance_alpha": 1.0}
 HALVED = {"op": "topk", "k": 2, "normalise_over": "picked"}
@@ -85,6 +88,27 @@ TRAINED: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "ZEDA, target 25 %": ("original", [ZERO, OFF | SHORT | {"target_skip": 0.25}]),
     "ZEDA, target 75 %": ("ZEDA, off-policy", [OFF | SHORT | {"target_skip": 0.75}]),
 }
+SEEDS = (1, 2)  # beside 0
+
+
+def seeded(step: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The step with another seed of all that is drawn in it."""
+    data = {"data": step["data"] | {"seed": seed}} if "data" in step else {}
+    return step | data | ({} if step["op"] == "topk" else {"seed": seed})
+
+
+for repeated in SEEDS:
+    for row in (
+        "halved, trained off-policy",
+        "halved, trained in both stages",
+        "ZEDA, off-policy",
+        "ZEDA, both stages",
+    ):
+        start, trainings = TRAINED[row]
+        mark = f"{SEED}{repeated}"
+        origin = start if start == "original" else start + mark
+        TRAINED[row + mark] = (origin, [seeded(step, repeated) for step in trainings])
+
 BATCH_SIZES = (1, 16)
 CONTROLS = ("ZEDA, target 25 %", "ZEDA, target 75 %")  # of the skip ratio alone: not evaluated by task
 

@@ -23,6 +23,8 @@ from moe_compress.text import format_bytes, format_percent
 ROOT = Path(__file__).parents[1]
 MARKS = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n.*?<!-- end of table -->", re.DOTALL)
 HALF_WITHIN = 0.03  # of half of the slots, to be compared with rows that skip half
+SEED = ", seed "  # in the name of a row that repeats another
+BOTH_STAGES = ("halved, trained in both stages", "ZEDA, both stages")
 
 
 def prune_reference() -> str:
@@ -140,7 +142,7 @@ def skip_trained() -> str:
                 format_percent(row["expert_flops_per_token"] / original["expert_flops_per_token"]),
                 format_percent(row["flops_per_token"] / original["flops_per_token"]),
                 *scores(row["tasks"]),
-                f"{100 * mean(row['tasks'][name] for name in TASKS if name not in TEXTS):.2f}",
+                f"{mean_of_six(row):.2f}",
                 *_training(row, others),
             ]
             for row in [original, *skip_rivals(others)]
@@ -149,8 +151,9 @@ def skip_trained() -> str:
 
 
 def skip_rivals(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Rows that leave out about half of the slots, or were trained to."""
-    return [row for row in rows if "tasks" in row and (abs(row["skipped"] - 0.5) < HALF_WITHIN or "tokens" in row)]
+    """Rows that leave out about half of the slots, or were trained to; none that repeats another with its own seed."""
+    once = [row for row in rows if "tasks" in row and SEED not in row["name"]]
+    return [row for row in once if abs(row["skipped"] - 0.5) < HALF_WITHIN or "tokens" in row]
 
 
 def _training(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -160,6 +163,25 @@ def _training(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list
     stages = [row, *(earlier for earlier in rows if earlier["name"] == row["from"])]
     tokens, seconds = (sum(stage[key] for stage in stages) for key in ("tokens", "seconds"))
     return [f"{tokens:,}", f"{seconds / 60:.1f}"]
+
+
+def skip_seeds() -> str:
+    """A halved top-k and zero experts, trained in both stages with each seed, and the mean of each."""
+    rows = [row for row in load("skip_reference")["rows"] if row["name"].partition(SEED)[0] in BOTH_STAGES]
+    cells = []
+    for method in BOTH_STAGES:
+        own = [row for row in rows if row["name"].partition(SEED)[0] == method]
+        lines = [(row["name"].partition(SEED)[2] or "0", [row]) for row in own]
+        for seed, some in [*lines, (f"mean of {len(own)}", own)]:
+            figures = {name: mean(row["tasks"][name] for row in some) for name in TASKS}
+            skipped, six = (mean(figure(row) for row in some) for figure in (lambda row: row["skipped"], mean_of_six))
+            cells.append([method, seed, format_percent(skipped), *scores(figures), f"{six:.2f}"])
+    return table(["", "seed", "slots skipped", *TASKS, "mean of the six"], cells)
+
+
+def mean_of_six(row: Mapping[str, Any]) -> float:
+    """Of the tasks that are not bits per byte, in points."""
+    return 100 * mean(row["tasks"][name] for name in TASKS if name not in TEXTS)
 
 
 def skip_rivals_speed() -> str:
@@ -455,9 +477,8 @@ TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
         prune_reference, prune_criteria, prune_readme, merge_reference, merge_short, tie_reference, skip_reference,
-        skip_trained, skip_rivals_speed, skip_control, skip_speed, skip_models, distill_reference, quantize_allocations,
-        quantize_sizes,
-        quantize_readme, quantize_frontier,
+        skip_trained, skip_seeds, skip_rivals_speed, skip_control, skip_speed, skip_models, distill_reference,
+        quantize_allocations, quantize_sizes, quantize_readme, quantize_frontier,
         streaming, layerwise_memory, kill_resume, allocation, lm_eval_reference, gptq_speed, plan_accuracy,
         audit_reference,
     )

@@ -42,6 +42,7 @@ from moe_compress.verification import checks as verification
 from moe_compress.workspace import (
     discarded_if_empty,
     explained_disk_errors,
+    is_result,
     is_workspace,
     locked,
     open_workspace,
@@ -227,6 +228,8 @@ def evaluate_checkpoint(
     if output is not None:
         refuse_overlap({"--output": output} | folder_of("the checkpoint", ckpt))
         refuse_unwritable(output)
+        if is_result(output):
+            raise UsageError(f"{output} is what a run made; choose another --output.")
     compressed = open_checkpoint(ckpt, quantized=True)
     original = open_checkpoint(baseline, quantized=True) if baseline is not None else None
     recipe = Recipe(model=ckpt, eval=config)

@@ -25,13 +25,14 @@ from transformers import AutoModelForCausalLM, OlmoeForCausalLM, Qwen3MoeForCaus
 # Libraries that read no setting of the Hub's client, which each fork imports with its own.
 NUMERICS = "import numpy, scipy.optimize, scipy.stats, torch, torch._dynamo, torch.distributed.tensor, torch.export"
 SERVER = """
-import gc, json, os, sys, traceback
+import gc, json, os, signal, sys, traceback
 
 gc.freeze()
 for line in sys.stdin:
     asked = json.loads(line)
     child = os.fork()
     if not child:
+        signal.alarm(900)  # what hangs fails
         status = 1
         try:
             os.dup2(os.open(asked["folder"] + "/input", os.O_RDONLY), 0)
@@ -47,7 +48,9 @@ for line in sys.stdin:
             exec(compile(asked["program"], "<string>", "exec"), {"__name__": "__main__"})
             status = 0
         except SystemExit as stop:
-            status = int(stop.code or 0)
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
         except BaseException:
             traceback.print_exc()
         finally:

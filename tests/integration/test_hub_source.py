@@ -20,6 +20,7 @@ from tests.fork_server import WITHOUT_HUB
 from tests.hub_server import Hub, serve
 from tests.tiny_checkpoint import tiny_checkpoint, tiny_recipe, write_texts
 
+CONFIG = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 CLIENT = """
 import json, sys
@@ -47,7 +48,7 @@ def model_files(seed: int = 0, **settings: Any) -> dict[str, bytes]:
     tensors = {name: rng.normal(size=(50, 100)).astype(np.float32) for name in ("a", "b")}
     weight_map = {"a": FIRST, "b": SECOND}
     return {
-        "config.json": json.dumps({"model_type": "qwen3_moe", "num_experts": 4} | settings).encode(),
+        "config.json": json.dumps(CONFIG | settings).encode(),
         "model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": weight_map}).encode(),
         FIRST: save({"a": tensors["a"]}),
         SECOND: save({"b": tensors["b"]}),

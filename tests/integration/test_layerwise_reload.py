@@ -110,6 +110,7 @@ def test_a_fork_of_the_server_is_a_process_of_its_own(
     np.testing.assert_array_equal(*logits)
     for program, status, said in (
         ("import sys; print('bye'); sys.exit(3)", 3, "bye"),
+        ("import sys; sys.exit('no model')", 1, "no model"),
         ("raise ValueError('no such model')", 1, "ValueError: no such model"),
         ("import os, sys; print(os.environ['WHAT'], os.getcwd(), *sys.argv, 'moe_compress' in sys.modules)", 0,
          f"this {tmp_path} -c one False"),

@@ -82,6 +82,8 @@ def test_folders_that_would_destroy_each_other(source: Path, texts: Path, tmp_pa
     )  # a result to be compressed further
     with pytest.raises(UsageError, match="none inside the other"):
         moe_compress.run(recipe, model, force=True, resume=resume)
+    with pytest.raises(UsageError, match="what a run made"):
+        moe_compress.evaluate(source, output=model, speed=False)
     (model / "manifest.json").unlink()
     with pytest.raises(UsageError, match=r"WORK .* and the model"):
         moe_compress.score(recipe, model / "scores")
