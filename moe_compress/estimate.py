@@ -170,11 +170,12 @@ def look_at_machine(folder: Path, size: ModelSize, batch_tokens: int, device: st
 def _stage(title: str, demand: Demand, device: str) -> Stage:
     """A stage of a step; on a CPU everything lies in the memory of the process."""
     on_device = device.startswith("cuda")
+    on_each = demand.computed if demand.on_each is None else demand.on_each
     own = PROGRAM_BYTES + demand.host + (CUDA_BYTES if on_device else demand.computed)
     return Stage(
         f"{title}: {demand.stage}",
         own,
-        device=demand.computed if on_device else 0,
+        device=on_each if on_device else 0,
         copied=demand.moved / 2 * CONVERSION,
         flops=demand.flops,
         scratch=demand.scratch,

@@ -130,13 +130,14 @@ class Demand:
     """What one stage of a step takes.
 
     `host` is memory in any case, `computed` where tensors are computed, in bytes and at the worst moment, the program
-    itself not counted; `scratch` bytes on disk beside checkpoints, `moved` bytes of weights that are read, converted
-    and written, `flops` the arithmetic.
+    itself not counted (`on_each` is that of one device, where several share it); `scratch` bytes on disk beside
+    checkpoints, `moved` bytes of weights that are read, converted and written, `flops` the arithmetic.
     """
 
     stage: str
     host: int
     computed: int
+    on_each: int | None = None
     scratch: int = 0
     moved: int = 0
     flops: float = 0.0

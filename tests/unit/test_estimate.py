@@ -130,6 +130,27 @@ def test_training_is_a_stage_of_its_own(plain: Path) -> None:
     assert stages["step 2/2 distill: train"] - estimate.PROGRAM_BYTES > 4 * 4 * count
 
 
+def test_processes_that_train_have_a_device_each(plain: Path, tmp_path: Path) -> None:
+    """Beside one another on a CPU, where an accelerate config may put them."""
+
+    def training(device: str, **settings: Any) -> Any:
+        data = {"dataset": "reference", "num_samples": 8, "sequence_length": 64}
+        step = {"op": "distill", "teacher_model": "reference", "data": data} | settings
+        loaded = load_recipe({"model": str(plain), "steps": [step]})
+        _, outlooks = look_ahead(loaded, open_checkpoint(str(plain)).config)
+        return estimate.stages(loaded, outlooks, device)[0]
+
+    assert training("cuda", processes=4).device == training("cuda").device
+    one, four = (training("cpu", processes=processes).process - estimate.PROGRAM_BYTES for processes in (1, 4))
+    assert four == 4 * one
+    file = tmp_path / "cpu.json"
+    file.write_text(
+        '{"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_processes": 4, "use_cpu": true}'
+    )
+    there = training("cuda", accelerate_config=str(file))
+    assert (there.device, there.process - estimate.PROGRAM_BYTES - estimate.CUDA_BYTES) == (0, four)
+
+
 def test_disk_holds_what_a_training_keeps(plain: Path, tmp_path: Path) -> None:
     """Parameters and two moments, as they are saved, twice while one file replaces the other; a layer's once."""
     parameter = torch.nn.Parameter(torch.ones(300, 400))

@@ -173,11 +173,13 @@ class DistillStep(Step[DistillConfig]):
                 tokens=num_tokens(data),
                 width=before.size.hidden_size,
             )
+            memory = {"host": 0, "computed": needed}
             streams = 2 if self.config.inputs == "student" else 1  # the last layer's hidden states beside the next's
             scratch = FLOAT * trained + 2 * streams * hidden_bytes(before.size, num_tokens(data))
         else:
             config, launch = self._settled()
-            needed = full_memory(
+            needs = partial(
+                full_memory,
                 config,
                 student=count,
                 trained=trained,
@@ -187,13 +189,17 @@ class DistillStep(Step[DistillConfig]):
                 sequence_length=data.sequence_length,
                 gathered=gathered(skeleton, chosen, skeleton) if launch is not None and launch.sharded else None,
             )
+            if launch is not None and launch.use_cpu:
+                memory = {"host": needs(), "computed": 0}
+            else:
+                memory = {"host": 0, "computed": needs(), "on_each": needs(devices=config.processes)}
             scratch = state_bytes(trained)
             if self.config.caches_logits:
                 scratch += cache_bytes(self.config, num_tokens(data), vocabulary)
         # forward, and twice that backward; the original forward once, or on new responses that are sampled before
         passes = 5 * self.config.epochs if self.config.on_policy else 3 * self.config.epochs + 1
         flops = before.size.flops_per_token * num_tokens(data) * passes
-        training = Demand("train", 0, needed, scratch=scratch, moved=2 * before.stored_bytes, flops=flops)
+        training = Demand("train", **memory, scratch=scratch, moved=2 * before.stored_bytes, flops=flops)
         return [training, apply_demand(before.size, after.size, 0, 0)]
 
     def _data(self, source: Checkpoint, around: Surroundings) -> Calibration:
