@@ -154,8 +154,9 @@ def seconds(found: Sequence[Stage], machine: Machine) -> dict[str, Any]:
         for stage in found
         if stage.copied
     }
+    each = {"start": START_SECONDS} | each
     return {
-        "seconds": START_SECONDS + sum(each.values()),
+        "seconds": sum(each.values()),
         "stages": each,
         "copy_bytes_per_s": machine.copy_rate,
         "flops_per_s": machine.flop_rate,

@@ -47,6 +47,7 @@ from moe_compress.workspace import (
     locked,
     open_workspace,
     place,
+    places,
     refuse_existing,
     refuse_overlap,
     refuse_unwritable,
@@ -66,6 +67,8 @@ def score(
 
     An interrupted measurement is continued, unless `force` starts it over.
     """
+    if "calibration" not in recipe.model_fields_set:
+        raise UsageError("this recipe measures nothing; give it a `calibration` with a `dataset` to score experts on.")
     around = surroundings(recipe, device, progress)
     config, folder, _, _ = look(recipe, {"WORK": work})
     if force or not (work / "scores.json").exists():
@@ -103,7 +106,7 @@ def run(
     run, and `VerificationError` when a check fails: the checkpoint then stays in the work folder. Resuming a run that
     was complete returns its report; one that was not takes the `eval` of this recipe.
     """
-    out, work = _places(out, work)
+    out, work = places(out, work)
     around = surroundings(recipe, device, progress)
     config, folder, outlooks, warnings = _look(recipe, out, work, scores, resume=resume, force=force)
     if resume and (report := _finished(recipe, out)) is not None:
@@ -178,7 +181,7 @@ def dry_run(
 
     With `hours` the machine is looked at for two seconds, and `time` says how long the run takes.
     """
-    out, work = _places(out, work)
+    out, work = places(out, work)
     config, folder, *_ = _look(recipe, out, work, scores, resume=resume, force=force)
     if scores is not None:
         GivenScores.for_first_step(recipe, scores)
@@ -193,6 +196,9 @@ def sweep(recipe: Recipe, scores: Path, setting: str, values: Sequence[float], o
     """The frontier of a quantize step (see `preview.sweep`), kept in the file `output`, as CSV if its name says so."""
     if not output.parent.is_dir():
         raise UsageError(f"the folder of {output} does not exist.")
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder; name a file in it.")
+    refuse_unwritable(output.parent)
     found = preview.sweep(recipe, scores, setting, values)
     if output.suffix.lower() == ".csv":
         temporary = output.with_name(f"{output.name}.part")
@@ -252,12 +258,6 @@ def evaluate_checkpoint(
     if output is not None:
         write_json(output / "report.json", report)
     return report
-
-
-def _places(out: Path, work: Path | None) -> tuple[Path, Path]:
-    """OUT and the work folder, in full."""
-    out = out.absolute()
-    return out, (work or out.with_name(f"{out.name}.work")).absolute()
 
 
 def _look(

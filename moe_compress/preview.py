@@ -7,6 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import share
 from moe_compress.calibrate.documents import require_local
@@ -18,7 +20,7 @@ from moe_compress.compress.operation import Outlook
 from moe_compress.compress.quantize.config import BUDGETS
 from moe_compress.compress.quantize.step import QuantizeStep
 from moe_compress.compress.surroundings import resolved
-from moe_compress.errors import RecipeError, UsageError
+from moe_compress.errors import RecipeError, UnsupportedModelError, UsageError
 from moe_compress.estimate import disk_needed, look_at_machine, memory_warnings, peaks, seconds, stages
 from moe_compress.eval.cost import cost, stored_by_part
 from moe_compress.health import NEEDED, routing_health
@@ -113,9 +115,9 @@ def plan(
     sentences about what may not be as it seems. With `clocked_at`, a place on the disk that the run would use, the
     machine is looked at for two seconds and `time` says how long the run would last.
     """
-    config, index = open_config(recipe.model, recipe.revision)
+    config, index, warnings = _plannable(recipe)
     before = cost(config, stored_bytes=index.nbytes if index is not None else None)
-    warnings, measured = task_warnings(recipe), None
+    warnings, measured = [*warnings, *task_warnings(recipe)], None
     if scores is not None:
         measured = Scores.load(scores)
         require_same_model(measured, *_revision_of(recipe.model, recipe.revision, config, index), scores)
@@ -169,6 +171,17 @@ def look_ahead(
         planned.append(entry)
         outlooks.append(after)
     return planned, outlooks
+
+
+def _plannable(recipe: Recipe) -> tuple[PretrainedConfig, TensorIndex | None, list[str]]:
+    """`open_config`, and of a quantized model without its weights what it would be unquantized, with a warning."""
+    try:
+        return *open_config(recipe.model, recipe.revision), []
+    except UnsupportedModelError as error:
+        config, index = open_config(recipe.model, recipe.revision, quantized=True)
+        if index is not None or _quantization(config) is None:
+            raise
+        return dense_config(config), None, [f"{error} Sizes are those of such a model."]
 
 
 def sweep(recipe: Recipe, scores: Path, setting: str, values: Sequence[float]) -> list[dict[str, Any]]:

@@ -31,6 +31,14 @@ LOCK_FILE = "moe-compress.lock"
 BEGUN = {f"{RUN_FILE}.part", LOCK_FILE}  # all that is there when a run is killed at its very beginning
 
 
+def places(out: Path, work: Path | None) -> tuple[Path, Path]:
+    """OUT and the work folder, in full; `UsageError` when OUT is the root of all folders."""
+    out = out.absolute()
+    if not out.name:
+        raise UsageError(f"{out} is no place for a result; choose a folder in it.")
+    return out, (work or out.with_name(f"{out.name}.work")).absolute()
+
+
 def refuse_overlap(folders: Mapping[str, Path]) -> None:
     """Raise `UsageError` when one of these named folders is, or lies in, another: they would destroy each other."""
     places = [(name, folder.resolve()) for name, folder in folders.items()]

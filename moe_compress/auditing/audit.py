@@ -75,6 +75,8 @@ def audit(
     settings that leave nothing to rank, `DataError` when there is too little text.
     """
     _check(settings)
+    if "calibration" not in recipe.model_fields_set:
+        raise UsageError("this recipe measures nothing; give it a `calibration` with a `dataset` to rank experts by.")
     around = surroundings(recipe, device, progress)
     config, folder, _, _ = look(recipe, {"WORK": work} | ({"--scores": scores} if scores else {}))
     chosen = sample({layer.layer: layer.num_experts for layer in find_moe_layers(build_skeleton(config))}, settings)

@@ -140,7 +140,8 @@ def _words(rules: Rules, name: str) -> str:
     if value is True:
         return name
     more = ", ..." if len(value) > NAMES_SHOWN else ""
-    return f"{name} ({', '.join(f'{key}: {count}' for key, count in list(value.items())[:NAMES_SHOWN])}{more})"
+    said = "how many experts a layer may lose" if name == "max_drops_per_layer" else name
+    return f"{said} ({', '.join(f'{key}: {count}' for key, count in list(value.items())[:NAMES_SHOWN])}{more})"
 
 
 def _least(items: Sequence[Item], rules: Rules, metric: str, limits: Mapping[str, float]) -> _Least:

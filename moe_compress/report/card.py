@@ -153,8 +153,8 @@ def _loading_lines(tier: str, quantized: bool) -> list[str]:
         imports = ["import moe_compress  # pip install moe-compress"]
         last = [
             "",
-            "Without that import, `trust_remote_code=True` finds the package where it is installed, and says what is "
-            "missing where it is not.",
+            "Without that import, `trust_remote_code=True` (for the tokenizer too) finds the package where it is "
+            "installed, and says what is missing where it is not.",
         ]
         if quantized:
             last += ["", "Experts stay packed in memory; `dequantize=True` unpacks them on loading."]

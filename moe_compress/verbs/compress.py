@@ -166,10 +166,10 @@ def run(
 
 def run_recipe(loaded: Any, out: Path, again: list[str], *, work: Path | None = None, **options: Any) -> None:
     """Run a loaded recipe and print its report; an interrupt says how to continue (`again`)."""
-    from moe_compress import console
+    from moe_compress import console, workspace
     from moe_compress.progress import progress_for_terminal
 
-    state = work or out.with_name(f"{out.name}.work")
+    state = workspace.places(out, work)[1]
     try:
         with interruptible(state, f"continue with: {shlex.join(again)}"):
             from moe_compress import pipeline

@@ -540,6 +540,8 @@ def test_a_sweep_needs_no_budget_and_goes_on_where_one_cannot_be_met(source: Pat
     assert done.exit_code == 2 and "--hours has no effect with --sweep" in done.output
     done = CliRunner().invoke(app, [*words, "--sweep", "average_bits=1:1e9:0.001"])
     assert done.exit_code == 2 and "take 1000 at most" in done.output
+    done = CliRunner().invoke(app, [*words, "--sweep", "average_bits=1:4:1", "--output", str(tmp_path)])
+    assert done.exit_code == 2 and "is a folder" in done.output
     twin = tiny_checkpoint(tmp_path / "twin", seed=1)
     with pytest.raises(UsageError, match="measured on another model"):
         sweep(load_recipe(settings | {"model": str(twin)}), tmp_path / "scores", "average_bits", [2.0])

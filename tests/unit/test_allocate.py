@@ -398,7 +398,10 @@ INFEASIBLE: list[tuple[list[Item], Budget, Rules, list[str]]] = [
         even(drop=True),
         Budget(active_bytes=4.0),
         Rules(max_drops_per_layer={0: 1, 1: 1}),
-        ["active_bytes: 4B cannot", "least possible is 6B; raise it, or loosen max_drops_per_layer (0: 1, 1: 1)."],
+        [
+            "active_bytes: 4B cannot",
+            "least possible is 6B; raise it, or loosen how many experts a layer may lose (0: 1, 1: 1).",
+        ],
     ),
     (
         even(),
@@ -410,7 +413,7 @@ INFEASIBLE: list[tuple[list[Item], Budget, Rules, list[str]]] = [
         even(drop=True),
         Budget(stored_bytes=150),
         Rules(max_drops_per_layer={0: 0}, equal_drops=True),
-        ["least possible is 200B; raise it, or loosen max_drops_per_layer (0: 0) or equal_drops."],
+        ["least possible is 200B; raise it, or loosen how many experts a layer may lose (0: 0) or equal_drops."],
     ),
     (
         even(),

@@ -254,6 +254,13 @@ def test_validate_says_that_a_step_makes_the_checkpoint_larger() -> None:
         assert "larger" not in invoke("validate", recipe).output
 
 
+def test_a_recipe_without_calibration_measures_nothing(tmp_path: Path) -> None:
+    for verb in ("score", "audit"):
+        refused = invoke(verb, "nf4", str(tmp_path / "work"))
+        assert refused.exit_code == 2 and "give it a `calibration`" in refused.stderr
+    assert not (tmp_path / "work").exists()
+
+
 def test_a_recipe_that_is_not_there() -> None:
     for path in ("/no/mine.yaml", "mine.yml", "no/demo"):
         refused = invoke("validate", path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from moe_compress.compress.distill.plan import state_bytes
 from moe_compress.compress.distill.state import save_state
 from moe_compress.compress.operation import Outlook
 from moe_compress.console import print_plan
+from moe_compress.errors import UnsupportedModelError
 from moe_compress.estimate import Machine, Stage, look_at_machine, peaks, seconds
 from moe_compress.eval.cost import stored_by_part
 from moe_compress.models.skeleton import build_skeleton
@@ -88,8 +90,9 @@ def test_hours_are_bytes_and_arithmetic_at_the_measured_rates() -> None:
         [Stage("a", 0, copied=3e9, flops=4e12), Stage("b", 0, copied=1e9, starts=1), Stage("speed", 0)],
         Machine(copy_rate=1e9, flop_rate=2e11),
     )
-    assert found["stages"] == {"a": 3 + 20, "b": 1 + estimate.START_SECONDS}
-    assert found["seconds"] == 24 + 2 * estimate.START_SECONDS
+    start = estimate.START_SECONDS
+    assert found["stages"] == {"start": start, "a": 3 + 20, "b": 1 + start}
+    assert found["seconds"] == 24 + 2 * start
 
 
 def test_the_machine_is_looked_at(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +266,25 @@ def test_a_recipe_beyond_its_tier_is_planned_with_a_warning(plain: Path) -> None
     recipe = {"model": str(plain), "calibration": {"dataset": "reference"}, "steps": [
         {"op": "prune", "criterion": "reap", "keep": 0.5, "scope": "global"}]}  # fmt: skip
     assert any("the tier `stock` cannot hold" in warning for warning in moe_compress.plan(recipe)["warnings"])
+
+
+def test_a_quantized_model_is_planned_from_its_configuration(plain: Path, tmp_path: Path) -> None:
+    """As it would be unquantized, such as DeepSeek's models, which are on the Hub in fp8; `run` refuses them."""
+    model = tmp_path / "model"
+    model.mkdir()
+    content = json.loads((plain / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    recipe = {"model": str(model), "calibration": {"dataset": "reference"}, "steps": [
+        {"op": "prune", "criterion": "reap", "keep": 0.5}]}  # fmt: skip
+    (model / "config.json").write_text(json.dumps(content))
+    unquantized = moe_compress.plan(recipe)
+    (model / "config.json").write_text(json.dumps(content | {"quantization_config": quantization}))
+    planned = moe_compress.plan(recipe)
+    assert planned["predicted"] == unquantized["predicted"] and planned["steps"] == unquantized["steps"]
+    (warning,) = set(planned["warnings"]) - set(unquantized["warnings"])
+    assert "is quantized (fp8)" in warning
+    with pytest.raises(UnsupportedModelError, match="is quantized"):
+        moe_compress.run(recipe, tmp_path / "out")
 
 
 def test_no_steps(plain: Path) -> None:

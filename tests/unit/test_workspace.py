@@ -25,6 +25,7 @@ from moe_compress.workspace import (
     locked,
     open_workspace,
     place,
+    places,
     refuse_existing,
     refuse_overlap,
     refuse_unwritable,
@@ -257,6 +258,13 @@ def test_failed_copy_to_another_disk_leaves_nothing(tmp_path: Path, monkeypatch:
         place(finished, out)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "finished"}
     assert files(out) == {"model": "old"} and files(finished) == {"model": "new"}
+
+
+def test_places_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert places(Path("a"), None) == (tmp_path / "a", tmp_path / "a.work")
+    assert places(Path(), Path("w")) == (tmp_path, tmp_path / "w")
+    assert "no place for a result" in refusal(UsageError, places, Path("/"), None)
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
