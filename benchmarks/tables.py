@@ -215,7 +215,7 @@ def _asked(row: Mapping[str, Any]) -> float | None:
 
 def skip_speed() -> str:
     """Time of the experts of one layer, ours beside those of transformers."""
-    names = ("eager", "grouped_mm", "ours", "ours, half skipped")
+    names = ("eager", "grouped_mm", "batched_mm", "ours", "ours, half skipped")
     rows = load("skip_speed")["functions"]["rows"]
     return table(
         ["shape", "type", "tokens", *names],
@@ -224,7 +224,7 @@ def skip_speed() -> str:
                 row["shape"],
                 row["dtype"],
                 str(row["tokens"]),
-                *(f"{1e3 * row['seconds'][name]:.3f} ms" for name in names),
+                *(f"{1e3 * row['seconds'][name]:.3f} ms" if name in row["seconds"] else "" for name in names),
             ]
             for row in rows
         ],

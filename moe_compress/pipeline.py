@@ -232,6 +232,8 @@ def evaluate_checkpoint(
             raise UsageError(f"{output} is what a run made; choose another --output.")
     compressed = open_checkpoint(ckpt, quantized=True)
     original = open_checkpoint(baseline, quantized=True) if baseline is not None else None
+    for one in filter(None, (original, compressed)):
+        model_figures(one, {})  # refuses what the report could not hold before anything is measured
     recipe = Recipe(model=ckpt, eval=config)
     around = surroundings(recipe, device, progress)
     measured = measure(original, compressed, config, output, around)

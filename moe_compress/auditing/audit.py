@@ -13,6 +13,7 @@ Not covered: what removing several experts at once costs, and effects that no ne
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from moe_compress.calibrate.ablation import with_importance
 from moe_compress.calibrate.agreement import AUDIT_FILE
 from moe_compress.calibrate.config import CalibrationConfig
 from moe_compress.calibrate.data import Calibration
-from moe_compress.calibrate.scores import ABLATION, Scores
+from moe_compress.calibrate.scores import ABLATION
 from moe_compress.checkpoint.source import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.writer import write_json
 from moe_compress.compress import scoring
@@ -32,6 +33,8 @@ from moe_compress.compress.prune.judged import judged
 from moe_compress.compress.surroundings import Surroundings
 from moe_compress.errors import UsageError
 from moe_compress.manifest import describe_source, made_by
+from moe_compress.models.layers import find_moe_layers
+from moe_compress.models.skeleton import build_skeleton
 from moe_compress.preparation import GivenScores, look, surroundings
 from moe_compress.progress import Progress
 from moe_compress.recipe import Recipe
@@ -74,6 +77,7 @@ def audit(
     _check(settings)
     around = surroundings(recipe, device, progress)
     config, folder, _, _ = look(recipe, {"WORK": work} | ({"--scores": scores} if scores else {}))
+    chosen = sample({layer.layer: layer.num_experts for layer in find_moe_layers(build_skeleton(config))}, settings)
     known = scoring.read_calibration(folder, config, recipe.calibration)
     around = replace(around, data=known)
     held_out = _held_out(folder, config, recipe.calibration, settings)
@@ -92,15 +96,20 @@ def audit(
         with discarded_if_empty(work), explained_disk_errors(work, "run the same command again"):
             if given is not None and not (work / "scores.json").exists():
                 given.scores.save(work)
-            return _measure(recipe, source, work, around, settings, held_out)
+            return _measure(recipe, source, work, around, settings, chosen, held_out)
 
 
 def _measure(
-    recipe: Recipe, source: Checkpoint, work: Path, around: Surroundings, settings: AuditSettings, held_out: Calibration
+    recipe: Recipe,
+    source: Checkpoint,
+    work: Path,
+    around: Surroundings,
+    settings: AuditSettings,
+    chosen: dict[int, list[int]],
+    held_out: Calibration,
 ) -> dict[str, Any]:
     """Scores, losses and what they say about each other."""
     measured = scoring.score(source, work, around, "audit")
-    chosen = sample(measured, settings)
     losses = scoring.ablations(source, held_out.tokens, chosen, work / ABLATION, around, "audit")
     measured = with_importance(measured, losses)
     measured.save(work)
@@ -113,12 +122,13 @@ def _measure(
     return found
 
 
-def sample(scores: Scores, settings: AuditSettings) -> dict[int, list[int]]:
+def sample(counts: Mapping[int, int], settings: AuditSettings) -> dict[int, list[int]]:
     """The experts to take out, by layer: layers spread evenly over the model, experts drawn by the seed.
 
-    A larger sample of the same seed contains the smaller one. Raises `UsageError` when too few would be left to rank.
+    `counts` says how many experts each layer has. A larger sample of the same seed contains the smaller one. Raises
+    `UsageError` when more are asked for than there are.
     """
-    layers = scores.layers
+    layers = list(counts)
     if settings.layers is not None:
         if settings.layers > len(layers):
             raise UsageError(f"--layers {settings.layers}: the model has {len(layers)} layers with experts.")
@@ -126,11 +136,11 @@ def sample(scores: Scores, settings: AuditSettings) -> dict[int, list[int]]:
         layers = [layers[position] for position in positions]
     chosen = {}
     for layer in layers:
-        count = layer.num_experts if settings.experts is None else settings.experts
-        if count > layer.num_experts:
-            raise UsageError(f"--experts {count}: layer {layer.layer} has {layer.num_experts} experts.")
-        order = np.random.default_rng([settings.seed, layer.layer]).permutation(layer.num_experts)
-        chosen[layer.layer] = sorted(order[:count].tolist())
+        count = counts[layer] if settings.experts is None else settings.experts
+        if count > counts[layer]:
+            raise UsageError(f"--experts {count}: layer {layer} has {counts[layer]} experts.")
+        order = np.random.default_rng([settings.seed, layer]).permutation(counts[layer])
+        chosen[layer] = sorted(order[:count].tolist())
     return chosen
 
 

@@ -102,7 +102,7 @@ def audit(
         str | None,
         typer.Option(help="Other data for the loss (default: documents that calibration leaves).", metavar="DATASET"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sample of experts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample of experts.")] = 0,
     scores: ScoresOption = None,
     force: Annotated[bool, typer.Option("--force", help="Start over, whatever is in WORK.")] = False,
     device: Device = "auto",
