@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moe_compress.compress.distill.balance import SkipTarget
 from moe_compress.compress.zero_experts.apply import with_zero_rows
 from moe_compress.compress.zero_experts.config import ZeroExpertsConfig
 from moe_compress.compress.zero_experts.losses import expert_balance_loss, group_balance_loss
@@ -18,6 +20,7 @@ from moe_compress.compress.zero_experts.plan import LayerFacts, balance_weight, 
 from moe_compress.errors import UsageError
 from moe_compress.models.layers import MoELayer
 from moe_compress.models.routing import router_rows
+from moe_compress.runtime.trace import RouterPass
 
 N, Z, K, T = 12, 6, 4, 200
 
@@ -267,3 +270,15 @@ def test_expert_loss_is_one_where_each_takes_its_part(target: float) -> None:
     part = torch.where(ZERO, target / Z, (1 - target) / N).double()
     loss = expert_balance_loss(part.repeat(5, 1), part, ZERO, balance_weight(target, N, Z))
     assert float(loss) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("null_experts", [0, 1])
+def test_the_loss_is_1_where_the_target_is_met_with_null_experts_of_the_family_too(null_experts: int) -> None:
+    """Four experts and two zero experts; half of the scores and of the slots are theirs and the null experts'."""
+    routing = SimpleNamespace(zero_experts=2)
+    moe: Any = SimpleNamespace(num_experts=4, num_groups=1, routing=routing, layer=0)
+    rows = 6 + null_experts
+    share_R = torch.tensor([0.125] * 4 + [0.5 / (rows - 4)] * (rows - 4))
+    row_TK = torch.tensor([[0, 4], [1, 5], [2, 4], [3, rows - 1]])
+    found = RouterPass(moe, share_R.log().expand(4, -1), row_TK, share_R[row_TK])
+    assert SkipTarget([moe], 0.5).layer_loss(found).item() == pytest.approx(1)

@@ -41,13 +41,16 @@ class SkipTarget:
 
     def layer_loss(self, found: RouterPass) -> Tensor:
         """Of one layer; 1 where the target is met."""
-        weight = self._weight(found.moe)
+        weight = self._weight(found)
         return group_balance_loss(found.probability_TR, found.zero_R, found.skipped_TK, weight, alpha=1.0)
 
     def expert_loss(self, trace: RoutingTrace, shares: Mapping[int, Tensor]) -> Tensor:
         """Sum over layers of the balance of single experts in a part of the batch that `shares` were counted in."""
-        passes = [(shares[moe.layer], trace.last(moe.layer), self._weight(moe)) for moe in self.layers]
-        losses = [expert_balance_loss(found.probability_TR, share_R, found.zero_R, w) for share_R, found, w in passes]
+        passes = [(shares[moe.layer], trace.last(moe.layer)) for moe in self.layers]
+        losses = [
+            expert_balance_loss(found.probability_TR, share_R, found.zero_R, self._weight(found))
+            for share_R, found in passes
+        ]
         return torch.stack(losses).sum()
 
     def shares(
@@ -66,8 +69,10 @@ class SkipTarget:
         found = over_processes(counts).split(sizes)
         return {moe.layer: count_R / count_R.sum() for moe, count_R in zip(self.layers, found, strict=True)}
 
-    def _weight(self, moe: MoELayer) -> float:
-        return balance_weight(self.target_skip, moe.num_experts, moe.routing.zero_experts)
+    def _weight(self, found: RouterPass) -> float:
+        """A family's own null experts take slots like zero experts, so they count as such."""
+        num_zero = int(found.zero_R.sum())
+        return balance_weight(self.target_skip, len(found.zero_R) - num_zero, num_zero)
 
 
 def num_rows(moe: MoELayer) -> int:
