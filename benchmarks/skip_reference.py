@@ -124,16 +124,17 @@ def settings() -> dict[str, Any]:
     }
 
 
-def kept_rows(made_with: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier run that this one would make again."""
+def kept(made_with: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of an earlier run that this one would make again, and the speeds measured then."""
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if any(found.get(key) != value for key, value in made_with.items()):
-        return []
-    return [
+        return [], []
+    rows = [
         row
         for row in found["rows"]
         if row["name"] in [*ROWS, *TRAINED] and row.items() >= identity(row["name"]).items()
     ]
+    return rows, found["speeds"]
 
 
 def identity(name: str) -> dict[str, Any]:
@@ -258,13 +259,12 @@ def main() -> None:
         found["speeds"] = measured(["original", *(given.only or rivals)], given.folder)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         return
-    speeds = json.loads(RESULTS.read_text(encoding="utf-8")).get("speeds", []) if RESULTS.exists() else []
     for name in given.only or order:
-        rows = kept_rows(made_with)
+        rows, speeds = kept(made_with)
         if any(row["name"] == name for row in rows):
             continue
         row = made(name, ROWS[name], given.folder / "row") if name in ROWS else trained(name, given.folder)
-        rows = sorted([*kept_rows(made_with), row], key=lambda row: order.index(row["name"]))
+        rows = sorted([*kept(made_with)[0], row], key=lambda row: order.index(row["name"]))
         RESULTS.write_text(json.dumps(made_with | {"rows": rows, "speeds": speeds}, indent=1) + "\n", encoding="utf-8")
         print(name, f"{row['skipped']:.3f}", row.get("tasks"), flush=True)
 
