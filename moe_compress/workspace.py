@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
@@ -190,12 +191,15 @@ def is_result(folder: Path) -> bool:
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Raise `UsageError` when `folder`, or the nearest one above it that exists, cannot hold new files."""
+    """Raise `UsageError` when `folder`, or the nearest one above it that exists, cannot hold new files: it is tried."""
     present = _present(folder)
     if not present.is_dir():
         raise UsageError(f"{present} is not a folder; choose another place.")
-    if not os.access(present, os.W_OK | os.X_OK) or not shutil.disk_usage(present).total:  # none: such as /proc
-        raise UsageError(f"nothing can be written in {present}; choose another place.")
+    try:
+        with TemporaryDirectory(prefix=f".{TOOL}-", dir=present):
+            pass
+    except OSError as error:
+        raise UsageError(f"nothing can be written in {present} ({error.strerror}); choose another place.") from None
 
 
 def _present(folder: Path) -> Path:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import resource
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
+from moe_compress.compress.distill import state
 from moe_compress.compress.distill.state import load_state, parameter_readers, save_state, state_update
 
 
@@ -42,3 +46,18 @@ def test_a_damaged_state_ends_as_its_file_does(tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(EOFError):
         load_state(tmp_path, parameters, optimizer, "x")
+
+
+def test_a_full_disk_in_another_process_is_that_of_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes from there has lost the error of the disk."""
+    parameters, optimizer = made()
+
+    def failing(*_: object, **__: object) -> None:
+        raise CheckpointException("save", {1: _wrap_exception(RuntimeError("unexpected pos 64 vs 0"))})
+
+    monkeypatch.setattr(state, "save", failing)
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        save_state(tmp_path, 1, parameters, optimizer, "x")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    with pytest.raises(OSError, match="No space left"):
+        save_state(tmp_path, 1, parameters, optimizer, "x")

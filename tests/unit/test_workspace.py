@@ -269,11 +269,17 @@ def test_places_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_unwritable(tmp_path / "a" / "b")
-    assert "/proc; choose another" in refusal(UsageError, refuse_unwritable, Path("/proc/a/b"))
+    assert "/proc (No such file or directory); choose another" in refusal(
+        UsageError, refuse_unwritable, Path("/proc/a/b")
+    )
     (tmp_path / "file").touch()
     assert "file is not a folder" in refusal(UsageError, refuse_unwritable, tmp_path / "file" / "a")
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    assert f"in {tmp_path};" in refusal(UsageError, refuse_unwritable, tmp_path / "a" / "b")
+
+    def refused(path: str, mode: int) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    assert f"in {tmp_path} (Permission denied);" in refusal(UsageError, refuse_unwritable, tmp_path / "a" / "b")
 
 
 def test_too_little_space_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

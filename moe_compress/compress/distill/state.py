@@ -6,7 +6,9 @@ tensor, in parallel and without gathering it, and any number of processes can re
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +32,7 @@ from moe_compress.errors import ResumeError
 STATE, PART = "state-", "state.part"
 ABOUT = "about.json"
 METRICS_FILE = "metrics.jsonl"
+FULL = 1 << 20  # a disk with fewer free bytes is full
 PARAMETER, MOMENTS = "parameter", ("exp_avg", "exp_avg_sq")
 
 
@@ -50,7 +53,7 @@ def save_state(
         state |= _named(name, value, _moments(optimizer, value))
     if dist.is_initialized():
         dist.barrier()
-    with _plainly():
+    with _plainly(folder):
         save(state, storage_writer=FileSystemWriter(part))
     if _is_first():
         write_json(part / ABOUT, {"update": update, "identity": identity})
@@ -77,7 +80,7 @@ def load_state(folder: Path, parameters: Mapping[str, Any], optimizer: torch.opt
         moments = _moments(optimizer, value)
         optimizer.state[value] = {"step": torch.tensor(float(update)), **moments}
         state |= _named(name, value, moments)
-    with _plainly():
+    with _plainly(folder):
         load(state, storage_reader=FileSystemReader(states[-1]))
     return update
 
@@ -100,7 +103,7 @@ def _read(state: Path, key: str) -> Tensor:
     reader = FileSystemReader(state)
     about: Any = reader.read_metadata().state_dict_metadata[key]
     found = {key: torch.empty(about.size, dtype=about.properties.dtype)}
-    with _plainly():
+    with _plainly(state):
         load(found, storage_reader=reader)
     return found[key]
 
@@ -122,16 +125,19 @@ def _states(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _plainly() -> Iterator[None]:
+def _plainly(folder: Path) -> Iterator[None]:
     """Without the warning that one process is alone, and with errors as they were.
 
-    torch raises a kind that is no `Exception`, around an error that may itself have followed one of the disk.
+    torch raises a kind that is no `Exception`, around an error that may itself have followed one of the disk. Between
+    processes that other one is lost, so the disk of `folder` is asked.
     """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
             yield
     except CheckpointException as failed:
+        if shutil.disk_usage(folder).free < FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
         causes: list[BaseException] = [next(iter(failed.failures.values()))[0]]
         while causes[-1].__context__ is not None:
             causes.append(causes[-1].__context__)
@@ -156,6 +162,8 @@ class Metrics:
         """Append one line."""
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # not lost while the state of a later update is kept
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
