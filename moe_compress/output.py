@@ -81,6 +81,8 @@ class Output:
 
     def write_records(self) -> None:
         """What `verify` and readers need to know of the checkpoint's making."""
+        for cut_short in self.folder.rglob("*.part"):  # by a kill; the manifest must not list it
+            cut_short.unlink()
         (self.folder / "recipe.yaml").write_text(self.published_recipe, encoding="utf-8")
         write_json(self.folder / "plan.json", without_local_paths({"steps": self.plans}))
         write_json(self.folder / EXPERTS_FILE, expert_statistics(self.scores))

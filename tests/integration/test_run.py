@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import moe_compress
-from moe_compress import manifest
+from moe_compress import manifest, pipeline
 from moe_compress.checkpoint.hidden import save_hidden
 from moe_compress.checkpoint.index import TensorIndex
 from moe_compress.cli import app
@@ -269,6 +269,27 @@ def test_killed_anywhere_and_resumed_ends_bit_identical(source: Path, texts: Pat
     answer = killed_and_resumed(tmp_path / "runs", recipe=tiny_recipe(source, texts, 0.75, 0.5), kills=12)
     assert answer["operations"] > 150 and set(answer["files"]) > BESIDE_THE_WEIGHTS
     assert states(answer) == {"nothing", "new"}, "never half an OUT"
+
+
+@pytest.mark.usefixtures("no_reload")
+def test_what_a_kill_cut_short_is_no_part_of_the_result(
+    source: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = tiny_recipe(source, texts, 0.75), tmp_path / "out"
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pipeline.verification, "verify", killed)
+        moe_compress.run(recipe, out)
+    (folder,) = tmp_path.glob("out.work/step-*/checkpoint")
+    for name in ("manifest.json.part", "report.html.part", ".eval_results/x.yaml.part"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("half")
+    moe_compress.run(recipe, out, resume=True)
+    assert not list(out.rglob("*.part"))
+    assert not any(name.endswith(".part") for name in json.loads((out / "manifest.json").read_text())["files"])
 
 
 @pytest.mark.usefixtures("no_reload")
